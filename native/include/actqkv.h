@@ -1,0 +1,208 @@
+// actqkv.h - the C API of libactqkv, a companion to llama.h.
+//
+// An actqkv_session reads and writes tokens over a loaded llama_model, like a llama_context does, but keeps
+// the KV of every token as chunks in CPU RAM and attends only sinks + retrieved chunks + local per step.
+//
+//   engine  = the llama_model: weights, tokenizer, template. Loaded by libllama, shared, read-only.
+//   session = one history of tokens over a model: KV store, summaries, statistics, checkpoints. Owned by the caller.
+//
+// Errors: every function that can fail returns an actqkv_status and fills `err` (may be NULL). Nothing here aborts.
+// Threads: a session is used by one thread at a time; different sessions over one model may run in parallel.
+// Words: window, sink, local, chunk, summary, probe, score, cut-off, plan, method, budget (native/README.md).
+#ifndef ACTQKV_H
+#define ACTQKV_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define ACTQKV_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// [cdef begin] bindings/build_ffi.py hands everything between these marks to cffi as it stands
+
+struct llama_model;
+typedef struct actqkv_session actqkv_session;
+
+enum actqkv_status {
+    ACTQKV_OK            = 0,
+    ACTQKV_ERR_ARGUMENT  = 1, // a parameter is out of range or contradicts another
+    ACTQKV_ERR_MODEL     = 2, // the graph lacks this architecture or one of its tensors: run it through llama.cpp
+    ACTQKV_ERR_MEMORY    = 3, // an allocation failed, or the plan exceeds what was allowed
+    ACTQKV_ERR_FULL      = 4, // the tokens do not fit n_ctx; the session is unchanged
+    ACTQKV_ERR_STATE     = 5, // a state blob is damaged, truncated, or of another model or parameters
+    ACTQKV_ERR_CANCELLED = 6, // the progress callback said stop; completed windows are kept
+    ACTQKV_ERR_COMPUTE   = 7, // ggml reported a failed computation
+    ACTQKV_ERR_INTERNAL  = 8, // a defect of ours; the message says where
+};
+
+struct actqkv_error {
+    int32_t status;       // enum actqkv_status
+    char    message[500]; // what, expected, actual; UTF-8, always terminated
+};
+
+// How a token entered the history. Part of the history: the same tokens read another way give other results.
+enum actqkv_phase {
+    ACTQKV_PREFILL  = 0, // windows of up to n_window tokens, cut at absolute multiples of n_window
+    ACTQKV_DECODE   = 1, // windows of one token; statistics are not updated, the cut-off applies
+    ACTQKV_QUESTION = 2, // as prefill, and these tokens' queries become the question of question-aware prefill
+};
+
+// Columns of the table of methods (ALGORITHMS.md section 6). A method is a row; every column is also a parameter.
+enum actqkv_positions { ACTQKV_POSITIONS_AUTO = 0, ACTQKV_POSITIONS_CLAMPED = 1, ACTQKV_POSITIONS_EXACT = 2 };
+enum actqkv_retrieval { ACTQKV_RETRIEVE_ALL = 0, ACTQKV_RETRIEVE_TOP = 1, ACTQKV_RETRIEVE_NONE = 2 };
+enum actqkv_summary {
+    ACTQKV_SUMMARY_HEAD    = 0, // per query head, the mean of its n_representatives most attended keys: H*d numbers
+    ACTQKV_SUMMARY_KV_HEAD = 1, // per KV head, the same with its group's attention: G*d numbers
+    ACTQKV_SUMMARY_MEAN    = 2, // per KV head, the mean of all keys: G*d numbers
+};
+enum actqkv_probe { ACTQKV_PROBE_MEAN = 0, ACTQKV_PROBE_BIAS = 1 };
+enum actqkv_score { ACTQKV_SCORE_COSINE = 0, ACTQKV_SCORE_DOT = 1 };
+enum actqkv_statistics { ACTQKV_STATISTICS_POOLED = 0, ACTQKV_STATISTICS_PUBLISHED = 1 };
+enum actqkv_cutoff { ACTQKV_CUTOFF_NONE = 0, ACTQKV_CUTOFF_LAYERWISE = 1, ACTQKV_CUTOFF_PUBLISHED = 2 };
+
+struct actqkv_method {
+    char    name[32];
+    int32_t positions;          // enum actqkv_positions; AUTO: exact if n_ctx fits the trained length, else clamped
+    int32_t prefill;            // enum actqkv_retrieval while reading
+    int32_t decode;             // enum actqkv_retrieval while answering
+    int32_t summary;            // enum actqkv_summary
+    int32_t n_representatives;  // keys averaged into a summary, 1 .. n_chunk_tokens
+    int32_t probe;              // enum actqkv_probe
+    int32_t probe_warmup;       // windows per layer whose probe is the plain mean (published: 1000 / n_layer)
+    int32_t statistics;         // enum actqkv_statistics
+    int32_t statistics_cap;     // t_max: running statistics remember at most t_max * 256 tokens (published: windows)
+    int32_t score;              // enum actqkv_score
+    int32_t cutoff;             // enum actqkv_cutoff
+    float   cutoff_temperature; // softmax(score / temperature), > 0
+    float   question_weight;    // lambda of question-aware prefill; 0: off
+};
+
+struct actqkv_params {
+    struct actqkv_method method;
+    int32_t n_ctx;          // tokens the session can hold
+    int32_t n_threads;      // >= 1
+    int32_t n_window;       // tokens of a prefill window, 1 .. n_local
+    int32_t n_sink;         // first tokens, always attended
+    int32_t n_local;        // last tokens, always attended
+    int32_t n_chunk_tokens; // tokens of a chunk
+    int32_t budget;         // sinks + local + retrieved tokens per step, at least n_sink + n_local + n_chunk_tokens
+    int32_t kv_type;        // enum ggml_type of closed chunks; GGML_TYPE_F16 (1)
+};
+
+// Bytes a session will need at most, all of n_ctx in use. Compute buffers follow the window, not the context.
+struct actqkv_memory {
+    uint64_t kv_bytes;         // K and V of n_ctx tokens
+    uint64_t summary_bytes;    // summaries of all chunks
+    uint64_t checkpoint_bytes; // what rewind keeps
+    uint64_t compute_bytes;    // graph and attention buffers, logits, statistics
+};
+
+// Time and traffic since the last reset, summed over windows. A stage's bytes are what its inner loop must read.
+struct actqkv_stage { double ms; uint64_t bytes; };
+struct actqkv_stats {
+    uint64_t n_prefill_tokens, n_decode_tokens, n_windows, n_replayed_tokens;
+    double   prefill_ms, decode_ms;
+    struct actqkv_stage graph, probe, score, attend, append, summarize;
+    uint64_t attended_tokens_max;  // of any one query: sinks + plan + remainder + local + window
+    double   attended_tokens_mean; // over queries and layers
+};
+
+// After each window with tokens done / asked for in this call. Return false to stop with ACTQKV_ERR_CANCELLED.
+typedef bool (*actqkv_progress_fn)(void * user, int64_t n_done, int64_t n_total);
+
+// One named array of one layer of the current window, f32, dense, ne[0] fastest. Valid during the call only.
+// q [d,H,m] k [d,G,m] v [d,G,m] before RoPE; mean var [H*d]; bias weights [m]; probe [H*d]; scores [N]; entropy [1];
+// share [1] chunks granted; plan [n]; summary [E,N]; out [H*d,m]; head_logits [n_vocab,n] has layer == n_layer.
+typedef void (*actqkv_observe_fn)(void * user, const char * name, int32_t layer, int64_t n_past, const float * data,
+                                  const int64_t * ne);
+
+// ---- methods
+
+// The table. Returns the number of rows; row i is copied to `method` where it is not NULL and i is in range.
+ACTQKV_API int32_t actqkv_method_table(int32_t i, struct actqkv_method * method);
+
+// ACTQKV_ERR_ARGUMENT names the known methods when `name` is none of them.
+ACTQKV_API int32_t actqkv_method_find(const char * name, struct actqkv_method * method, struct actqkv_error * err);
+
+// Defaults of ALGORITHMS.md section 1 with method `actqkv`; n_ctx 0 must be set by the caller.
+ACTQKV_API struct actqkv_params actqkv_default_params(void);
+
+// ---- session
+
+// ACTQKV_ERR_MODEL with the reason when our graph cannot compute this model exactly.
+ACTQKV_API int32_t actqkv_model_check(const struct llama_model * model, struct actqkv_error * err);
+
+// What a session with these parameters would need; checks them as actqkv_session_new does and allocates nothing.
+ACTQKV_API int32_t actqkv_memory_plan(const struct llama_model * model, const struct actqkv_params * params,
+                                      struct actqkv_memory * memory, struct actqkv_error * err);
+
+// The model must outlive the session. KV memory is reserved for n_ctx tokens and committed as tokens arrive.
+ACTQKV_API int32_t actqkv_session_new(const struct llama_model * model, const struct actqkv_params * params,
+                                      actqkv_session ** session, struct actqkv_error * err);
+ACTQKV_API void actqkv_session_free(actqkv_session * session); // NULL is fine
+
+// The parameters in force: positions resolved from AUTO.
+ACTQKV_API struct actqkv_params actqkv_session_params(const actqkv_session * session);
+ACTQKV_API int64_t actqkv_n_past(const actqkv_session * session);
+ACTQKV_API int64_t actqkv_n_chunks(const actqkv_session * session); // retrievable now
+
+// Copies tokens [from, from + n) of the history to tokens and their enum actqkv_phase to phases; NULL skips one.
+ACTQKV_API int32_t actqkv_history(const actqkv_session * session, int64_t from, int64_t n, int32_t * tokens,
+                                  int8_t * phases, struct actqkv_error * err);
+
+// Appends n tokens. logits: n_logits rows of n_vocab floats for the last n_logits of them, 0 <= n_logits <= n.
+// Prefill that continues an unfinished window reads that window's tokens again with the new ones, so that the
+// result does not depend on how a text was cut into calls. On error other than CANCELLED the history is unchanged.
+ACTQKV_API int32_t actqkv_decode(actqkv_session * session, const int32_t * tokens, int64_t n, int32_t phase,
+                                 float * logits, int64_t n_logits, struct actqkv_error * err);
+
+// Forgets all tokens from n_past on. The next decode equals a fresh run over the remaining history: the nearest
+// checkpoint is restored at once, the tokens after it are read again by the next decode.
+ACTQKV_API int32_t actqkv_rewind(actqkv_session * session, int64_t n_past, struct actqkv_error * err);
+
+// Keeps a checkpoint here, so that a later rewind to this point reads nothing again (end of a document or turn).
+ACTQKV_API int32_t actqkv_checkpoint(actqkv_session * session, struct actqkv_error * err);
+
+ACTQKV_API void actqkv_set_progress(actqkv_session * session, actqkv_progress_fn fn, void * user); // NULL: off
+ACTQKV_API void actqkv_set_observer(actqkv_session * session, actqkv_observe_fn fn, void * user);  // NULL: off
+
+// ---- state: one self-contained blob, checked against model and parameters when it is set
+
+ACTQKV_API uint64_t actqkv_state_size(const actqkv_session * session);
+ACTQKV_API int32_t actqkv_state_get(const actqkv_session * session, uint8_t * data, uint64_t size,
+                                    struct actqkv_error * err);
+// ACTQKV_ERR_STATE leaves the session empty only if the blob passed its checks and reading failed midway.
+ACTQKV_API int32_t actqkv_state_set(actqkv_session * session, const uint8_t * data, uint64_t size,
+                                    struct actqkv_error * err);
+
+// ---- what was attended
+
+// From now on sum attention mass per block of past tokens. Block 0 is the sinks, block b + 1 the tokens
+// [n_sink + b*c, n_sink + (b+1)*c). Mass is averaged over heads and layers and summed over queries.
+ACTQKV_API void actqkv_sources_begin(actqkv_session * session);
+// Copies up to n blocks, returns how many there are, and stops recording.
+ACTQKV_API int64_t actqkv_sources_end(actqkv_session * session, double * mass, int64_t n);
+
+ACTQKV_API struct actqkv_stats actqkv_stats_get(const actqkv_session * session);
+ACTQKV_API void actqkv_stats_reset(actqkv_session * session);
+
+// ---- machine
+
+// Multiplies small quantised matrices in every extra buffer type of the CPU (repacked, AMX) and compares them with
+// plain buffers. May die by a signal on a broken build: call it in a child process. Returns ACTQKV_OK when all agree.
+ACTQKV_API int32_t actqkv_try_extra_buffers(struct actqkv_error * err);
+
+// Name of the instruction set the kernels dispatch to here: "avx512", "avx2", "neon" or "scalar".
+ACTQKV_API const char * actqkv_kernel_name(void);
+
+// [cdef end]
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // ACTQKV_H

@@ -1,0 +1,123 @@
+// kernels.h - what a window computes between graph segments, as plain functions on plain arrays.
+//
+// No ggml, no llama, no allocation that outlives a call, no global state. H query heads, G KV heads, r = H/G, head
+// dimension d, window of m tokens, E = H*d channels. f16 arrays are IEEE half precision bits. All arrays are dense
+// in the order written, the last index fastest, unless a stride is given in elements.
+// cpu/NAME.cpp holds NAME: source, formula, a scalar loop a reader can check, then the fast version. `impl` chooses:
+// ACTQKV_IMPL_BEST is what runs; ACTQKV_IMPL_SCALAR is the checkable loop, for tests and for unknown machines.
+#ifndef ACTQKV_KERNELS_H
+#define ACTQKV_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// [cdef begin]
+
+typedef uint16_t actqkv_f16;
+
+enum actqkv_impl { ACTQKV_IMPL_SCALAR = 0, ACTQKV_IMPL_AVX2 = 1, ACTQKV_IMPL_AVX512 = 2, ACTQKV_IMPL_NEON = 3 };
+
+// The fastest implementation this processor can run.
+int32_t actqkv_impl_best(void);
+
+// dst[i] = half(src[i]), round to nearest even.
+void actqkv_to_f16(int32_t impl, const float * src, actqkv_f16 * dst, int64_t n);
+
+// ---- probe (ALGORITHMS.md 3.1, 3.2)
+
+struct actqkv_running {   // of one layer
+    float * mean;         // [E]
+    float * var;          // [E], population variance
+    double  n_tokens;     // seen so far, capped
+    int64_t n_windows;    // seen so far
+};
+
+// Folds one window z [m][E] into the running statistics. published: the published update, else pooled.
+void actqkv_probe_update(int32_t impl, struct actqkv_running * running, const float * z, int32_t m, int64_t n_channels,
+                         int32_t published, int32_t cap, int32_t n_threads);
+
+// bias [m] and weights [m] (sum 1) of z [m][E] under the running statistics; falls back to 1/m as the text says.
+void actqkv_probe_weights(int32_t impl, const struct actqkv_running * running, const float * z, int32_t m,
+                          int64_t n_channels, float * bias, float * weights, int32_t n_threads);
+
+// probe [E] = sum_i weights[i] * z[i]
+void actqkv_probe_mix(int32_t impl, const float * z, const float * weights, int32_t m, int64_t n_channels,
+                      float * probe, int32_t n_threads);
+
+// ---- summarize (3.3)
+
+// Summary of one closed chunk of c tokens. keys: f16, KV head g at keys + g*key_stride, then [c][d], without RoPE.
+// sums: attention received, query head h at sums + h*sum_stride, then [c]. kind: enum actqkv_summary.
+// rep: f16 [H][d] or [G][d]; *norm: length of rep as it meets the probe, i.e. with keys repeated to query heads.
+void actqkv_summarize(int32_t impl, int32_t kind, int32_t n_representatives, const actqkv_f16 * keys,
+                      int64_t key_stride, const float * sums, int64_t sum_stride, int32_t n_head, int32_t n_head_kv,
+                      int32_t d_head, int32_t c, actqkv_f16 * rep, float * norm);
+
+// ---- score (3.4)
+
+// scores [n] = probe . rep_b for each of n summaries [n][width] (f16), times inv_norm[b] when given, times scale.
+// width is H*d, or G*d with a probe already summed over each group's query heads.
+void actqkv_score(int32_t impl, const float * probe, const actqkv_f16 * reps, const float * norms, int64_t n,
+                  int64_t width, float scale, int32_t cosine, float * scores, int32_t n_threads);
+
+// ---- cut-off (3.5, 3.6)
+
+// Entropy of softmax(scores / temperature) divided by ln n, in [0, 1]; 0 for n <= 1.
+float actqkv_entropy(int32_t impl, const float * scores, int64_t n, float temperature);
+
+// The k best of n scores, ties to the lower index, indices ascending. scratch: n int32.
+void actqkv_top_k(const float * scores, int64_t n, int32_t k, int32_t * chosen, int32_t * scratch);
+
+// ---- attend (section 1 and 2)
+
+// A run of past tokens. K of KV head g: far + g*far_stride (as stored, met by q_far) and near + g*near_stride (RoPE
+// at the true position, met by q_near), [n_tok][d] each. far == NULL: always near. near == NULL: always far.
+// Both: near while position(query) - position(key) < n_clamp, else far.
+struct actqkv_span {
+    const actqkv_f16 * far;
+    const actqkv_f16 * near;
+    const actqkv_f16 * v;
+    int64_t far_stride, near_stride, v_stride;
+    int64_t first;  // position of its first token
+    int32_t n_tok;
+};
+
+struct actqkv_attend_args {
+    int32_t n_head, n_head_kv, d_head;
+    int32_t m;                  // queries
+    int64_t n_past;             // position of the window's first query; span keys all lie before it
+    int64_t n_clamp;            // n_local; see actqkv_span
+    float   scale;              // of q . k
+    const float * q_near;       // [m][H][d] RoPE at the true position
+    const float * q_far;        // [m][H][d] RoPE at the fixed distance; may be q_near's equal
+    const struct actqkv_span * spans;
+    int32_t n_spans;
+    const actqkv_f16 * k_window; // [G][m][d] the window's own keys at their true positions, seen causally
+    const actqkv_f16 * v_window; // [G][m][d]
+    int64_t window_stride;      // elements between KV heads of k_window and v_window
+    float * out;                // [m][H][d]
+    int32_t first_summed;       // spans from this one on, then the window, have their weights summed ...
+    float * weight_sums;        // ... over queries into [H][sum_stride], columns in that order; NULL: not wanted
+    int64_t sum_stride;
+    double * span_mass;         // [n_spans] softmax mass summed over queries, averaged over heads; NULL: not wanted
+    int32_t n_threads;
+    void * scratch;             // actqkv_attend_scratch() bytes, 64-byte aligned
+};
+
+// Bytes of scratch for at most n_keys keys (spans and window together).
+uint64_t actqkv_attend_scratch(int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t m, int64_t n_keys,
+                               int32_t n_threads);
+
+// out_i = softmax over the union of all spans and the window keys j <= i of (scale * q.k), times V. One softmax.
+void actqkv_attend(int32_t impl, const struct actqkv_attend_args * args);
+
+// [cdef end]
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // ACTQKV_KERNELS_H
