@@ -58,6 +58,8 @@ enum actqkv_summary {
     ACTQKV_SUMMARY_HEAD    = 0, // per query head, the mean of its n_representatives most attended keys: H*d numbers
     ACTQKV_SUMMARY_KV_HEAD = 1, // per KV head, the same with its group's attention: G*d numbers
     ACTQKV_SUMMARY_MEAN    = 2, // per KV head, the mean of all keys: G*d numbers
+    ACTQKV_SUMMARY_BOUNDS  = 3, // per KV head, the least and the greatest of each channel: 2*G*d numbers. The score is
+                                // then the sum over heads of Quest's upper bound, for which SCORE_DOT is required
 };
 enum actqkv_probe { ACTQKV_PROBE_MEAN = 0, ACTQKV_PROBE_BIAS = 1 };
 enum actqkv_score { ACTQKV_SCORE_COSINE = 0, ACTQKV_SCORE_DOT = 1 };

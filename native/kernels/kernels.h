@@ -4,7 +4,10 @@
 // dimension d, window of m tokens, E = H*d channels. f16 arrays are IEEE half precision bits. All arrays are dense
 // in the order written, the last index fastest, unless a stride is given in elements.
 // cpu/NAME.cpp holds NAME: source, formula, a scalar loop a reader can check, then the fast version. `impl` chooses:
-// ACTQKV_IMPL_BEST is what runs; ACTQKV_IMPL_SCALAR is the checkable loop, for tests and for unknown machines.
+// actqkv_impl_best() is what runs; ACTQKV_IMPL_SCALAR is the checkable loop, for tests and for unknown machines. An
+// impl that this processor or this build lacks runs as scalar.
+// Results are bit-equal from run to run for a fixed n_threads and impl; they differ by rounding between those.
+// Inputs and outputs must not overlap. Float arrays need the alignment of a float, scratch 64 bytes.
 #ifndef ACTQKV_KERNELS_H
 #define ACTQKV_KERNELS_H
 
@@ -13,6 +16,8 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+#pragma GCC visibility push(default) // the tests call every kernel through the cffi module
 
 // [cdef begin]
 
@@ -35,11 +40,13 @@ struct actqkv_running {   // of one layer
     int64_t n_windows;    // seen so far
 };
 
-// Folds one window z [m][E] into the running statistics. published: the published update, else pooled.
+// Folds one window z [m][E] into the running statistics; n_windows == 0 marks the first. published: the published
+// update, else pooled. cap: t_max >= 1, so that n_tokens stays <= 256*cap and published counts at most cap windows.
 void actqkv_probe_update(int32_t impl, struct actqkv_running * running, const float * z, int32_t m, int64_t n_channels,
                          int32_t published, int32_t cap, int32_t n_threads);
 
-// bias [m] and weights [m] (sum 1) of z [m][E] under the running statistics; falls back to 1/m as the text says.
+// bias [m] and weights [m] (sum 1) of z [m][E] under the running statistics. weights are 1/m when the mean variance
+// is 0 (bias is then 0) or not finite, or when the biases sum to 0 or are not finite.
 void actqkv_probe_weights(int32_t impl, const struct actqkv_running * running, const float * z, int32_t m,
                           int64_t n_channels, float * bias, float * weights, int32_t n_threads);
 
@@ -50,32 +57,38 @@ void actqkv_probe_mix(int32_t impl, const float * z, const float * weights, int3
 // ---- summarize (3.3)
 
 // Summary of one closed chunk of c tokens. keys: f16, KV head g at keys + g*key_stride, then [c][d], without RoPE.
-// sums: attention received, query head h at sums + h*sum_stride, then [c]. kind: enum actqkv_summary.
-// rep: f16 [H][d] or [G][d]; *norm: length of rep as it meets the probe, i.e. with keys repeated to query heads.
+// sums: attention received, query head h at sums + h*sum_stride, then [c]. kind: enum actqkv_summary
+// of actqkv.h: 0 per query head, 1 per KV head with its group's attention, 2 per KV head the mean of all keys.
+// rep: f16 [H][d], [G][d] or, for bounds, [2][G][d] with the least values first, then the greatest (sums unused).
+// *norm: length of rep as it meets the probe, i.e. with keys repeated to query heads; 0 for bounds.
 void actqkv_summarize(int32_t impl, int32_t kind, int32_t n_representatives, const actqkv_f16 * keys,
                       int64_t key_stride, const float * sums, int64_t sum_stride, int32_t n_head, int32_t n_head_kv,
                       int32_t d_head, int32_t c, actqkv_f16 * rep, float * norm);
 
 // ---- score (3.4)
 
-// scores [n] = probe . rep_b for each of n summaries [n][width] (f16), times inv_norm[b] when given, times scale.
-// width is H*d, or G*d with a probe already summed over each group's query heads.
-void actqkv_score(int32_t impl, const float * probe, const actqkv_f16 * reps, const float * norms, int64_t n,
-                  int64_t width, float scale, int32_t cosine, float * scores, int32_t n_threads);
+// scores[b] = scale * probe . rep_b for each of n summaries [n][width] (f16). norms != NULL: a cosine, divided by
+// norms[b] * probe_norm, 0 where that product is 0 or not finite. width is H*d, or G*d with a probe already summed
+// over each group's query heads; probe_norm is the length of the probe in R^{H*d} in both cases (the summed probe has
+// another length, which is why it is an argument); it is not read when norms is NULL.
+void actqkv_score(int32_t impl, const float * probe, float probe_norm, const actqkv_f16 * reps, const float * norms,
+                  int64_t n, int64_t width, float scale, float * scores, int32_t n_threads);
 
 // ---- cut-off (3.5, 3.6)
 
-// Entropy of softmax(scores / temperature) divided by ln n, in [0, 1]; 0 for n <= 1.
+// Entropy of softmax(scores / temperature) divided by ln n, in [0, 1]; 0 for n <= 1, for a score that is not finite
+// and for a temperature that is not positive.
 float actqkv_entropy(int32_t impl, const float * scores, int64_t n, float temperature);
 
-// The k best of n scores, ties to the lower index, indices ascending. scratch: n int32.
+// The min(k, n) best of n scores, ties to the lower index, indices ascending. NaN is worse than all. scratch: n int32.
 void actqkv_top_k(const float * scores, int64_t n, int32_t k, int32_t * chosen, int32_t * scratch);
 
 // ---- attend (section 1 and 2)
 
 // A run of past tokens. K of KV head g: far + g*far_stride (as stored, met by q_far) and near + g*near_stride (RoPE
 // at the true position, met by q_near), [n_tok][d] each. far == NULL: always near. near == NULL: always far.
-// Both: near while position(query) - position(key) < n_clamp, else far.
+// Both: near while position(query) - position(key) < n_clamp, else far. n_tok may be 0. Queries share each read of K
+// and V best when spans of one sort (only far, only near, both) follow each other.
 struct actqkv_span {
     const actqkv_f16 * far;
     const actqkv_f16 * near;
@@ -100,14 +113,17 @@ struct actqkv_attend_args {
     int64_t window_stride;      // elements between KV heads of k_window and v_window
     float * out;                // [m][H][d]
     int32_t first_summed;       // spans from this one on, then the window, have their weights summed ...
-    float * weight_sums;        // ... over queries into [H][sum_stride], columns in that order; NULL: not wanted
+    float * weight_sums;        // ... over queries into [H][sum_stride], columns in that order, overwritten (only
+                                // these columns); NULL: not wanted
     int64_t sum_stride;
-    double * span_mass;         // [n_spans] softmax mass summed over queries, averaged over heads; NULL: not wanted
+    double * span_mass;         // [n_spans] softmax mass summed over queries, averaged over heads, overwritten; NULL:
+                                // not wanted
     int32_t n_threads;
     void * scratch;             // actqkv_attend_scratch() bytes, 64-byte aligned
 };
 
-// Bytes of scratch for at most n_keys keys (spans and window together).
+// Bytes of scratch for any impl and at most n_keys keys (spans and window together) and m queries. Grows with
+// n_keys by at most 12 bytes per key and thread: about 4 MB per thread at 2K keys, 6 MB at 128K (d 128, r 4, m 256).
 uint64_t actqkv_attend_scratch(int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t m, int64_t n_keys,
                                int32_t n_threads);
 
@@ -115,6 +131,8 @@ uint64_t actqkv_attend_scratch(int32_t n_head, int32_t n_head_kv, int32_t d_head
 void actqkv_attend(int32_t impl, const struct actqkv_attend_args * args);
 
 // [cdef end]
+
+#pragma GCC visibility pop
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,191 @@
+// extern "C" shims: arguments in, exceptions out as status + message. No logic.
+#include "../error.h"
+#include "../session/session.h"
+
+#include <cstring>
+#include <new>
+
+struct actqkv_session {
+    actqkv::session impl;
+};
+
+namespace {
+
+int32_t report(actqkv_error * err, int32_t status, const char * message) {
+    if (err != nullptr) {
+        err->status = status;
+        snprintf(err->message, sizeof(err->message), "%s", message);
+    }
+    return status;
+}
+
+template <typename F> int32_t guarded(actqkv_error * err, F && f) {
+    try {
+        f();
+        return report(err, ACTQKV_OK, "");
+    } catch (const actqkv::error & e) {
+        return report(err, e.status, e.what());
+    } catch (const std::bad_alloc &) {
+        return report(err, ACTQKV_ERR_MEMORY, "out of memory");
+    } catch (const std::exception & e) {
+        return report(err, ACTQKV_ERR_INTERNAL, e.what());
+    }
+}
+
+void require(bool holds, const char * what) {
+    if (!holds) {
+        throw actqkv::error(ACTQKV_ERR_ARGUMENT, what);
+    }
+}
+
+} // namespace
+
+int32_t actqkv_method_table(int32_t i, actqkv_method * method) {
+    const auto & table = actqkv::method_table();
+    if (method != nullptr && i >= 0 && i < (int32_t) table.size()) {
+        *method = table[i];
+    }
+    return (int32_t) table.size();
+}
+
+int32_t actqkv_method_find(const char * name, actqkv_method * method, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(name != nullptr && method != nullptr, "name and method must not be NULL");
+        *method = actqkv::find_method(name);
+    });
+}
+
+actqkv_params actqkv_default_params(void) {
+    return actqkv::default_params();
+}
+
+int32_t actqkv_model_check(const llama_model * model, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(model != nullptr, "model must not be NULL");
+        actqkv::read_weights(model, actqkv::read_hparams(model));
+    });
+}
+
+int32_t actqkv_memory_plan(const llama_model * model, const actqkv_params * params, actqkv_memory * memory,
+                           actqkv_error * err) {
+    return guarded(err, [&] {
+        require(model != nullptr && params != nullptr && memory != nullptr, "arguments must not be NULL");
+        *memory = actqkv::session::memory_plan(model, *params);
+    });
+}
+
+int32_t actqkv_session_new(const llama_model * model, const actqkv_params * params, actqkv_session ** session,
+                           actqkv_error * err) {
+    return guarded(err, [&] {
+        require(model != nullptr && params != nullptr && session != nullptr, "arguments must not be NULL");
+        *session = new actqkv_session{ { model, *params } };
+    });
+}
+
+void actqkv_session_free(actqkv_session * session) {
+    delete session;
+}
+
+actqkv_params actqkv_session_params(const actqkv_session * session) {
+    return session->impl.parameters();
+}
+
+int64_t actqkv_n_past(const actqkv_session * session) {
+    return session->impl.past().size();
+}
+
+int64_t actqkv_n_chunks(const actqkv_session * session) {
+    return session->impl.n_chunks();
+}
+
+int32_t actqkv_history(const actqkv_session * session, int64_t from, int64_t n, int32_t * tokens, int8_t * phases,
+                       actqkv_error * err) {
+    return guarded(err, [&] {
+        const actqkv::history & past = session->impl.past();
+        if (from < 0 || n < 0 || from > past.size() || n > past.size() - from) {
+            throw actqkv::error(ACTQKV_ERR_ARGUMENT,
+                                actqkv::format("tokens %lld to %lld, the history has %lld", (long long) from,
+                                               (long long) (from + n), (long long) past.size()));
+        }
+        if (tokens != nullptr) {
+            std::copy_n(past.tokens.begin() + from, n, tokens);
+        }
+        if (phases != nullptr) {
+            std::copy_n(past.phases.begin() + from, n, phases);
+        }
+    });
+}
+
+int32_t actqkv_decode(actqkv_session * session, const int32_t * tokens, int64_t n, int32_t phase, float * logits,
+                      int64_t n_logits, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(n >= 0 && (tokens != nullptr || n == 0), "tokens must not be NULL");
+        require(phase >= ACTQKV_PREFILL && phase <= ACTQKV_QUESTION, "phase is not one of enum actqkv_phase");
+        require(n_logits >= 0 && n_logits <= n && (logits != nullptr || n_logits == 0),
+                "n_logits must be 0 to n, with room for them");
+        if (!session->impl.decode(tokens, n, phase, logits, n_logits)) {
+            throw actqkv::error(ACTQKV_ERR_CANCELLED, "cancelled; what was read is kept");
+        }
+    });
+}
+
+int32_t actqkv_rewind(actqkv_session * session, int64_t n_past, actqkv_error * err) {
+    return guarded(err, [&] {
+        const int64_t n = session->impl.past().size();
+        if (n_past < 0 || n_past > n) {
+            throw actqkv::error(ACTQKV_ERR_ARGUMENT, actqkv::format("rewind to %lld, the history has %lld tokens",
+                                                                    (long long) n_past, (long long) n));
+        }
+        session->impl.rewind(n_past);
+    });
+}
+
+int32_t actqkv_checkpoint(actqkv_session * session, actqkv_error * err) {
+    return guarded(err, [&] { session->impl.keep_checkpoint(); });
+}
+
+void actqkv_set_progress(actqkv_session * session, actqkv_progress_fn fn, void * user) {
+    session->impl.progress      = fn;
+    session->impl.progress_user = user;
+}
+
+void actqkv_set_observer(actqkv_session * session, actqkv_observe_fn fn, void * user) {
+    session->impl.watcher      = fn;
+    session->impl.watcher_user = user;
+}
+
+uint64_t actqkv_state_size(const actqkv_session * session) {
+    return session->impl.state_size();
+}
+
+int32_t actqkv_state_get(const actqkv_session * session, uint8_t * data, uint64_t size, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(data != nullptr, "data must not be NULL");
+        session->impl.state_get(data, size);
+    });
+}
+
+int32_t actqkv_state_set(actqkv_session * session, const uint8_t * data, uint64_t size, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(data != nullptr, "data must not be NULL");
+        session->impl.state_set(data, size);
+    });
+}
+
+void actqkv_sources_begin(actqkv_session * session) {
+    session->impl.begin_sources();
+}
+
+int64_t actqkv_sources_end(actqkv_session * session, double * mass, int64_t n) {
+    const std::vector<double> blocks = session->impl.end_sources();
+    std::copy_n(blocks.begin(), std::min<int64_t>(n, (int64_t) blocks.size()), mass);
+    return (int64_t) blocks.size();
+}
+
+actqkv_stats actqkv_stats_get(const actqkv_session * session) {
+    return session->impl.stats();
+}
+
+void actqkv_stats_reset(actqkv_session * session) {
+    session->impl.reset_stats();
+}

@@ -1,0 +1,54 @@
+// Owns the CPU backend, the window's tensors and the built segments; the only place that runs ggml graphs.
+#pragma once
+
+#include "builder.h"
+
+#include "ggml-cpp.h"
+
+#include <list>
+#include <vector>
+
+namespace actqkv {
+
+class runner {
+  public:
+    // Room for windows of up to n_window tokens.
+    runner(const hparams & hp, const weights & w, int n_window, int n_far, int n_threads);
+
+    const window_tensors & io() const { return tensors; }
+
+    // Builds (or finds) the segments for windows of m tokens with logits for the last n_out.
+    void prepare(int m, int n_out);
+
+    // Computes segment il of the prepared window. Throws ACTQKV_ERR_COMPUTE.
+    void run(int il);
+
+    // Copies the logits of the last segment, n_out rows of n_vocab.
+    void read_logits(float * out) const;
+
+    // Bytes of weights that segment il reads, for statistics.
+    uint64_t segment_bytes(int il) const;
+
+    uint64_t buffer_bytes() const;
+
+  private:
+    struct built {
+        int                  m, n_out;
+        ggml_context_ptr     ctx;
+        std::vector<segment> segments; // n_layer + 1; the last is empty for n_out == 0
+    };
+
+    built build(int m, int n_out) const;
+    void  allocate(built & b);
+
+    const hparams &         hp;
+    const weights &         w;
+    int                     n_window;
+    ggml_backend_ptr        backend;
+    ggml_backend_buffer_ptr io_buffer;
+    ggml_gallocr_ptr        allocator;
+    window_tensors          tensors = {};
+    std::list<built>        cache; // most recently used first
+};
+
+} // namespace actqkv

@@ -1,0 +1,58 @@
+// Which instruction set runs, decided at run time; nothing here or in static initialisers needs more than the base ISA.
+#include "half.h"
+#include "ops.h"
+
+namespace actqkv {
+
+#if defined(__x86_64__)
+extern const ops ops_avx2;
+extern const ops ops_avx512;
+
+static bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+static bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#elif defined(__aarch64__)
+extern const ops ops_neon;
+#endif
+
+const ops * ops_for(int32_t impl) {
+#if defined(__x86_64__)
+    if (impl == ACTQKV_IMPL_AVX512 && has_avx512()) {
+        return &ops_avx512;
+    }
+    if (impl == ACTQKV_IMPL_AVX2 && has_avx2()) {
+        return &ops_avx2;
+    }
+#elif defined(__aarch64__)
+    if (impl == ACTQKV_IMPL_NEON) {
+        return &ops_neon;
+    }
+#endif
+    (void) impl;
+    return nullptr;
+}
+
+} // namespace actqkv
+
+extern "C" int32_t actqkv_impl_best(void) {
+    for (int32_t impl : {ACTQKV_IMPL_AVX512, ACTQKV_IMPL_AVX2, ACTQKV_IMPL_NEON}) {
+        if (actqkv::ops_for(impl)) {
+            return impl;
+        }
+    }
+    return ACTQKV_IMPL_SCALAR;
+}
+
+extern "C" void actqkv_to_f16(int32_t impl, const float * src, actqkv_f16 * dst, int64_t n) {
+    if (const actqkv::ops * ops = actqkv::ops_for(impl)) {
+        return ops->to_f16(src, dst, n);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        dst[i] = float_to_half(src[i]);
+    }
+}

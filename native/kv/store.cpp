@@ -1,0 +1,187 @@
+#include "store.h"
+
+#include "../kernels/parallel.h"
+
+#include <cstring>
+
+namespace actqkv {
+
+int64_t summary_width(int32_t kind, const hparams & hp) {
+    switch (kind) {
+        case ACTQKV_SUMMARY_HEAD: return hp.n_channels();
+        case ACTQKV_SUMMARY_BOUNDS: return 2 * hp.n_kv_channels();
+        default: return hp.n_kv_channels();
+    }
+}
+
+namespace {
+
+int64_t width_for(const hparams & hp, const actqkv_params & p) {
+    const bool retrieves = p.method.prefill == ACTQKV_RETRIEVE_TOP || p.method.decode == ACTQKV_RETRIEVE_TOP;
+    return retrieves ? summary_width(p.method.summary, hp) : 0;
+}
+
+int64_t sums_per_layer(const hparams & hp, const kv_layout & shape) {
+    return (int64_t) shape.n_recent_blocks * hp.n_head * shape.n_chunk_tokens;
+}
+
+} // namespace
+
+kv_layout kv_store::layout_for(const hparams & hp, const actqkv_params & p) {
+    // The ring must hold every chunk that is not closed when a window ends, and no slot may be shared.
+    const int n_recent = (p.n_local + p.n_window) / p.n_chunk_tokens + 3;
+    return { hp.n_head_kv, hp.d_head, p.n_sink, p.n_chunk_tokens, n_recent };
+}
+
+void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_memory & memory) {
+    const kv_layout shape  = layout_for(hp, p);
+    const uint64_t  tokens = shape.padded_tokens(p.n_ctx), layers = hp.n_layer;
+    const uint64_t  recent = shape.recent_tokens() * shape.token_stride() * sizeof(actqkv_f16) +
+                            sums_per_layer(hp, shape) * sizeof(float);
+    memory.kv_bytes += layers * (tokens * shape.token_stride() * 2 * sizeof(actqkv_f16) + recent);
+    const int64_t width = width_for(hp, p);
+    if (width > 0) {
+        memory.summary_bytes += layers * shape.n_chunks_max(p.n_ctx) * (width * sizeof(actqkv_f16) + sizeof(float));
+    }
+}
+
+kv_store::kv_store(const hparams & hp, const actqkv_params & p)
+    : shape(layout_for(hp, p)), n_head(hp.n_head), summary_kind(p.method.summary),
+      n_representatives(p.method.n_representatives), n_width(width_for(hp, p)),
+      stores_near(p.method.positions == ACTQKV_POSITIONS_EXACT), layers(hp.n_layer) {
+    const uint64_t n_elements = shape.padded_tokens(p.n_ctx) * shape.token_stride();
+    const uint64_t n_chunks   = n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0;
+    for (layer & l : layers) {
+        l.k     = reservation<actqkv_f16>(n_elements);
+        l.v     = reservation<actqkv_f16>(n_elements);
+        l.reps  = reservation<actqkv_f16>(n_chunks * n_width);
+        l.norms = reservation<float>(n_chunks);
+        l.recent.resize(shape.recent_tokens() * shape.token_stride());
+        l.sums.resize(n_width > 0 ? sums_per_layer(hp, shape) : 0);
+    }
+}
+
+void kv_store::append(int il, int64_t n_past, int m, const actqkv_f16 * near, const actqkv_f16 * far,
+                      const actqkv_f16 * v, int64_t stride) {
+    layer &            l      = layers[il];
+    const actqkv_f16 * stored = stores_near ? near : far;
+    const actqkv_f16 * other  = stores_near ? far : near;
+    const int          d      = shape.d_head;
+    for (int i = 0; i < m;) {
+        const int64_t token = n_past + i, block = shape.block_of(token), offset = token - shape.block_first(block);
+        const int     n      = (int) std::min<int64_t>(m - i, shape.block_tokens(block) - offset);
+        const size_t  bytes  = (size_t) n * d * sizeof(actqkv_f16);
+        for (int g = 0; g < shape.n_head_kv; g++) {
+            const int64_t to   = g * shape.head_stride(block) + offset * d;
+            const int64_t from = g * stride + (int64_t) i * d;
+            memcpy(l.k.data() + shape.block_offset(block) + to, stored + from, bytes);
+            memcpy(l.v.data() + shape.block_offset(block) + to, v + from, bytes);
+            memcpy(l.recent.data() + shape.recent_offset(block) + to, other + from, bytes);
+        }
+        i += n;
+    }
+}
+
+actqkv_span kv_store::span(int il, int64_t block, int64_t first, int64_t last, bool with_recent) const {
+    const layer &      l      = layers[il];
+    const int64_t      stride = shape.head_stride(block);
+    const int64_t      skip   = (first - shape.block_first(block)) * shape.d_head;
+    const actqkv_f16 * stored = l.k.data() + shape.block_offset(block) + skip;
+    const actqkv_f16 * recent = l.recent.data() + shape.recent_offset(block) + skip;
+    actqkv_span        s      = {};
+    s.v                       = l.v.data() + shape.block_offset(block) + skip;
+    s.v_stride = s.far_stride = s.near_stride = stride;
+    s.first                                   = first;
+    s.n_tok                                   = (int32_t) (last - first);
+    if (stores_near) {
+        s.near = stored;
+    } else {
+        s.far  = stored;
+        s.near = with_recent ? recent : nullptr;
+    }
+    return s;
+}
+
+void kv_store::clear_sums(int il, int64_t first, int64_t last) {
+    for (int64_t token = std::max<int64_t>(first, shape.n_sink); token < last; token++) {
+        const int64_t chunk = shape.block_of(token) - 1, at = token - shape.block_first(chunk + 1);
+        for (int h = 0; h < n_head; h++) {
+            sums_of(il, chunk)[h * shape.n_chunk_tokens + at] = 0.0f;
+        }
+    }
+}
+
+void kv_store::add_sums(int il, int64_t first, int64_t n, const float * sums, int64_t stride) {
+    for (int64_t j = 0; j < n;) {
+        const int64_t chunk = shape.block_of(first + j) - 1, at = first + j - shape.block_first(chunk + 1);
+        const int64_t run = std::min<int64_t>(n - j, shape.n_chunk_tokens - at);
+        for (int h = 0; h < n_head; h++) {
+            float *       to   = sums_of(il, chunk) + h * shape.n_chunk_tokens + at;
+            const float * from = sums + h * stride + j;
+            for (int64_t i = 0; i < run; i++) {
+                to[i] += from[i];
+            }
+        }
+        j += run;
+    }
+}
+
+void kv_store::close_until(int64_t limit, int n_threads) {
+    const int64_t last = limit < shape.n_sink ? 0 : (limit - shape.n_sink) / shape.n_chunk_tokens;
+    if (n_width > 0 && last > n_closed_chunks) {
+        parallel(n_threads, [&](int ith, int nth) {
+            for (size_t il = ith; il < layers.size(); il += nth) {
+                layer & l = layers[il];
+                for (int64_t b = n_closed_chunks; b < last; b++) {
+                    const actqkv_f16 * keys = stores_near ? l.recent.data() + shape.recent_offset(b + 1)
+                                                          : l.k.data() + shape.block_offset(b + 1);
+                    actqkv_summarize(actqkv_impl_best(), summary_kind, n_representatives, keys,
+                                     shape.head_stride(b + 1), sums_of((int) il, b), shape.n_chunk_tokens, n_head,
+                                     shape.n_head_kv, shape.d_head, shape.n_chunk_tokens, l.reps.data() + b * n_width,
+                                     l.norms.data() + b);
+                }
+            }
+        });
+    }
+    n_closed_chunks = std::max(n_closed_chunks, last);
+}
+
+recent_state kv_store::save_recent() const {
+    recent_state state;
+    for (const layer & l : layers) {
+        state.keys.insert(state.keys.end(), l.recent.begin(), l.recent.end());
+        state.sums.insert(state.sums.end(), l.sums.begin(), l.sums.end());
+    }
+    return state;
+}
+
+void kv_store::restore_recent(const recent_state & state, int64_t n_closed) {
+    const actqkv_f16 * keys = state.keys.data();
+    const float *      sums = state.sums.data();
+    for (layer & l : layers) {
+        std::copy_n(keys, l.recent.size(), l.recent.data());
+        std::copy_n(sums, l.sums.size(), l.sums.data());
+        keys += l.recent.size();
+        sums += l.sums.size();
+    }
+    n_closed_chunks = n_closed;
+}
+
+std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens) const {
+    const layer &      l = layers[il];
+    std::vector<range> ranges;
+    if (n_tokens > 0) {
+        const int64_t  last  = shape.block_of(n_tokens - 1);
+        const uint64_t bytes = (shape.block_first(last) + shape.block_tokens(last)) * shape.token_stride() *
+                               sizeof(actqkv_f16);
+        ranges.push_back({ l.k.data(), bytes });
+        ranges.push_back({ l.v.data(), bytes });
+    }
+    if (n_width > 0 && n_closed_chunks > 0) {
+        ranges.push_back({ l.reps.data(), n_closed_chunks * n_width * sizeof(actqkv_f16) });
+        ranges.push_back({ l.norms.data(), n_closed_chunks * sizeof(float) });
+    }
+    return ranges;
+}
+
+} // namespace actqkv

@@ -1,0 +1,125 @@
+#include "hparams.h"
+
+#include "../error.h"
+
+#include "ggml.h"
+#include "llama.h"
+
+#include <array>
+#include <cmath>
+#include <cstdlib>
+
+namespace actqkv {
+namespace {
+
+struct metadata {
+    const llama_model * model;
+    std::string         prefix; // "llama."
+
+    bool has(const std::string & key) const { return llama_model_meta_val_str(model, key.c_str(), nullptr, 0) >= 0; }
+
+    std::string text(const std::string & key, const std::string & fallback) const {
+        std::array<char, 512> buffer;
+        const int n = llama_model_meta_val_str(model, key.c_str(), buffer.data(), buffer.size());
+        return n < 0 ? fallback : std::string(buffer.data());
+    }
+
+    double number(const std::string & name, double fallback) const {
+        const std::string value = text(prefix + name, "");
+        if (value.empty()) {
+            return fallback;
+        }
+        char *       end    = nullptr;
+        const double parsed = strtod(value.c_str(), &end);
+        if (*end != '\0' || !std::isfinite(parsed)) {
+            throw error(ACTQKV_ERR_MODEL, format("metadata %s%s is '%s', expected one number for all layers",
+                                                 prefix.c_str(), name.c_str(), value.c_str()));
+        }
+        return parsed;
+    }
+};
+
+// libllama's llama_context constructor: YaRN's magnitude, with the factor that ggml_rope applies itself cancelled.
+float yarn_attn_factor(const metadata & meta, const rope_params & rope) {
+    float attn = (float) meta.number("rope.scaling.yarn_attn_factor", 1.0);
+    if (rope.ext_factor != 0.0f) {
+        const float factor  = 1.0f / rope.freq_scale;
+        const auto  mscale  = [&](float m) { return factor <= 1.0f ? 1.0f : 0.1f * m * logf(factor) + 1.0f; };
+        const float log_mul = (float) meta.number("rope.scaling.yarn_log_multiplier", 0.0);
+        attn                = log_mul != 0.0f ? mscale(1.0f) / mscale(log_mul) : mscale(1.0f);
+        attn *= 1.0f / (1.0f + 0.1f * logf(factor));
+    }
+    return attn * (float) meta.number("rope.scaling.attn_factor", 1.0);
+}
+
+rope_params read_rope(const metadata & meta, const hparams & hp) {
+    rope_params rope = {};
+    switch (llama_model_rope_type(meta.model)) {
+        case LLAMA_ROPE_TYPE_NORM: rope.type = GGML_ROPE_TYPE_NORMAL; break;
+        case LLAMA_ROPE_TYPE_NEOX: rope.type = GGML_ROPE_TYPE_NEOX; break;
+        default: throw error(ACTQKV_ERR_MODEL, "rope type is neither normal nor neox");
+    }
+    rope.n_dims            = (int) meta.number("rope.dimension_count", hp.d_head);
+    rope.freq_base         = (float) meta.number("rope.freq_base", 10000.0);
+    const std::string type = meta.text(meta.prefix + "rope.scaling.type", "linear");
+    if (type != "none" && type != "linear" && type != "yarn") {
+        throw error(ACTQKV_ERR_MODEL, format("rope scaling '%s' is not one of none, linear, yarn", type.c_str()));
+    }
+    const double factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 0.0));
+    rope.freq_scale     = factor == 0.0 || type == "none" ? 1.0f : 1.0f / (float) factor;
+    rope.n_ctx_orig     = (int) meta.number("rope.scaling.original_context_length", 0);
+    if (rope.n_ctx_orig == 0) {
+        rope.n_ctx_orig = hp.n_ctx_train;
+    }
+    rope.ext_factor = (float) meta.number("rope.scaling.yarn_ext_factor", -1.0);
+    if (rope.ext_factor < 0.0f) {
+        rope.ext_factor = type == "yarn" ? 1.0f : 0.0f;
+    }
+    rope.beta_fast   = (float) meta.number("rope.scaling.yarn_beta_fast", 32.0);
+    rope.beta_slow   = (float) meta.number("rope.scaling.yarn_beta_slow", 1.0);
+    rope.attn_factor = yarn_attn_factor(meta, rope);
+    return rope;
+}
+
+void require(bool holds, const char * what) {
+    if (!holds) {
+        throw error(ACTQKV_ERR_MODEL, what);
+    }
+}
+
+} // namespace
+
+hparams read_hparams(const llama_model * model) {
+    metadata meta = { model, "" };
+    hparams  hp   = {};
+    hp.arch       = meta.text("general.architecture", "");
+    if (hp.arch != "llama" && hp.arch != "qwen2" && hp.arch != "qwen3") {
+        throw error(ACTQKV_ERR_MODEL,
+                    format("architecture '%s' is not one of llama, qwen2, qwen3", hp.arch.c_str()));
+    }
+    meta.prefix    = hp.arch + ".";
+    hp.n_layer     = llama_model_n_layer(model);
+    hp.n_embd      = llama_model_n_embd(model);
+    hp.n_head      = llama_model_n_head(model);
+    hp.n_head_kv   = llama_model_n_head_kv(model);
+    hp.n_vocab     = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    hp.n_ctx_train = llama_model_n_ctx_train(model);
+
+    require(hp.n_layer > 0 && hp.n_embd > 0 && hp.n_vocab > 0, "the model holds no layers (a vocabulary-only file?)");
+    require(hp.n_head > 0 && hp.n_head_kv > 0 && hp.n_head % hp.n_head_kv == 0,
+            "the number of query heads is not a multiple of the number of KV heads");
+    require(meta.number("expert_count", 0) == 0, "mixture of experts");
+    require(llama_model_n_swa(model) == 0, "sliding-window attention");
+
+    meta.number("attention.head_count", 0); // one number for all layers, not a list
+    meta.number("attention.head_count_kv", 0);
+    hp.d_head = (int32_t) meta.number("attention.key_length", hp.n_embd / hp.n_head);
+    require(meta.number("attention.value_length", hp.d_head) == hp.d_head, "key and value heads differ in size");
+    require(hp.d_head > 0 && hp.d_head % 2 == 0, "the head size is odd");
+    hp.rms_eps    = (float) meta.number("attention.layer_norm_rms_epsilon", 0.0);
+    hp.rope       = read_rope(meta, hp);
+    hp.attn_scale = 1.0f / sqrtf((float) hp.d_head);
+    return hp;
+}
+
+} // namespace actqkv

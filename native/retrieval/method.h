@@ -1,0 +1,26 @@
+// The table of methods (ALGORITHMS.md section 6): a method is a row, and nothing else distinguishes methods.
+#pragma once
+
+#include "actqkv.h"
+
+#include "../model/hparams.h"
+
+#include <vector>
+
+namespace actqkv {
+
+const std::vector<actqkv_method> & method_table();
+
+// Throws ACTQKV_ERR_ARGUMENT listing the known names.
+const actqkv_method & find_method(const char * name);
+
+actqkv_params default_params();
+
+// Checks every value and their relations; resolves AUTO positions and the published probe warm-up for this model.
+// Throws ACTQKV_ERR_ARGUMENT saying what is allowed.
+actqkv_params resolve_params(const actqkv_params & params, const hparams & hp);
+
+// Chunks that a prefill window retrieves per layer, and a decode step on average.
+inline int32_t n_retrieved(const actqkv_params & p) { return (p.budget - p.n_sink - p.n_local) / p.n_chunk_tokens; }
+
+} // namespace actqkv

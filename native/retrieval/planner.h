@@ -1,0 +1,64 @@
+// Which chunks a layer attends in this window: probe -> score -> cut-off -> plan (ALGORITHMS.md section 3).
+#pragma once
+
+#include "../kv/store.h"
+#include "actqkv.h"
+
+#include <functional>
+#include <vector>
+
+namespace actqkv {
+
+// What a layer has learnt from the history; part of every checkpoint and state.
+struct layer_memory {
+    std::vector<float>  mean, var;       // [E] running statistics of far queries
+    double              n_tokens  = 0;   // seen by them, capped
+    int64_t             n_windows = 0;
+    std::vector<double> entropies;       // of the last N_ENTROPIES windows, oldest first
+    std::vector<float>  question;        // [E] mean of the most attended question queries; empty: none
+    std::vector<float>  asked_queries;   // [n][E] far queries of the question's tokens ...
+    std::vector<float>  asked_attention; // [n] ... and the attention they received in their window
+
+    actqkv_running running() { return { mean.data(), var.data(), n_tokens, n_windows }; }
+};
+
+constexpr size_t N_ENTROPIES = 100; // windows over which a layer's entropy is averaged
+
+// Called with an array of the current layer; see actqkv_observe_fn. Empty when nobody watches.
+using observer = std::function<void(const char * name, const float * data, int64_t ne0, int64_t ne1, int64_t ne2)>;
+
+// The share of one layer in the pool that is left, and the pool after it. h: mean entropies of the layers from this
+// one on. published: clamp to [32, 2k] whatever the pool says.
+int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published);
+
+struct planner_stage { double ms; uint64_t bytes; };
+
+class planner {
+  public:
+    planner(const hparams & hp, const actqkv_params & params);
+
+    // Before the first layer of a window.
+    void begin_window(const std::vector<layer_memory> & memory, int64_t n_chunks, bool decode);
+
+    // Chunk ids to attend, ascending. q_far: [m][E]. Updates memory's statistics (reading) and entropies.
+    const std::vector<int32_t> & plan(int il, layer_memory & memory, const kv_store & store, const float * q_far, int m,
+                                      const observer & observe);
+
+    planner_stage probe_stage = {}, score_stage = {};
+
+  private:
+    void    make_probe(layer_memory & memory, const float * q_far, int m, const observer & observe);
+    void    make_scores(int il, const layer_memory & memory, const kv_store & store);
+    int64_t n_granted(int il, layer_memory & memory, const observer & observe);
+
+    const hparams &       hp;
+    const actqkv_params & params;
+    int64_t               n_chunks  = 0;
+    bool                  is_decode = false;
+    int64_t               pool      = 0;
+    std::vector<double>   mean_entropy; // [n_layer]
+    std::vector<float>    bias, weights, probe, folded, scores, question_scores;
+    std::vector<int32_t>  chosen, scratch;
+};
+
+} // namespace actqkv

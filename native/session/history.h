@@ -1,0 +1,45 @@
+// The tokens of a session and how each was read, and the windows that follow from both.
+//
+// Windows are a function of the history alone, never of how it was cut into calls: a decode token is a window of its
+// own; the other tokens are cut at absolute multiples of n_window and where the phase changes.
+#pragma once
+
+#include "actqkv.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace actqkv {
+
+struct history {
+    std::vector<int32_t> tokens;
+    std::vector<int8_t>  phases; // enum actqkv_phase
+
+    int64_t size() const { return (int64_t) tokens.size(); }
+
+    void append(const int32_t * more, int64_t n, int32_t phase) {
+        tokens.insert(tokens.end(), more, more + n);
+        phases.insert(phases.end(), n, (int8_t) phase);
+    }
+
+    void truncate(int64_t n) {
+        tokens.resize(n);
+        phases.resize(n);
+    }
+
+    // Whether a window starts at token i, 0 <= i < size().
+    bool starts_window(int64_t i, int32_t n_window) const {
+        return i % n_window == 0 || phases[i] == ACTQKV_DECODE || phases[i - 1] != phases[i];
+    }
+
+    // End of the window that starts at token i.
+    int64_t window_end(int64_t i, int32_t n_window) const {
+        int64_t end = i + 1;
+        while (end < size() && !starts_window(end, n_window)) {
+            end++;
+        }
+        return end;
+    }
+};
+
+} // namespace actqkv

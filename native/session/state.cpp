@@ -1,0 +1,285 @@
+// The state of a session as one blob.
+//
+//   u64 magic "AKVSTATE"   u32 version   u32 zero
+//   u64 fingerprint of the model's shape and size
+//   actqkv_params (n_ctx and n_threads may differ when it is set)
+//   i64 n_tokens   i64 n_done   i64 n_closed
+//   i32 tokens[n_tokens]   i8 phases[n_tokens]
+//   layer memories, recent state, checkpoints (each array preceded by its u64 count)
+//   per layer: K, V, summaries, norms in use
+//   u64 checksum of everything before
+//
+// A blob is checked as a whole before the session is touched; then every count is checked against what this session
+// expects, so that even a forged checksum cannot read or write out of bounds.
+#include "session.h"
+
+#include "../error.h"
+
+#include "llama.h"
+
+#include <cstring>
+
+namespace actqkv {
+namespace {
+
+constexpr uint64_t MAGIC   = 0x4554415453564B41; // "AKVSTATE"
+constexpr uint32_t VERSION = 1;
+
+uint64_t mix(uint64_t hash, uint64_t word) {
+    hash = (hash ^ word) * 0x9E3779B97F4A7C15ull;
+    return hash ^ (hash >> 29);
+}
+
+uint64_t checksum(const uint8_t * data, uint64_t size) {
+    uint64_t hash = size;
+    uint64_t i    = 0;
+    for (; i + 8 <= size; i += 8) {
+        uint64_t word;
+        memcpy(&word, data + i, 8);
+        hash = mix(hash, word);
+    }
+    for (; i < size; i++) {
+        hash = mix(hash, data[i]);
+    }
+    return hash;
+}
+
+uint64_t fingerprint(const llama_model * model, const hparams & hp) {
+    uint64_t hash = checksum((const uint8_t *) hp.arch.data(), hp.arch.size());
+    for (const int64_t n : { hp.n_layer, hp.n_embd, hp.n_head, hp.n_head_kv, hp.d_head, hp.n_vocab, hp.n_ctx_train }) {
+        hash = mix(hash, (uint64_t) n);
+    }
+    return mix(mix(hash, llama_model_size(model)), llama_model_n_params(model));
+}
+
+// Counts bytes when `to` is NULL, else writes them.
+struct writer {
+    uint8_t * to;
+    uint64_t  used = 0;
+
+    void raw(const void * data, uint64_t bytes) {
+        if (to != nullptr && bytes > 0) {
+            memcpy(to + used, data, bytes);
+        }
+        used += bytes;
+    }
+    template <typename T> void value(const T & x) { raw(&x, sizeof(T)); }
+    template <typename T> void array(const std::vector<T> & x) {
+        value((uint64_t) x.size());
+        raw(x.data(), x.size() * sizeof(T));
+    }
+};
+
+struct reader {
+    const uint8_t * from;
+    uint64_t        size;
+    uint64_t        used = 0;
+
+    void raw(void * data, uint64_t bytes) {
+        if (bytes > size - used) {
+            throw error(ACTQKV_ERR_STATE, format("state ends after %llu bytes, expected %llu more",
+                                                 (unsigned long long) size, (unsigned long long) bytes));
+        }
+        memcpy(data, from + used, bytes);
+        used += bytes;
+    }
+    template <typename T> T value() {
+        T x;
+        raw(&x, sizeof(T));
+        return x;
+    }
+    // Of `expected` elements, or of none where `or_empty`.
+    template <typename T> void array(std::vector<T> & x, uint64_t expected, bool or_empty = false) {
+        const uint64_t n = value<uint64_t>();
+        if (n != expected && !(or_empty && n == 0)) {
+            throw error(ACTQKV_ERR_STATE, format("state holds an array of %llu, expected %llu", (unsigned long long) n,
+                                                 (unsigned long long) expected));
+        }
+        x.resize(n);
+        raw(x.data(), n * sizeof(T));
+    }
+    template <typename T> void array_up_to(std::vector<T> & x, uint64_t most) {
+        uint64_t n = 0;
+        if (size - used >= sizeof(n)) {
+            memcpy(&n, from + used, sizeof(n));
+        }
+        array(x, std::min(n, most));
+    }
+};
+
+void write_memory(writer & out, const std::vector<layer_memory> & memory) {
+    for (const layer_memory & l : memory) {
+        out.array(l.mean);
+        out.array(l.var);
+        out.value(l.n_tokens);
+        out.value(l.n_windows);
+        out.array(l.entropies);
+        out.array(l.question);
+        out.array(l.asked_queries);
+        out.array(l.asked_attention);
+    }
+}
+
+std::vector<layer_memory> read_memory(reader & in, const hparams & hp, int64_t n_tokens) {
+    std::vector<layer_memory> memory(hp.n_layer);
+    const uint64_t            E = hp.n_channels();
+    for (layer_memory & l : memory) {
+        in.array(l.mean, E, true);
+        in.array(l.var, E, true);
+        l.n_tokens  = in.value<double>();
+        l.n_windows = in.value<int64_t>();
+        in.array_up_to(l.entropies, N_ENTROPIES);
+        in.array(l.question, E, true);
+        in.array_up_to(l.asked_queries, n_tokens * E);
+        in.array(l.asked_attention, l.asked_queries.size() / E);
+    }
+    return memory;
+}
+
+void write_recent(writer & out, const recent_state & recent) {
+    out.array(recent.keys);
+    out.array(recent.sums);
+}
+
+recent_state read_recent(reader & in, const recent_state & like) {
+    recent_state recent;
+    in.array(recent.keys, like.keys.size());
+    in.array(recent.sums, like.sums.size());
+    return recent;
+}
+
+bool same_method(actqkv_params a, const actqkv_params & b) {
+    a.n_ctx     = b.n_ctx;
+    a.n_threads = b.n_threads;
+    return memcmp(&a, &b, sizeof(a)) == 0;
+}
+
+void write_state(writer & out, const llama_model * model, const hparams & hp, const actqkv_params & params,
+                 const history & tokens, int64_t n_done, const kv_store & store,
+                 const std::vector<layer_memory> & memory, const checkpoints & saved) {
+    out.value(MAGIC);
+    out.value(VERSION);
+    out.value((uint32_t) 0);
+    out.value(fingerprint(model, hp));
+    out.value(params);
+    out.value(tokens.size());
+    out.value(n_done);
+    out.value(store.n_closed());
+    out.raw(tokens.tokens.data(), tokens.size() * sizeof(int32_t));
+    out.raw(tokens.phases.data(), tokens.size());
+    write_memory(out, memory);
+    write_recent(out, store.save_recent());
+    out.value((uint64_t) saved.list().size());
+    for (const checkpoint & c : saved.list()) {
+        out.value(c.n_past);
+        out.value(c.n_closed);
+        out.value((uint8_t) c.pinned);
+        write_memory(out, c.memory);
+        write_recent(out, c.recent);
+    }
+    for (int il = 0; il < hp.n_layer; il++) {
+        for (const kv_store::range & r : store.used_ranges(il, n_done)) {
+            out.raw(r.data, r.bytes);
+        }
+    }
+    out.value(out.to == nullptr ? (uint64_t) 0 : checksum(out.to, out.used));
+}
+
+void check_blob(const uint8_t * data, uint64_t size) {
+    uint64_t magic = 0, sum = 0;
+    if (size < 64 || (memcpy(&magic, data, 8), magic != MAGIC)) {
+        throw error(ACTQKV_ERR_STATE, "not a state of actqkv");
+    }
+    uint32_t version;
+    memcpy(&version, data + 8, 4);
+    if (version != VERSION) {
+        throw error(ACTQKV_ERR_STATE, format("state version is %u, expected %u", version, VERSION));
+    }
+    memcpy(&sum, data + size - 8, 8);
+    if (sum != checksum(data, size - 8)) {
+        throw error(ACTQKV_ERR_STATE, "state is damaged or truncated: its checksum does not match");
+    }
+}
+
+} // namespace
+
+uint64_t session::state_size() const {
+    writer out = { nullptr };
+    write_state(out, model, hp, params, tokens, n_done, store, memory, saved);
+    return out.used;
+}
+
+void session::state_get(uint8_t * data, uint64_t size) const {
+    const uint64_t needed = state_size();
+    if (size < needed) {
+        throw error(ACTQKV_ERR_ARGUMENT, format("the buffer has %llu bytes, expected %llu", (unsigned long long) size,
+                                                (unsigned long long) needed));
+    }
+    writer out = { data };
+    write_state(out, model, hp, params, tokens, n_done, store, memory, saved);
+}
+
+void session::state_set(const uint8_t * data, uint64_t size) {
+    check_blob(data, size);
+    reader in = { data, size - 8 };
+    in.used   = 16;
+    if (in.value<uint64_t>() != fingerprint(model, hp)) {
+        throw error(ACTQKV_ERR_STATE, "state is of another model");
+    }
+    if (!same_method(in.value<actqkv_params>(), params)) {
+        throw error(ACTQKV_ERR_STATE, "state was made with other parameters (method, sizes, positions or kv_type)");
+    }
+    const int64_t n = in.value<int64_t>(), done = in.value<int64_t>(), closed = in.value<int64_t>();
+    if (n < 0 || n > params.n_ctx) {
+        throw error(ACTQKV_ERR_STATE, format("state holds %lld tokens, n_ctx is %d", (long long) n, params.n_ctx));
+    }
+    if (done < 0 || done > n || closed < 0 || closed > store.layout().n_chunks_max(done)) {
+        throw error(ACTQKV_ERR_STATE, "state is inconsistent: more done than read");
+    }
+    history read;
+    read.tokens.resize(n);
+    read.phases.resize(n);
+    in.raw(read.tokens.data(), n * sizeof(int32_t));
+    in.raw(read.phases.data(), n);
+    for (int64_t i = 0; i < n; i++) {
+        if (read.tokens[i] < 0 || read.tokens[i] >= hp.n_vocab || read.phases[i] < 0 ||
+            read.phases[i] > ACTQKV_QUESTION) {
+            throw error(ACTQKV_ERR_STATE, format("state is inconsistent at token %lld", (long long) i));
+        }
+    }
+    const recent_state        like       = store.save_recent();
+    std::vector<layer_memory> new_memory = read_memory(in, hp, n);
+    const recent_state        new_recent = read_recent(in, like);
+    checkpoints               new_saved;
+    const uint64_t            n_saved = in.value<uint64_t>();
+    for (uint64_t i = 0; i < n_saved; i++) {
+        checkpoint c;
+        c.n_past   = in.value<int64_t>();
+        c.n_closed = in.value<int64_t>();
+        c.pinned   = in.value<uint8_t>() != 0;
+        if (c.n_past < 0 || c.n_past > done || c.n_closed < 0 || c.n_closed > closed) {
+            throw error(ACTQKV_ERR_STATE, "state is inconsistent: a checkpoint lies behind its end");
+        }
+        c.memory = read_memory(in, hp, n);
+        c.recent = read_recent(in, like);
+        new_saved.add(std::move(c));
+    }
+
+    tokens = std::move(read);
+    memory = std::move(new_memory);
+    saved  = std::move(new_saved);
+    n_done = done;
+    store.restore_recent(new_recent, closed);
+    try {
+        for (int il = 0; il < hp.n_layer; il++) {
+            for (const kv_store::range & r : store.used_ranges(il, n_done)) {
+                in.raw(const_cast<void *>(r.data), r.bytes);
+            }
+        }
+    } catch (...) {
+        rewind(0);
+        throw;
+    }
+}
+
+} // namespace actqkv
