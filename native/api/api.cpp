@@ -1,5 +1,7 @@
 // extern "C" shims: arguments in, exceptions out as status + message. No logic.
 #include "../error.h"
+#include "../kernels/kernels.h"
+#include "../model/extra_buffers.h"
 #include "../session/session.h"
 
 #include <cstring>
@@ -188,4 +190,17 @@ actqkv_stats actqkv_stats_get(const actqkv_session * session) {
 
 void actqkv_stats_reset(actqkv_session * session) {
     session->impl.reset_stats();
+}
+
+int32_t actqkv_try_extra_buffers(actqkv_error * err) {
+    return guarded(err, [] { actqkv::try_extra_buffers(); });
+}
+
+const char * actqkv_kernel_name(void) {
+    switch (actqkv_impl_best()) {
+        case ACTQKV_IMPL_AVX512: return "avx512";
+        case ACTQKV_IMPL_AVX2: return "avx2";
+        case ACTQKV_IMPL_NEON: return "neon";
+        default: return "scalar";
+    }
 }

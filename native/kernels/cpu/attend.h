@@ -1,0 +1,125 @@
+// What the scalar and the fast versions of attend share: walking over the keys, and cutting up the scratch.
+#pragma once
+
+#include <stdint.h>
+
+#include "ops.h"
+
+namespace actqkv {
+
+// Which query a key meets. Within one span it changes with the position at most from FAR over BOTH to NEAR.
+enum sort { FAR, NEAR, BOTH, WINDOW }; // BOTH: far for early queries of the window, near for late ones
+
+// A stretch of keys of one sort and one KV head.
+struct piece {
+    sort kind;
+    int32_t n;
+    int64_t key;      // number of its first key, counted over all spans and the window
+    int64_t position; // of its first key
+    int32_t ordinal;  // of its span among those that are not empty
+    const actqkv_f16 * near;
+    const actqkv_f16 * far;
+    const actqkv_f16 * v;
+};
+
+struct cursor {
+    int32_t span = 0;
+    int32_t offset = 0;
+    int32_t ordinal = 0;
+    int64_t key = 0;
+};
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+inline int64_t count_past_keys(const actqkv_attend_args & args, int32_t n_spans) {
+    int64_t n = 0;
+    for (int32_t s = 0; s < n_spans; s++) {
+        n += args.spans[s].n_tok;
+    }
+    return n;
+}
+
+inline void step_over(cursor & at, int32_t n) {
+    at.offset += n;
+    at.key += n;
+}
+
+inline void next_span(cursor & at, const actqkv_span & span) {
+    at.ordinal += span.n_tok > 0;
+    at.span++;
+    at.offset = 0;
+}
+
+inline cursor seek(const actqkv_attend_args & args, int64_t key) {
+    cursor at;
+    while (at.span < args.n_spans && key - at.key >= args.spans[at.span].n_tok) {
+        at.key += args.spans[at.span].n_tok;
+        next_span(at, args.spans[at.span]);
+    }
+    step_over(at, (int32_t) (key - at.key));
+    return at;
+}
+
+// At most max_n keys from `at` on, of KV head g; moves `at` behind them. False at the end.
+inline bool next_piece(const actqkv_attend_args & args, int32_t g, int64_t max_n, cursor & at, piece & p) {
+    const int32_t d = args.d_head;
+    while (at.span < args.n_spans && at.offset >= args.spans[at.span].n_tok) {
+        next_span(at, args.spans[at.span]);
+    }
+    p.key = at.key;
+    p.ordinal = at.ordinal;
+    if (at.span >= args.n_spans) {
+        const int64_t offset = g * args.window_stride + (int64_t) at.offset * d;
+        p.kind = WINDOW;
+        p.n = (int32_t) min64(args.m - at.offset, max_n);
+        p.position = args.n_past + at.offset;
+        p.near = args.k_window + offset;
+        p.far = nullptr;
+        p.v = args.v_window + offset;
+        step_over(at, p.n);
+        return p.n > 0;
+    }
+    const actqkv_span & s = args.spans[at.span];
+    p.n = (int32_t) min64(s.n_tok - at.offset, max_n);
+    p.position = s.first + at.offset;
+    p.near = s.near ? s.near + g * s.near_stride + (int64_t) at.offset * d : nullptr;
+    p.far = s.far ? s.far + g * s.far_stride + (int64_t) at.offset * d : nullptr;
+    p.v = s.v + g * s.v_stride + (int64_t) at.offset * d;
+    const int64_t far_end = args.n_past - args.n_clamp + 1;       // before it, far for every query
+    const int64_t near_begin = args.n_past + args.m - args.n_clamp; // from it on, near for every query
+    if (!p.far || (p.near && p.position >= near_begin)) {
+        p.kind = NEAR;
+    } else if (!p.near) {
+        p.kind = FAR;
+    } else if (p.position < far_end) {
+        p.kind = FAR;
+        p.n = (int32_t) min64(p.n, far_end - p.position);
+    } else {
+        p.kind = BOTH;
+        p.n = (int32_t) min64(p.n, near_begin - p.position);
+    }
+    step_over(at, p.n);
+    return true;
+}
+
+// Hands out consecutive 64-byte aligned arrays; from NULL it only counts.
+struct arena {
+    uint8_t * base;
+    uint64_t used = 0;
+
+    template <typename T> T * take(uint64_t n) {
+        T * p = base ? (T *) (base + used) : nullptr;
+        used += (n * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+
+// Decode (attend_one.cpp) and windows (attend_window.cpp); scratch in bytes for at most n_keys keys and m queries.
+void attend_one(const ops & ops, const actqkv_attend_args & args);
+void attend_window(const ops & ops, const actqkv_attend_args & args);
+uint64_t attend_one_scratch(int32_t n_head, int32_t n_head_kv, int32_t d, int64_t n_keys, int32_t n_threads);
+uint64_t attend_window_scratch(int32_t n_head, int32_t n_head_kv, int32_t d, int32_t m, int64_t n_keys,
+                               int32_t n_threads);
+
+} // namespace actqkv

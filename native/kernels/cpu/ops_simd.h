@@ -1,0 +1,407 @@
+// The inner loops of ops.h over the vectors of simd.h. Included once per instruction set; everything is static.
+#pragma once
+
+#include "ops.h"
+#include "simd.h"
+
+// What the compiler keeps in registers depends on these loops being unrolled: all bounds are template arguments.
+#define UNROLL _Pragma("GCC unroll 16")
+
+// ---- streams: each row is read once from memory
+
+static void simd_to_f16(const float * src, actqkv_f16 * dst, int64_t n) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        v_store_f16(dst + i, v_load(src + i));
+    }
+    for (; i < n; i++) {
+        dst[i] = float_to_half(src[i]);
+    }
+}
+
+static void simd_add_f16(const actqkv_f16 * row, float * acc, int64_t n) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        v_store(acc + i, v_add(v_load(acc + i), v_load_f16(row + i)));
+    }
+    for (; i < n; i++) {
+        acc[i] += half_to_float(row[i]);
+    }
+}
+
+static inline void fetch(const actqkv_f16 * from, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32) { // a cache line of 64 bytes
+        __builtin_prefetch(from + i);
+    }
+}
+
+// Four rows times NV vectors: 4*NV sums fill at most one vector, so that one tree of shuffles adds up all lanes.
+template <int NV>
+static inline void dots_4(const float * vecs, const actqkv_f16 * const * row, int64_t width, float * sums) {
+    vf acc[W];
+    UNROLL for (int i = 0; i < W; i++) {
+        acc[i] = v_zero();
+    }
+    int64_t e = 0;
+    for (; e + W <= width; e += W) {
+        const vf k0 = v_load_f16(row[0] + e), k1 = v_load_f16(row[1] + e);
+        const vf k2 = v_load_f16(row[2] + e), k3 = v_load_f16(row[3] + e);
+        UNROLL for (int x = 0; x < NV; x++) {
+            const vf q = v_load(vecs + x * width + e);
+            acc[4 * x + 0] = v_fma(q, k0, acc[4 * x + 0]);
+            acc[4 * x + 1] = v_fma(q, k1, acc[4 * x + 1]);
+            acc[4 * x + 2] = v_fma(q, k2, acc[4 * x + 2]);
+            acc[4 * x + 3] = v_fma(q, k3, acc[4 * x + 3]);
+        }
+    }
+    if (e < width) {
+        const int n = (int) (width - e);
+        for (int i = 0; i < 4; i++) {
+            const vf k = v_load_f16_n(row[i] + e, n);
+            UNROLL for (int x = 0; x < NV; x++) {
+                acc[4 * x + i] = v_fma(v_load_n(vecs + x * width + e, n, 0), k, acc[4 * x + i]);
+            }
+        }
+    }
+    v_store(sums, v_sum_each(acc));
+}
+
+static void simd_dots(const float * vecs, int n_vec, const actqkv_f16 * rows, int64_t n, int64_t width, float * out,
+                      int64_t ldo, const actqkv_f16 * ahead) {
+    for (int64_t b = 0; b < n; b += 4) {
+        const int n_row = n - b < 4 ? (int) (n - b) : 4;
+        const actqkv_f16 * row[4];
+        for (int i = 0; i < 4; i++) {
+            row[i] = rows + (b + (i < n_row ? i : 0)) * width;
+        }
+        if (ahead) {
+            fetch(ahead + b * width, n_row * width);
+        }
+        for (int x0 = 0; x0 < n_vec; x0 += STREAM_VECS) {
+            const int nv = n_vec - x0 < STREAM_VECS ? n_vec - x0 : STREAM_VECS;
+            const float * v = vecs + x0 * width;
+            float sums[W];
+            switch (nv) {
+            case 1: dots_4<1>(v, row, width, sums); break;
+            case 2: dots_4<STREAM_VECS < 2 ? STREAM_VECS : 2>(v, row, width, sums); break;
+            case 3: dots_4<STREAM_VECS < 3 ? STREAM_VECS : 3>(v, row, width, sums); break;
+            default: dots_4<STREAM_VECS>(v, row, width, sums); break;
+            }
+            for (int x = 0; x < nv; x++) {
+                for (int i = 0; i < n_row; i++) {
+                    out[(x0 + x) * ldo + b + i] = sums[4 * x + i];
+                }
+            }
+        }
+    }
+}
+
+// NX sums of NE vectors stay in registers while n rows pass. last: valid lanes of the last vector, W unless ragged.
+template <int NX, int NE>
+static inline void mix_block(const float * weights, int64_t ldw, const actqkv_f16 * rows, int64_t n, int64_t width,
+                             float * out, int64_t ldo, int last, const actqkv_f16 * ahead) {
+    vf acc[NX][NE];
+    UNROLL for (int x = 0; x < NX; x++) {
+        UNROLL for (int j = 0; j < NE; j++) {
+            const float * o = out + x * ldo + j * W;
+            acc[x][j] = last == W ? v_load(o) : v_load_n(o, last, 0);
+        }
+    }
+    for (int64_t b = 0; b < n; b++) {
+        const actqkv_f16 * row = rows + b * width;
+        vf v[NE];
+        UNROLL for (int j = 0; j < NE; j++) {
+            v[j] = last == W ? v_load_f16(row + j * W) : v_load_f16_n(row, last);
+        }
+        if (ahead) {
+            fetch(ahead + b * width, NE * W);
+        }
+        UNROLL for (int x = 0; x < NX; x++) {
+            const vf w = v_set1(weights[x * ldw + b]);
+            UNROLL for (int j = 0; j < NE; j++) {
+                acc[x][j] = v_fma(w, v[j], acc[x][j]);
+            }
+        }
+    }
+    UNROLL for (int x = 0; x < NX; x++) {
+        UNROLL for (int j = 0; j < NE; j++) {
+            float * o = out + x * ldo + j * W;
+            last == W ? v_store(o, acc[x][j]) : v_store_n(o, acc[x][j], last);
+        }
+    }
+}
+
+constexpr int MIX_VECS = W == 8 ? 2 : 4; // 4*4 accumulators, or 2*4 where there are 16 registers
+
+template <int NE>
+static void mix_columns(const float * weights, int64_t ldw, int n_vec, const actqkv_f16 * rows, int64_t n,
+                        int64_t width, float * out, int64_t ldo, int last, const actqkv_f16 * ahead) {
+    for (int x = 0; x < n_vec; x += MIX_VECS) {
+        const float * w = weights + x * ldw;
+        float * o = out + x * ldo;
+        switch (n_vec - x < MIX_VECS ? n_vec - x : MIX_VECS) {
+        case 1: mix_block<1, NE>(w, ldw, rows, n, width, o, ldo, last, ahead); break;
+        case 2: mix_block<2, NE>(w, ldw, rows, n, width, o, ldo, last, ahead); break;
+        case 3: mix_block<MIX_VECS < 3 ? MIX_VECS : 3, NE>(w, ldw, rows, n, width, o, ldo, last, ahead); break;
+        default: mix_block<MIX_VECS, NE>(w, ldw, rows, n, width, o, ldo, last, ahead); break;
+        }
+        ahead = nullptr; // fetched once
+    }
+}
+
+static void simd_mix(const float * weights, int64_t ldw, int n_vec, const actqkv_f16 * rows, int64_t n, int64_t width,
+                     float * out, int64_t ldo, const actqkv_f16 * ahead) {
+    int64_t e = 0;
+    for (; e + 4 * W <= width; e += 4 * W) {
+        mix_columns<4>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, W, ahead ? ahead + e : nullptr);
+    }
+    for (; e + W <= width; e += W) {
+        mix_columns<1>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, W, ahead ? ahead + e : nullptr);
+    }
+    if (e < width) {
+        mix_columns<1>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, (int) (width - e), nullptr);
+    }
+}
+
+// ---- panels: register-blocked matrix products in f32
+
+constexpr int TILE_ROWS = 6;
+constexpr int TILE_COLUMNS = TILE_VECTORS * W;
+
+// c[i][j] (+)= sum_k a[i*lda + k] * b[k*ldb + j] for NR rows and NV vectors of columns
+template <int NR, int NV, bool ADD>
+static inline void tile(const float * a, int64_t lda, const float * b, int64_t ldb, int64_t n_k, float * c,
+                        int64_t ldc) {
+    vf acc[NR][NV];
+    UNROLL for (int i = 0; i < NR; i++) {
+        UNROLL for (int j = 0; j < NV; j++) {
+            acc[i][j] = ADD ? v_load(c + i * ldc + j * W) : v_zero();
+        }
+    }
+    for (int64_t k = 0; k < n_k; k++) {
+        vf x[NV];
+        UNROLL for (int j = 0; j < NV; j++) {
+            x[j] = v_load(b + k * ldb + j * W);
+        }
+        UNROLL for (int i = 0; i < NR; i++) {
+            const vf y = v_set1(a[i * lda + k]);
+            UNROLL for (int j = 0; j < NV; j++) {
+                acc[i][j] = v_fma(y, x[j], acc[i][j]);
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < NR; i++) {
+        UNROLL for (int j = 0; j < NV; j++) {
+            v_store(c + i * ldc + j * W, acc[i][j]);
+        }
+    }
+}
+
+template <int NV, bool ADD>
+static void tile_column(const float * a, int64_t lda, int n_rows, const float * b, int64_t ldb, int64_t n_k, float * c,
+                        int64_t ldc) {
+    int i = 0;
+    for (; i + TILE_ROWS <= n_rows; i += TILE_ROWS) {
+        tile<TILE_ROWS, NV, ADD>(a + i * lda, lda, b, ldb, n_k, c + i * ldc, ldc);
+    }
+    a += i * lda;
+    c += i * ldc;
+    switch (n_rows - i) {
+    case 1: tile<1, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
+    case 2: tile<2, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
+    case 3: tile<3, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
+    case 4: tile<4, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
+    case 5: tile<5, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
+    default: break;
+    }
+}
+
+// Sub-panel s of the K panel holds columns [s*TILE_COLUMNS, ...) as [d][TILE_COLUMNS].
+static void simd_pack_k(const actqkv_f16 * keys, int n, int d, float * panel, int column) {
+    for (int j = 0; j < n; j++) {
+        const int c = column + j;
+        float * dst = panel + (int64_t) (c / TILE_COLUMNS) * TILE_COLUMNS * d + c % TILE_COLUMNS;
+        const actqkv_f16 * src = keys + (int64_t) j * d;
+        int e = 0;
+        for (; e + W <= d; e += W) {
+            float x[W];
+            v_store(x, v_load_f16(src + e));
+            UNROLL for (int i = 0; i < W; i++) {
+                dst[(int64_t) (e + i) * TILE_COLUMNS] = x[i];
+            }
+        }
+        for (; e < d; e++) {
+            dst[(int64_t) e * TILE_COLUMNS] = half_to_float(src[e]);
+        }
+    }
+}
+
+static void simd_logits(const float * q, int n_rows, int d, const float * k_panel, float * logits, int64_t ldl) {
+    for (int c = 0; c < actqkv::N_PANEL; c += TILE_COLUMNS) {
+        tile_column<TILE_VECTORS, false>(q, d, n_rows, k_panel + (int64_t) c * d, TILE_COLUMNS, d, logits + c, ldl);
+    }
+}
+
+// Columns of a sub-panel of V: as equal as possible (80 is 48 + 32, not 64 + 16), so that no tile is too narrow.
+static inline int value_columns(int d_pad) {
+    const int n_sub = (d_pad + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    return ((d_pad + n_sub - 1) / n_sub + W - 1) / W * W;
+}
+
+// Sub-panel at column e of the V panel holds its columns as [N_PANEL][value_columns, fewer in the last].
+static void simd_pack_v(const actqkv_f16 * values, int n, int d, int d_pad, float * panel, int row) {
+    const int step = value_columns(d_pad);
+    for (int e0 = 0; e0 < d_pad; e0 += step) {
+        const int width = d_pad - e0 < step ? d_pad - e0 : step;
+        for (int j = 0; j < n; j++) {
+            float * dst = panel + (int64_t) e0 * actqkv::N_PANEL + (int64_t) (row + j) * width;
+            const actqkv_f16 * src = values + (int64_t) j * d + e0;
+            for (int e = 0; e < width; e += W) {
+                const int valid = d - e0 - e;
+                v_store(dst + e, valid >= W ? v_load_f16(src + e) : v_load_f16_n(src + e, valid));
+            }
+        }
+    }
+}
+
+static void simd_values(const float * weights, int64_t ldw, int n_rows, const float * v_panel, int n, int d_pad,
+                        float * out, int64_t ldo) {
+    const int step = value_columns(d_pad);
+    for (int e = 0; e < d_pad; e += step) {
+        const int width = d_pad - e < step ? d_pad - e : step;
+        const float * v = v_panel + (int64_t) e * actqkv::N_PANEL;
+        switch (width / W) {
+        case 1: tile_column<1, true>(weights, ldw, n_rows, v, width, n, out + e, ldo); break;
+        case 2: tile_column<2, true>(weights, ldw, n_rows, v, width, n, out + e, ldo); break;
+        case 3: tile_column<3, true>(weights, ldw, n_rows, v, width, n, out + e, ldo); break;
+        default: tile_column<4, true>(weights, ldw, n_rows, v, width, n, out + e, ldo); break;
+        }
+    }
+}
+
+// ---- rows of floats
+
+static float simd_max(const float * x, int64_t n) {
+    vf a = v_set1(-__builtin_inff()), b = a;
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        a = v_max(a, v_load(x + i));
+        b = v_max(b, v_load(x + i + W));
+    }
+    float greatest = v_greatest(v_max(a, b));
+    for (; i < n; i++) {
+        greatest = x[i] > greatest ? x[i] : greatest;
+    }
+    return greatest;
+}
+
+static float simd_exp2_sum(float * x, int64_t n, float shift) {
+    const vf s = v_set1(shift);
+    vf a = v_zero(), b = v_zero();
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        const vf y = v_exp2(v_sub(v_load(x + i), s));
+        const vf z = v_exp2(v_sub(v_load(x + i + W), s));
+        v_store(x + i, y);
+        v_store(x + i + W, z);
+        a = v_add(a, y);
+        b = v_add(b, z);
+    }
+    for (; i < n; i += W) {
+        const int left = n - i < W ? (int) (n - i) : W;
+        const vf y = v_exp2(v_sub(v_load_n(x + i, left, -__builtin_inff()), s));
+        v_store_n(x + i, y, left);
+        a = v_add(a, y);
+    }
+    return v_sum(v_add(a, b));
+}
+
+static float simd_sum(const float * x, int64_t n) {
+    vf a = v_zero();
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        a = v_add(a, v_load(x + i));
+    }
+    float sum = v_sum(a);
+    for (; i < n; i++) {
+        sum += x[i];
+    }
+    return sum;
+}
+
+static void simd_add_scaled(float * dst, const float * src, int64_t n, float factor) {
+    const vf f = v_set1(factor);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        v_store(dst + i, v_fma(f, v_load(src + i), v_load(dst + i)));
+    }
+    for (; i < n; i++) {
+        dst[i] += factor * src[i];
+    }
+}
+
+static void simd_scale(float * dst, int64_t n, float factor) {
+    const vf f = v_set1(factor);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        v_store(dst + i, v_mul(f, v_load(dst + i)));
+    }
+    for (; i < n; i++) {
+        dst[i] *= factor;
+    }
+}
+
+// Rows outside, channels inside: a column of a wide matrix falls into few cache sets.
+static void simd_column_stats(const float * z, int64_t ldz, int32_t m, int64_t n, float * mean, float * var) {
+    for (int64_t e = 0; e < n; e++) {
+        mean[e] = var[e] = 0;
+    }
+    for (int32_t i = 0; i < m; i++) {
+        simd_add_scaled(mean, z + i * ldz, n, 1);
+    }
+    simd_scale(mean, n, 1 / (float) m);
+    for (int32_t i = 0; i < m; i++) {
+        const float * row = z + i * ldz;
+        int64_t e = 0;
+        for (; e + W <= n; e += W) {
+            const vf delta = v_sub(v_load(row + e), v_load(mean + e));
+            v_store(var + e, v_fma(delta, delta, v_load(var + e)));
+        }
+        for (; e < n; e++) {
+            var[e] += (row[e] - mean[e]) * (row[e] - mean[e]);
+        }
+    }
+    simd_scale(var, n, 1 / (float) m);
+}
+
+static float simd_weighted_distance(const float * z, const float * mean, const float * inv, int64_t n) {
+    vf a = v_zero();
+    int64_t e = 0;
+    for (; e + W <= n; e += W) {
+        const vf delta = v_sub(v_load(z + e), v_load(mean + e));
+        a = v_fma(v_mul(delta, delta), v_load(inv + e), a);
+    }
+    float sum = v_sum(a);
+    for (; e < n; e++) {
+        sum += (z[e] - mean[e]) * (z[e] - mean[e]) * inv[e];
+    }
+    return sum;
+}
+
+static void simd_exp_moments(const float * scores, int64_t n, float shift, float factor, double * z, double * zx) {
+    const vf log2_e = v_set1(1.44269504f);
+    *z = *zx = 0;
+    for (int64_t i = 0; i < n; i += W) {
+        const int left = n - i < W ? (int) (n - i) : W;
+        const vf s = left == W ? v_load(scores + i) : v_load_n(scores + i, left, shift);
+        const vf x = v_mul(v_sub(s, v_set1(shift)), v_set1(factor));
+        const vf y = v_exp2(v_mul(x, log2_e));
+        *z += v_sum(y) - (float) (W - left); // the lanes beyond the end hold x = 0: e^x = 1, x e^x = 0
+        *zx += v_sum(v_mul(x, y));
+    }
+}
+
+#define ACTQKV_OPS                                                                                                     \
+    {simd_to_f16, simd_add_f16, simd_dots,     simd_mix,        simd_pack_k, simd_pack_v,       simd_logits,            \
+     simd_values, simd_max,     simd_exp2_sum, simd_sum,        simd_add_scaled, simd_scale,    simd_column_stats,      \
+     simd_weighted_distance,    simd_exp_moments}

@@ -1,0 +1,169 @@
+// One vector of floats, in the widest form the flags of this translation unit allow. Internal linkage throughout: the
+// code is compiled once per instruction set and must never be merged across objects.
+#pragma once
+
+#include <stdint.h>
+
+#include "half.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+
+constexpr int W = 16; // floats of a vector
+constexpr int TILE_VECTORS = 4; // columns of a register tile, in vectors: 6*4 accumulators of 32 registers
+constexpr int STREAM_VECS = 4; // query heads that share one read of a row
+typedef __m512 vf;
+
+static inline vf v_zero() { return _mm512_setzero_ps(); }
+static inline vf v_set1(float x) { return _mm512_set1_ps(x); }
+static inline vf v_load(const float * p) { return _mm512_loadu_ps(p); }
+static inline void v_store(float * p, vf x) { _mm512_storeu_ps(p, x); }
+static inline vf v_load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+static inline void v_store_f16(uint16_t * p, vf x) {
+    _mm256_storeu_si256((__m256i *) p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); } // a*b + c
+static inline vf v_round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x * 2^n, n whole in [-127, 127]; n = -127 gives 0
+static inline vf v_ldexp(vf x, vf n) {
+    const __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+    return _mm512_mul_ps(x, _mm512_castsi512_ps(bits));
+}
+static inline float v_sum(vf x) { return _mm512_reduce_add_ps(x); }
+static inline float v_greatest(vf x) { return _mm512_reduce_max_ps(x); }
+
+// Lane i of the result: sum of the lanes of a[i], for W vectors.
+static inline vf v_sum_each(const vf * a) {
+    vf four[4];
+    for (int i = 0; i < 4; i++) {
+        const vf * b = a + 4 * i;
+        const __m512d p = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1])));
+        const __m512d q = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3])));
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    }
+    const vf x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+    const vf y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+}
+
+#elif defined(__AVX2__)
+
+constexpr int W = 8;
+constexpr int TILE_VECTORS = 2; // 6*2 accumulators of 16 registers
+constexpr int STREAM_VECS = 2;
+typedef __m256 vf;
+
+static inline vf v_zero() { return _mm256_setzero_ps(); }
+static inline vf v_set1(float x) { return _mm256_set1_ps(x); }
+static inline vf v_load(const float * p) { return _mm256_loadu_ps(p); }
+static inline void v_store(float * p, vf x) { _mm256_storeu_ps(p, x); }
+static inline vf v_load_f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+static inline void v_store_f16(uint16_t * p, vf x) {
+    _mm_storeu_si128((__m128i *) p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+static inline vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+static inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vf v_round(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vf v_ldexp(vf x, vf n) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(bits));
+}
+static inline float v_sum(vf x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+static inline float v_greatest(vf x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+static inline vf v_sum_each(const vf * a) {
+    const vf x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    const vf y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+}
+
+#elif defined(__aarch64__)
+
+constexpr int W = 4;
+constexpr int TILE_VECTORS = 4; // 6*4 accumulators of 32 registers
+constexpr int STREAM_VECS = 1;
+typedef float32x4_t vf;
+
+static inline vf v_zero() { return vdupq_n_f32(0); }
+static inline vf v_set1(float x) { return vdupq_n_f32(x); }
+static inline vf v_load(const float * p) { return vld1q_f32(p); }
+static inline void v_store(float * p, vf x) { vst1q_f32(p, x); }
+static inline vf v_load_f16(const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline void v_store_f16(uint16_t * p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+static inline vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
+static inline vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }
+static inline vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
+static inline vf v_max(vf a, vf b) { return vmaxq_f32(a, b); }
+static inline vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+static inline vf v_round(vf x) { return vrndnq_f32(x); }
+static inline vf v_ldexp(vf x, vf n) {
+    const int32x4_t bits = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
+    return vmulq_f32(x, vreinterpretq_f32_s32(bits));
+}
+static inline float v_sum(vf x) { return vaddvq_f32(x); }
+static inline float v_greatest(vf x) { return vmaxvq_f32(x); }
+static inline vf v_sum_each(const vf * a) {
+    return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3]));
+}
+
+#endif
+
+// The last n < W elements of an array: the lanes beyond are `fill` on loading and left alone on storing.
+static inline vf v_load_n(const float * p, int n, float fill) {
+    float x[W];
+    for (int i = 0; i < W; i++) {
+        x[i] = i < n ? p[i] : fill;
+    }
+    return v_load(x);
+}
+
+static inline vf v_load_f16_n(const uint16_t * p, int n) {
+    uint16_t x[W];
+    for (int i = 0; i < W; i++) {
+        x[i] = i < n ? p[i] : 0;
+    }
+    return v_load_f16(x);
+}
+
+static inline void v_store_n(float * p, vf x, int n) {
+    float y[W];
+    v_store(y, x);
+    for (int i = 0; i < n; i++) {
+        p[i] = y[i];
+    }
+}
+
+// 2^x for x <= 0 to 2 units in the last place, exactly 0 from -127 on (so also for -infinity).
+// Minimax polynomial of Cephes' exp2f on [-1/2, 1/2].
+static inline vf v_exp2(vf x) {
+    x = v_max(x, v_set1(-127));
+    const vf n = v_round(x);
+    const vf f = v_sub(x, n);
+    vf p = v_set1(1.535336188319500e-4f);
+    p = v_fma(p, f, v_set1(1.339887440266574e-3f));
+    p = v_fma(p, f, v_set1(9.618437357674640e-3f));
+    p = v_fma(p, f, v_set1(5.550332471162809e-2f));
+    p = v_fma(p, f, v_set1(2.402264791363012e-1f));
+    p = v_fma(p, f, v_set1(6.931472028550421e-1f));
+    p = v_fma(p, f, v_set1(1));
+    return v_ldexp(p, n);
+}
