@@ -40,7 +40,8 @@ const ops * ops_for(int32_t impl) {
 } // namespace actqkv
 
 extern "C" int32_t actqkv_impl_best(void) {
-    for (int32_t impl : {ACTQKV_IMPL_AVX512, ACTQKV_IMPL_AVX2, ACTQKV_IMPL_NEON}) {
+    const int32_t in_order[] = {ACTQKV_IMPL_AVX512, ACTQKV_IMPL_AVX2, ACTQKV_IMPL_NEON};
+    for (int32_t impl : in_order) {
         if (actqkv::ops_for(impl)) {
             return impl;
         }

@@ -7,7 +7,13 @@
 #include "half.h"
 
 #if defined(__AVX2__)
+#pragma GCC diagnostic push // gcc 12 takes its own _mm512_undefined_ps for a mistake (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
