@@ -33,11 +33,11 @@ void actqkv_to_f16(int32_t impl, const float * src, actqkv_f16 * dst, int64_t n)
 
 // ---- probe (ALGORITHMS.md 3.1, 3.2)
 
-struct actqkv_running {   // of one layer
-    float * mean;         // [E]
-    float * var;          // [E], population variance
-    double  n_tokens;     // seen so far, capped
-    int64_t n_windows;    // seen so far
+struct actqkv_running { // of one layer
+    float * mean;       // [E]
+    float * var;        // [E], population variance
+    double n_tokens;    // seen so far, capped
+    int64_t n_windows;  // seen so far
 };
 
 // Folds one window z [m][E] into the running statistics; n_windows == 0 marks the first. published: the published
@@ -94,32 +94,32 @@ struct actqkv_span {
     const actqkv_f16 * near;
     const actqkv_f16 * v;
     int64_t far_stride, near_stride, v_stride;
-    int64_t first;  // position of its first token
+    int64_t first; // position of its first token
     int32_t n_tok;
 };
 
 struct actqkv_attend_args {
     int32_t n_head, n_head_kv, d_head;
-    int32_t m;                  // queries
-    int64_t n_past;             // position of the window's first query; span keys all lie before it
-    int64_t n_clamp;            // n_local; see actqkv_span
-    float   scale;              // of q . k
-    const float * q_near;       // [m][H][d] RoPE at the true position
-    const float * q_far;        // [m][H][d] RoPE at the fixed distance; may be q_near's equal
+    int32_t m;            // queries
+    int64_t n_past;       // position of the window's first query; span keys all lie before it
+    int64_t n_clamp;      // n_local; see actqkv_span
+    float scale;          // of q . k
+    const float * q_near; // [m][H][d] RoPE at the true position
+    const float * q_far;  // [m][H][d] RoPE at the fixed distance; may be q_near's equal
     const struct actqkv_span * spans;
     int32_t n_spans;
     const actqkv_f16 * k_window; // [G][m][d] the window's own keys at their true positions, seen causally
     const actqkv_f16 * v_window; // [G][m][d]
-    int64_t window_stride;      // elements between KV heads of k_window and v_window
-    float * out;                // [m][H][d]
-    int32_t first_summed;       // spans from this one on, then the window, have their weights summed ...
-    float * weight_sums;        // ... over queries into [H][sum_stride], columns in that order, overwritten (only
-                                // these columns); NULL: not wanted
+    int64_t window_stride;       // elements between KV heads of k_window and v_window
+    float * out;                 // [m][H][d]
+    int32_t first_summed;        // spans from this one on, then the window, have their weights summed ...
+    float * weight_sums;         // ... over queries into [H][sum_stride], columns in that order, overwritten (only
+                                 // these columns); NULL: not wanted
     int64_t sum_stride;
-    double * span_mass;         // [n_spans] softmax mass summed over queries, averaged over heads, overwritten; NULL:
-                                // not wanted
+    double * span_mass; // [n_spans] softmax mass summed over queries, averaged over heads, overwritten; NULL:
+                        // not wanted
     int32_t n_threads;
-    void * scratch;             // actqkv_attend_scratch() bytes, 64-byte aligned
+    void * scratch; // actqkv_attend_scratch() bytes, 64-byte aligned
 };
 
 // Bytes of scratch for any impl and at most n_keys keys (spans and window together) and m queries. Grows with

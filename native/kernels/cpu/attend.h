@@ -86,7 +86,7 @@ inline bool next_piece(const actqkv_attend_args & args, int32_t g, int64_t max_n
     p.near = s.near ? s.near + g * s.near_stride + (int64_t) at.offset * d : nullptr;
     p.far = s.far ? s.far + g * s.far_stride + (int64_t) at.offset * d : nullptr;
     p.v = s.v + g * s.v_stride + (int64_t) at.offset * d;
-    const int64_t far_end = args.n_past - args.n_clamp + 1;       // before it, far for every query
+    const int64_t far_end = args.n_past - args.n_clamp + 1;         // before it, far for every query
     const int64_t near_begin = args.n_past + args.m - args.n_clamp; // from it on, near for every query
     if (!p.far || (p.near && p.position >= near_begin)) {
         p.kind = NEAR;

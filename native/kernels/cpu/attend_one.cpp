@@ -219,8 +219,18 @@ uint64_t attend_one_scratch(int32_t n_head, int32_t n_head_kv, int32_t d, int64_
 void attend_one(const ops & op, const actqkv_attend_args & args) {
     const int64_t n_keys = count_past_keys(args, args.n_spans) + 1;
     const int32_t summed = args.first_summed < args.n_spans ? args.first_summed : args.n_spans;
-    one o{op,     args,   args.n_head / args.n_head_kv, args.d_head, args.n_threads,
-          n_keys, count_past_keys(args, summed), n_keys <= N_KEPT, nullptr, nullptr, nullptr, nullptr};
+    one o{op,
+          args,
+          args.n_head / args.n_head_kv,
+          args.d_head,
+          args.n_threads,
+          n_keys,
+          count_past_keys(args, summed),
+          n_keys <= N_KEPT,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr};
     lay_out(o, (uint8_t *) args.scratch, n_keys);
     const bool whole = args.n_head_kv % o.n_parts == 0; // no KV head lies in two parts: nothing to wait for
 

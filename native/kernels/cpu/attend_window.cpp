@@ -19,10 +19,10 @@
 
 namespace actqkv {
 
-constexpr int N_PANELS = 48;           // 3072 keys: 1.5 MB of packed K and V each at d = 128
+constexpr int N_PANELS = 48;            // 3072 keys: 1.5 MB of packed K and V each at d = 128
 constexpr int64_t N_LOGITS = 112 << 10; // of a block of rows, 448 KiB: about half of a second-level cache
 constexpr int MAX_ROWS = 96, MIN_ROWS = 24, ROW_STEP = 6; // rows of a block; the register tile has 6
-constexpr int64_t N_SUMMED = 8192;     // beyond so many summed columns, parts hold whole KV heads
+constexpr int64_t N_SUMMED = 8192;                        // beyond so many summed columns, parts hold whole KV heads
 
 namespace {
 
@@ -43,10 +43,10 @@ struct slab {
 
 // What one part works with; see take_part for the sizes.
 struct part_memory {
-    float * k;       // N_PANELS of [d][N_PANEL]
-    float * v;       // N_PANELS of [N_PANEL][d_pad]
-    float * logits;  // [rows of a block][N_PANELS * N_PANEL]
-    float * q_near;  // [rows of a block][d], times scale and log2(e)
+    float * k;      // N_PANELS of [d][N_PANEL]
+    float * v;      // N_PANELS of [N_PANEL][d_pad]
+    float * logits; // [rows of a block][N_PANELS * N_PANEL]
+    float * q_near; // [rows of a block][d], times scale and log2(e)
     float * q_far;
     float * near;    // [rows of a block][N_PANEL], near logits of a panel of sort BOTH
     float * out;     // [r*m][d_pad] O
@@ -61,7 +61,7 @@ struct window {
     const ops & op;
     const actqkv_attend_args & args;
     int32_t r, d, d_pad, n_rows, n_parts, n_panels;
-    int64_t n_keys, first_summed;      // first_summed counted in keys; n_keys where no sums are wanted
+    int64_t n_keys, first_summed;         // first_summed counted in keys; n_keys where no sums are wanted
     int32_t block_rows = 0, n_blocks = 0; // per KV head
     bool one_slab = false;
     part_memory * parts = nullptr;
@@ -90,8 +90,10 @@ part_memory take_part(const window & w, arena & a) {
 
 window window_of(const ops & op, const actqkv_attend_args & args, int64_t n_keys) {
     const int32_t r = args.n_head / args.n_head_kv;
-    const int32_t n_panels = (int32_t) min64(N_PANELS, n_keys / N_PANEL + 8); // a panel is left unfilled per change of sort
-    return {op, args, r, args.d_head, (args.d_head + 15) / 16 * 16, r * args.m, args.n_threads, n_panels, n_keys, n_keys};
+    const int32_t n_panels =
+        (int32_t) min64(N_PANELS, n_keys / N_PANEL + 8); // a panel is left unfilled per change of sort
+    return {op,         args,           r,        args.d_head, (args.d_head + 15) / 16 * 16,
+            r * args.m, args.n_threads, n_panels, n_keys,      n_keys};
 }
 
 // ---- panels and slabs
@@ -228,7 +230,7 @@ void block_attend(const window & w, const part_memory & mem, const slab & s, row
     block_logits(w, mem, s, b);
     for (int32_t i = 0; i < b.n; i++) {
         float * l = mem.logits + i * w.ldl();
-        float & max = mem.max[b.first + i], & sum = mem.sum[b.first + i];
+        float &max = mem.max[b.first + i], &sum = mem.sum[b.first + i];
         const float slab_max = w.op.max(l, n_columns);
         if (slab_max > max) {
             if (s.begin > 0) {

@@ -39,14 +39,16 @@ static inline void fetch(const actqkv_f16 * from, int64_t n) {
 template <int NV>
 static inline void dots_4(const float * vecs, const actqkv_f16 * const * row, int64_t width, float * sums) {
     vf acc[W];
-    UNROLL for (int i = 0; i < W; i++) {
+    UNROLL
+    for (int i = 0; i < W; i++) {
         acc[i] = v_zero();
     }
     int64_t e = 0;
     for (; e + W <= width; e += W) {
         const vf k0 = v_load_f16(row[0] + e), k1 = v_load_f16(row[1] + e);
         const vf k2 = v_load_f16(row[2] + e), k3 = v_load_f16(row[3] + e);
-        UNROLL for (int x = 0; x < NV; x++) {
+        UNROLL
+        for (int x = 0; x < NV; x++) {
             const vf q = v_load(vecs + x * width + e);
             acc[4 * x + 0] = v_fma(q, k0, acc[4 * x + 0]);
             acc[4 * x + 1] = v_fma(q, k1, acc[4 * x + 1]);
@@ -58,7 +60,8 @@ static inline void dots_4(const float * vecs, const actqkv_f16 * const * row, in
         const int n = (int) (width - e);
         for (int i = 0; i < 4; i++) {
             const vf k = v_load_f16_n(row[i] + e, n);
-            UNROLL for (int x = 0; x < NV; x++) {
+            UNROLL
+            for (int x = 0; x < NV; x++) {
                 acc[4 * x + i] = v_fma(v_load_n(vecs + x * width + e, n, 0), k, acc[4 * x + i]);
             }
         }
@@ -82,10 +85,18 @@ static void simd_dots(const float * vecs, int n_vec, const actqkv_f16 * rows, in
             const float * v = vecs + x0 * width;
             float sums[W];
             switch (nv) {
-            case 1: dots_4<1>(v, row, width, sums); break;
-            case 2: dots_4<STREAM_VECS < 2 ? STREAM_VECS : 2>(v, row, width, sums); break;
-            case 3: dots_4<STREAM_VECS < 3 ? STREAM_VECS : 3>(v, row, width, sums); break;
-            default: dots_4<STREAM_VECS>(v, row, width, sums); break;
+            case 1:
+                dots_4<1>(v, row, width, sums);
+                break;
+            case 2:
+                dots_4 < STREAM_VECS<2 ? STREAM_VECS : 2>(v, row, width, sums);
+                break;
+            case 3:
+                dots_4 < STREAM_VECS<3 ? STREAM_VECS : 3>(v, row, width, sums);
+                break;
+            default:
+                dots_4<STREAM_VECS>(v, row, width, sums);
+                break;
             }
             for (int x = 0; x < nv; x++) {
                 for (int i = 0; i < n_row; i++) {
@@ -97,12 +108,14 @@ static void simd_dots(const float * vecs, int n_vec, const actqkv_f16 * rows, in
 }
 
 // NX sums of NE vectors stay in registers while n rows pass. last: valid lanes of the last vector, W unless ragged.
-template <int NX, int NE>
-static inline void mix_block(const float * weights, int64_t ldw, const actqkv_f16 * rows, int64_t n, int64_t width,
-                             float * out, int64_t ldo, int last, const actqkv_f16 * ahead) {
+template <int NX, int NE> static inline void mix_block(const float * weights, int64_t ldw, const actqkv_f16 * rows,
+                                                       int64_t n, int64_t width, float * out, int64_t ldo, int last,
+                                                       const actqkv_f16 * ahead) {
     vf acc[NX][NE];
-    UNROLL for (int x = 0; x < NX; x++) {
-        UNROLL for (int j = 0; j < NE; j++) {
+    UNROLL
+    for (int x = 0; x < NX; x++) {
+        UNROLL
+        for (int j = 0; j < NE; j++) {
             const float * o = out + x * ldo + j * W;
             acc[x][j] = last == W ? v_load(o) : v_load_n(o, last, 0);
         }
@@ -110,21 +123,26 @@ static inline void mix_block(const float * weights, int64_t ldw, const actqkv_f1
     for (int64_t b = 0; b < n; b++) {
         const actqkv_f16 * row = rows + b * width;
         vf v[NE];
-        UNROLL for (int j = 0; j < NE; j++) {
+        UNROLL
+        for (int j = 0; j < NE; j++) {
             v[j] = last == W ? v_load_f16(row + j * W) : v_load_f16_n(row, last);
         }
         if (ahead) {
             fetch(ahead + b * width, NE * W);
         }
-        UNROLL for (int x = 0; x < NX; x++) {
+        UNROLL
+        for (int x = 0; x < NX; x++) {
             const vf w = v_set1(weights[x * ldw + b]);
-            UNROLL for (int j = 0; j < NE; j++) {
+            UNROLL
+            for (int j = 0; j < NE; j++) {
                 acc[x][j] = v_fma(w, v[j], acc[x][j]);
             }
         }
     }
-    UNROLL for (int x = 0; x < NX; x++) {
-        UNROLL for (int j = 0; j < NE; j++) {
+    UNROLL
+    for (int x = 0; x < NX; x++) {
+        UNROLL
+        for (int j = 0; j < NE; j++) {
             float * o = out + x * ldo + j * W;
             last == W ? v_store(o, acc[x][j]) : v_store_n(o, acc[x][j], last);
         }
@@ -133,17 +151,25 @@ static inline void mix_block(const float * weights, int64_t ldw, const actqkv_f1
 
 constexpr int MIX_VECS = W == 8 ? 2 : 4; // 4*4 accumulators, or 2*4 where there are 16 registers
 
-template <int NE>
-static void mix_columns(const float * weights, int64_t ldw, int n_vec, const actqkv_f16 * rows, int64_t n,
-                        int64_t width, float * out, int64_t ldo, int last, const actqkv_f16 * ahead) {
+template <int NE> static void mix_columns(const float * weights, int64_t ldw, int n_vec, const actqkv_f16 * rows,
+                                          int64_t n, int64_t width, float * out, int64_t ldo, int last,
+                                          const actqkv_f16 * ahead) {
     for (int x = 0; x < n_vec; x += MIX_VECS) {
         const float * w = weights + x * ldw;
         float * o = out + x * ldo;
         switch (n_vec - x < MIX_VECS ? n_vec - x : MIX_VECS) {
-        case 1: mix_block<1, NE>(w, ldw, rows, n, width, o, ldo, last, ahead); break;
-        case 2: mix_block<2, NE>(w, ldw, rows, n, width, o, ldo, last, ahead); break;
-        case 3: mix_block<MIX_VECS < 3 ? MIX_VECS : 3, NE>(w, ldw, rows, n, width, o, ldo, last, ahead); break;
-        default: mix_block<MIX_VECS, NE>(w, ldw, rows, n, width, o, ldo, last, ahead); break;
+        case 1:
+            mix_block<1, NE>(w, ldw, rows, n, width, o, ldo, last, ahead);
+            break;
+        case 2:
+            mix_block<2, NE>(w, ldw, rows, n, width, o, ldo, last, ahead);
+            break;
+        case 3:
+            mix_block < MIX_VECS<3 ? MIX_VECS : 3, NE>(w, ldw, rows, n, width, o, ldo, last, ahead);
+            break;
+        default:
+            mix_block<MIX_VECS, NE>(w, ldw, rows, n, width, o, ldo, last, ahead);
+            break;
         }
         ahead = nullptr; // fetched once
     }
@@ -169,37 +195,42 @@ constexpr int TILE_ROWS = 6;
 constexpr int TILE_COLUMNS = TILE_VECTORS * W;
 
 // c[i][j] (+)= sum_k a[i*lda + k] * b[k*ldb + j] for NR rows and NV vectors of columns
-template <int NR, int NV, bool ADD>
-static inline void tile(const float * a, int64_t lda, const float * b, int64_t ldb, int64_t n_k, float * c,
-                        int64_t ldc) {
+template <int NR, int NV, bool ADD> static inline void tile(const float * a, int64_t lda, const float * b, int64_t ldb,
+                                                            int64_t n_k, float * c, int64_t ldc) {
     vf acc[NR][NV];
-    UNROLL for (int i = 0; i < NR; i++) {
-        UNROLL for (int j = 0; j < NV; j++) {
+    UNROLL
+    for (int i = 0; i < NR; i++) {
+        UNROLL
+        for (int j = 0; j < NV; j++) {
             acc[i][j] = ADD ? v_load(c + i * ldc + j * W) : v_zero();
         }
     }
     for (int64_t k = 0; k < n_k; k++) {
         vf x[NV];
-        UNROLL for (int j = 0; j < NV; j++) {
+        UNROLL
+        for (int j = 0; j < NV; j++) {
             x[j] = v_load(b + k * ldb + j * W);
         }
-        UNROLL for (int i = 0; i < NR; i++) {
+        UNROLL
+        for (int i = 0; i < NR; i++) {
             const vf y = v_set1(a[i * lda + k]);
-            UNROLL for (int j = 0; j < NV; j++) {
+            UNROLL
+            for (int j = 0; j < NV; j++) {
                 acc[i][j] = v_fma(y, x[j], acc[i][j]);
             }
         }
     }
-    UNROLL for (int i = 0; i < NR; i++) {
-        UNROLL for (int j = 0; j < NV; j++) {
+    UNROLL
+    for (int i = 0; i < NR; i++) {
+        UNROLL
+        for (int j = 0; j < NV; j++) {
             v_store(c + i * ldc + j * W, acc[i][j]);
         }
     }
 }
 
-template <int NV, bool ADD>
-static void tile_column(const float * a, int64_t lda, int n_rows, const float * b, int64_t ldb, int64_t n_k, float * c,
-                        int64_t ldc) {
+template <int NV, bool ADD> static void tile_column(const float * a, int64_t lda, int n_rows, const float * b,
+                                                    int64_t ldb, int64_t n_k, float * c, int64_t ldc) {
     int i = 0;
     for (; i + TILE_ROWS <= n_rows; i += TILE_ROWS) {
         tile<TILE_ROWS, NV, ADD>(a + i * lda, lda, b, ldb, n_k, c + i * ldc, ldc);
@@ -207,12 +238,23 @@ static void tile_column(const float * a, int64_t lda, int n_rows, const float * 
     a += i * lda;
     c += i * ldc;
     switch (n_rows - i) {
-    case 1: tile<1, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
-    case 2: tile<2, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
-    case 3: tile<3, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
-    case 4: tile<4, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
-    case 5: tile<5, NV, ADD>(a, lda, b, ldb, n_k, c, ldc); break;
-    default: break;
+    case 1:
+        tile<1, NV, ADD>(a, lda, b, ldb, n_k, c, ldc);
+        break;
+    case 2:
+        tile<2, NV, ADD>(a, lda, b, ldb, n_k, c, ldc);
+        break;
+    case 3:
+        tile<3, NV, ADD>(a, lda, b, ldb, n_k, c, ldc);
+        break;
+    case 4:
+        tile<4, NV, ADD>(a, lda, b, ldb, n_k, c, ldc);
+        break;
+    case 5:
+        tile<5, NV, ADD>(a, lda, b, ldb, n_k, c, ldc);
+        break;
+    default:
+        break;
     }
 }
 
@@ -226,7 +268,8 @@ static void simd_pack_k(const actqkv_f16 * keys, int n, int d, float * panel, in
         for (; e + W <= d; e += W) {
             float x[W];
             v_store(x, v_load_f16(src + e));
-            UNROLL for (int i = 0; i < W; i++) {
+            UNROLL
+            for (int i = 0; i < W; i++) {
                 dst[(int64_t) (e + i) * TILE_COLUMNS] = x[i];
             }
         }
@@ -271,10 +314,18 @@ static void simd_values(const float * weights, int64_t ldw, int n_rows, const fl
         const int width = d_pad - e < step ? d_pad - e : step;
         const float * v = v_panel + (int64_t) e * actqkv::N_PANEL;
         switch (width / W) {
-        case 1: tile_column<1, true>(weights, ldw, n_rows, v, width, n, out + e, ldo); break;
-        case 2: tile_column<2, true>(weights, ldw, n_rows, v, width, n, out + e, ldo); break;
-        case 3: tile_column<3, true>(weights, ldw, n_rows, v, width, n, out + e, ldo); break;
-        default: tile_column<4, true>(weights, ldw, n_rows, v, width, n, out + e, ldo); break;
+        case 1:
+            tile_column<1, true>(weights, ldw, n_rows, v, width, n, out + e, ldo);
+            break;
+        case 2:
+            tile_column<2, true>(weights, ldw, n_rows, v, width, n, out + e, ldo);
+            break;
+        case 3:
+            tile_column<3, true>(weights, ldw, n_rows, v, width, n, out + e, ldo);
+            break;
+        default:
+            tile_column<4, true>(weights, ldw, n_rows, v, width, n, out + e, ldo);
+            break;
         }
     }
 }
@@ -402,6 +453,7 @@ static void simd_exp_moments(const float * scores, int64_t n, float shift, float
 }
 
 #define ACTQKV_OPS                                                                                                     \
-    {simd_to_f16, simd_add_f16, simd_dots,     simd_mix,        simd_pack_k, simd_pack_v,       simd_logits,            \
-     simd_values, simd_max,     simd_exp2_sum, simd_sum,        simd_add_scaled, simd_scale,    simd_column_stats,      \
-     simd_weighted_distance,    simd_exp_moments}
+    {simd_to_f16,     simd_add_f16,    simd_dots,   simd_mix,          simd_pack_k,                                    \
+     simd_pack_v,     simd_logits,     simd_values, simd_max,          simd_exp2_sum,                                  \
+     simd_sum,        simd_add_scaled, simd_scale,  simd_column_stats, simd_weighted_distance,                         \
+     simd_exp_moments}

@@ -20,9 +20,9 @@
 
 #if defined(__AVX512F__)
 
-constexpr int W = 16; // floats of a vector
+constexpr int W = 16;           // floats of a vector
 constexpr int TILE_VECTORS = 4; // columns of a register tile, in vectors: 6*4 accumulators of 32 registers
-constexpr int STREAM_VECS = 4; // query heads that share one read of a row
+constexpr int STREAM_VECS = 4;  // query heads that share one read of a row
 typedef __m512 vf;
 
 static inline vf v_zero() { return _mm512_setzero_ps(); }
@@ -52,12 +52,16 @@ static inline vf v_sum_each(const vf * a) {
     vf four[4];
     for (int i = 0; i < 4; i++) {
         const vf * b = a + 4 * i;
-        const __m512d p = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1])));
-        const __m512d q = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3])));
+        const __m512d p =
+            _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1])));
+        const __m512d q =
+            _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3])));
         four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
     }
-    const vf x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-    const vf y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+    const vf x =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+    const vf y =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
     return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
 }
 
@@ -127,9 +131,7 @@ static inline vf v_ldexp(vf x, vf n) {
 }
 static inline float v_sum(vf x) { return vaddvq_f32(x); }
 static inline float v_greatest(vf x) { return vmaxvq_f32(x); }
-static inline vf v_sum_each(const vf * a) {
-    return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3]));
-}
+static inline vf v_sum_each(const vf * a) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
 
 #endif
 
