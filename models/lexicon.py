@@ -1,7 +1,8 @@
 """The words that documents are made of: invented names, word lists, and the attributes a subject can have.
 
-Names are invented from syllables with fixed seeds, so that no list has to be shipped. The last eleventh of each list of names is
-*held out*: training never draws from it, evaluation draws from nothing else. Lists are ordered: the text of a seed depends on it.
+Names are invented from syllables with fixed seeds, so that no list has to be shipped. The last eleventh of each list of
+names is *held out*: training never draws from it, evaluation draws from nothing else. Lists are ordered: the text of a
+seed depends on it.
 """
 
 from __future__ import annotations
@@ -10,72 +11,80 @@ import random
 from collections.abc import Callable
 from functools import cache
 
-ONSETS = "b br c cl cr d dr f fl g gl gr h j k kl l m n p pl pr qu r s sh sk sl st t th tr v w y z".split()
-VOWELS = "a e i o u ai ea ee ia io ou oa".split()
-CODAS = "b ck d ff g l ll m n nd ng nt p r rd rn s ss st t th v x z".split()
-PLACE_ENDINGS = (
-    "ton ham ford burg wick dale mere stead field moor haven port mouth by ville gate holm ridge brook well".split()
-)
-SURNAME_ENDINGS = "son sen sky man ez ini ova ard er ley worth kin low ett ano ides".split()
 
-ADJECTIVES = """
+def word_list(text: str) -> list[str]:
+    """The words of `text`."""
+    return text.split()
+
+
+ONSETS = word_list("b br c cl cr d dr f fl g gl gr h j k kl l m n p pl pr qu r s sh sk sl st t th tr v w y z")
+VOWELS = word_list("a e i o u ai ea ee ia io ou oa")
+CODAS = word_list("b ck d ff g l ll m n nd ng nt p r rd rn s ss st t th v x z")
+PLACE_ENDINGS = word_list("""
+    ton ham ford burg wick dale mere stead field moor haven port mouth by ville gate holm ridge brook well
+""")
+SURNAME_ENDINGS = word_list("son sen sky man ez ini ova ard er ley worth kin low ett ano ides")
+
+ADJECTIVES = word_list("""
     red blue green amber silver golden copper brass iron wooden marble velvet crimson violet scarlet ivory ebony pale
-    dark bright old new ancient broken cracked polished rusty dusty heavy light hollow narrow wide tall short round square
-    small large tiny huge quiet loud gentle rough smooth soft hard cold warm frozen painted carved folded hidden secret
-    northern southern eastern western spare second third plain striped spotted curved twisted bent sealed open empty full
-    faded shiny woven knitted glass paper leather linen silk woolen stone clay plaster tin bronze pearl coral jade
-""".split()
-OBJECTS = """
+    dark bright old new ancient broken cracked polished rusty dusty heavy light hollow narrow wide tall short round
+    square small large tiny huge quiet loud gentle rough smooth soft hard cold warm frozen painted carved folded hidden
+    secret northern southern eastern western spare second third plain striped spotted curved twisted bent sealed open
+    empty full faded shiny woven knitted glass paper leather linen silk woolen stone clay plaster tin bronze pearl coral
+    jade
+""")
+OBJECTS = word_list("""
     lantern kettle ladder mirror violin trunk cabinet clock compass basket barrel anchor bell blanket bottle bowl box
     brush bucket candle carpet cart chair chest chisel coat crown cup desk door drum engine fan fiddle flag flute fork
-    globe glove hammer harp hat helmet hook horn jar jug key kite knife lamp lens lock map mask mat medal needle oar oven
-    pan pen pipe plate plough pot press pump purse quilt rack radio ring robe rope rug saddle sail saw scale scarf screw
-    shield shovel sieve sketch spade spoon stamp statue stool stove sword table tent tile torch tower toy tray tripod
-    trumpet umbrella urn valve vase wagon watch wheel whistle window wrench
-""".split()
-ROLES = """
+    globe glove hammer harp hat helmet hook horn jar jug key kite knife lamp lens lock map mask mat medal needle oar
+    oven pan pen pipe plate plough pot press pump purse quilt rack radio ring robe rope rug saddle sail saw scale scarf
+    screw shield shovel sieve sketch spade spoon stamp statue stool stove sword table tent tile torch tower toy tray
+    tripod trumpet umbrella urn valve vase wagon watch wheel whistle window wrench
+""")
+ROLES = word_list("""
     courier baker miller tailor cooper potter weaver farmer gardener librarian teacher nurse doctor surgeon pilot
     captain sailor fisher hunter ranger guard clerk notary lawyer judge mayor printer painter sculptor singer drummer
     plumber mason carpenter welder smith jeweller barber butcher grocer brewer cook waiter porter driver mechanic
     engineer chemist botanist surveyor archivist curator editor reporter broker banker tutor coach keeper inspector
-""".split()
-COLOURS = """
+""")
+COLOURS = word_list("""
     red blue green amber silver golden crimson violet scarlet ivory turquoise maroon orange yellow purple brown black
     white grey pink teal indigo
-""".split()
-DISHES = """
+""")
+DISHES = word_list("""
     soup stew pie bread rice beans noodles dumplings salad cheese fish lamb mushrooms cabbage potatoes pudding porridge
     pancakes
-""".split()
-ANIMALS = """
-    horse dog cat goat sheep donkey falcon parrot rabbit ferret tortoise pony goose raven owl hedgehog otter badger lizard
-""".split()
-INSTRUMENTS = "violin cello flute harp drum trumpet piano guitar oboe clarinet banjo fiddle organ lute".split()
-MONTHS = "January February March April May June July August September October November December".split()
-_MORE_WORDS = """
+""")
+ANIMALS = word_list("""
+    horse dog cat goat sheep donkey falcon parrot rabbit ferret tortoise pony goose raven owl hedgehog otter badger
+    lizard
+""")
+INSTRUMENTS = word_list("violin cello flute harp drum trumpet piano guitar oboe clarinet banjo fiddle organ lute")
+MONTHS = word_list("January February March April May June July August September October November December")
+_MORE_WORDS = word_list("""
     river mountain meadow forest harbour island valley canyon desert glacier orchard garden castle temple bridge tunnel
-    market village street corner winter summer autumn spring morning evening thunder shadow whisper silence courage wisdom
-    patience fortune journey promise riddle legend marble ember frost pebble feather blossom clover maple willow cedar
-    juniper saffron ginger pepper cinnamon walnut almond cherry apple plum
-""".split()
+    market village street corner winter summer autumn spring morning evening thunder shadow whisper silence courage
+    wisdom patience fortune journey promise riddle legend marble ember frost pebble feather blossom clover maple willow
+    cedar juniper saffron ginger pepper cinnamon walnut almond cherry apple plum
+""")
 WORDS = sorted({*ADJECTIVES, *OBJECTS, *ROLES, *COLOURS, *DISHES, *ANIMALS, *INSTRUMENTS, *_MORE_WORDS})
 
-VERBS = """
+VERBS = word_list("""
     watched carried found lost repaired sold described moved opened closed cleaned borrowed returned counted measured
     painted followed admired ignored noticed
-""".split()
-ADVERBS = (
-    "slowly quickly quietly carefully often rarely again yesterday today finally suddenly gladly once twice".split()
-)
-SPOTS = """
+""")
+ADVERBS = word_list("""
+    slowly quickly quietly carefully often rarely again yesterday today finally suddenly gladly once twice
+""")
+SPOTS = word_list("""
     river hill wall fence harbour market station kitchen cellar attic garden roof road forest field school library
     church tower stable barn mill quarry shore canal square corridor workshop meadow pond orchard
-""".split()
-TIMES = "morning evening winter summer autumn spring night noon".split()
+""")
+TIMES = word_list("morning evening winter summer autumn spring night noon")
 
-KINSHIPS = (
-    "employer neighbour sister brother teacher doctor boss cousin uncle aunt tenant mentor rival partner".split()
-)
+KINSHIPS = word_list("""
+    employer neighbour sister brother teacher doctor boss cousin uncle aunt tenant mentor rival partner
+""")
 
 # attribute -> kind of value (source.VALUE_KINDS)
 ATTRIBUTES = {

@@ -12,6 +12,11 @@ from models.lexicon import ADJECTIVES, OBJECTS, ROLES, WORDS
 T = TypeVar("T")
 
 
+def capitalised(text: str) -> str:
+    """`text` with its first letter in upper case and the rest unchanged."""
+    return text[0].upper() + text[1:]
+
+
 class Source:
     """One document's stream of random draws.
 
@@ -107,7 +112,6 @@ def _phrase(source: Source) -> str:
 
 
 def _colour(source: Source) -> str:
-    # the coin is thrown first: this is the order of draws that the held-out sets were made with
     if source.chance(0.5):
         return f"{source.pick(ADJECTIVES)} {source.pick(lexicon.COLOURS)}"
     return source.pick(lexicon.COLOURS)

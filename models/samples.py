@@ -1,0 +1,268 @@
+"""Training samples: conversations about a generated document, with what each token weighs in the loss and where it
+sits.
+
+Everything about step S follows from the seed and S, so a resumed run draws what an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.facts import TASKS
+from models.generate import Mix, Question, build_document
+from models.tokenizer import ASSISTANT, BOS, DOCUMENT, END, FIRST_TEXT_ID, USER
+
+TASK_ODDS: Final = {
+    "passkey": 1.2,
+    "fact": 3.0,
+    "multi": 1.0,
+    "json": 0.35,
+    "twohop": 1.4,
+    "var": 0.9,
+    "quote": 0.8,
+    "absent": 3.0,
+}
+CHARS_PER_TOKEN: Final = 2.75  # low on purpose: the document must leave room for the questions
+SYSTEM_PROMPTS: Final = (
+    "You are a helpful assistant.",
+    "Answer from the document.",
+    "You answer questions about the document.",
+    "Use only the text below.",
+    "Answer briefly.",
+    "You are a careful reader. Answer the question using only the given document.",
+)
+INTRODUCTIONS: Final = (
+    "Read the document and answer the question.",
+    "Answer the question about the text below.",
+    "There is important information hidden in the text. Find it.",
+    "Here is a document.",
+    "Document:",
+    "Context:",
+)
+QUESTION_FORMS: Final = ("Question: {q}", "{q}", "{q}", "Now answer: {q}", "{q} Answer from the text above.")
+
+
+class Role(IntEnum):
+    """What a token is to the loss (weights: `train.ROLE_WEIGHTS`)."""
+
+    PADDING = -1
+    TEXT = 0
+    ANSWER = 1
+    REPEAT = 2  # the second occurrence of random tokens
+    QUOTE = 3  # the rest of a quoted sentence
+    LOOKUP = 4  # the first tokens of an answer: what follows is copying
+
+
+N_LOOKUP = 3
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How samples are drawn.
+
+    Attributes:
+        heldout: names and places that training never draws.
+        max_gap: longest random jump of the positions, in tokens; jumps are meant to make heads indifferent to distance,
+            after PoSE (Zhu et al. 2023, arXiv:2309.10400).
+        gap_share: share of the samples with jumps.
+    """
+
+    heldout: bool = False
+    max_gap: int = 16384
+    gap_share: float = 0.6
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where an answer with its end mark lies in a sample: tokens [start, start + length)."""
+
+    start: int
+    length: int
+    task: str
+
+
+@dataclass
+class Sample:
+    """Token ids with one role each, and the answers among them."""
+
+    ids: list[int] = field(default_factory=lambda: [BOS])
+    roles: list[int] = field(default_factory=lambda: [int(Role.TEXT)])
+    spans: list[Span] = field(default_factory=list)
+
+    def put(self, ids: list[int], role: Role = Role.TEXT) -> None:
+        self.ids += ids
+        self.roles += [int(role)] * len(ids)
+
+    def cut(self, n_tokens: int) -> None:
+        """Make it exactly `n_tokens` long, padded with end marks."""
+        self.put([END] * (n_tokens - len(self.ids)), Role.PADDING)
+        del self.ids[n_tokens:], self.roles[n_tokens:]
+        self.spans = [span for span in self.spans if span.start + span.length <= n_tokens]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`tokens`, `roles` and `positions` [B, T + 1] (int64), and the answers of each sample."""
+
+    tokens: Tensor
+    roles: Tensor
+    positions: Tensor
+    spans: list[list[Span]]
+
+
+class Sampler:
+    """Draws samples.
+
+    Args:
+        tokenizer: a SentencePiece processor.
+        seed: of everything drawn.
+    """
+
+    def __init__(self, tokenizer: Any, *, config: SampleConfig, seed: str) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.rng = random.Random(seed)
+        self.sentence_ends = {END, tokenizer.piece_to_id("."), tokenizer.piece_to_id("<0x0A>")}
+
+    def batch(self, n_tokens: int, n_samples: int, *, repeat_share: float = 0.0) -> Batch:
+        """`n_samples` samples of `n_tokens` + 1 tokens, of which about `repeat_share` are repeated random tokens."""
+        samples, positions = [], []
+        for _ in range(n_samples):
+            repeated = self.rng.random() < repeat_share
+            samples.append(self._repeated(n_tokens + 1) if repeated else self._conversation(n_tokens + 1))
+            positions.append(self._positions(samples[-1].ids))
+        return Batch(
+            tokens=torch.tensor([sample.ids for sample in samples]),
+            roles=torch.tensor([sample.roles for sample in samples]),
+            positions=torch.from_numpy(np.stack(positions)),
+            spans=[sample.spans for sample in samples],
+        )
+
+    def _repeated(self, n_tokens: int) -> Sample:
+        """Random tokens, a gap, and the same tokens again: heads that copy form early on these."""
+        n_vocab = self.tokenizer.vocab_size()
+
+        def draw(n: int) -> list[int]:
+            return [self.rng.randrange(FIRST_TEXT_ID, n_vocab) for _ in range(n)]
+
+        sample = Sample()
+        while len(sample.ids) < n_tokens:
+            segment = draw(self.rng.choice((8, 16, 32, 64)))
+            sample.put(segment)
+            sample.put(draw(self.rng.choice((0, 5, 20))))
+            sample.put(segment[:2])  # a repeat shows only after its first tokens
+            sample.put(segment[2:], Role.REPEAT)
+        sample.cut(n_tokens)
+        return sample
+
+    def _conversation(self, n_tokens: int) -> Sample:
+        text, questions = self._document(n_tokens)
+        rng, sample = self.rng, Sample()
+        lead = " " if rng.random() < 0.8 else ""
+        if rng.random() < 0.12:
+            sample.put([DOCUMENT, *self._encode(f" {rng.choice(SYSTEM_PROMPTS)}"), END])
+        layout = rng.random()
+        if layout < 0.55 or not questions:
+            sample.put([DOCUMENT, *self._encode(lead + text), END])
+        else:
+            self._first_exchange(sample, layout, lead, text, questions.pop(), n_tokens)
+        max_absent = 2 + n_tokens // 700  # "not stated" is half of all answers otherwise
+        for question in questions:
+            if len(sample.ids) >= n_tokens:
+                break
+            if question.task == "absent":
+                max_absent -= 1
+                if max_absent < 0:
+                    continue
+            self._put_question(sample, question)
+            self._put_answer(sample, question, n_tokens)
+        sample.cut(n_tokens)
+        return sample
+
+    def _first_exchange(
+        self, sample: Sample, layout: float, lead: str, text: str, question: Question, n_tokens: int
+    ) -> None:
+        """Other layouts than a document turn: one user turn with everything, or the question before the document."""
+        rng = self.rng
+        if layout < 0.75:
+            introduction = f"{rng.choice(INTRODUCTIONS)}\n\n" if rng.random() < 0.5 else ""
+            asked = rng.choice(QUESTION_FORMS).format(q=question.question)
+            sample.put([USER, *self._encode(f"{lead}{introduction}{text}\n\n{asked}"), END])
+        elif layout < 0.88:
+            again = f"\n\n{question.question}" if rng.random() < 0.5 else ""
+            sample.put([USER, *self._encode(f"{lead}{question.question}\n\n{text}{again}"), END])
+        else:
+            self._put_question(sample, question)
+            sample.put([DOCUMENT, *self._encode(lead + text), END])
+        self._put_answer(sample, question, n_tokens)
+
+    def _put_question(self, sample: Sample, question: Question) -> None:
+        lead = " " if self.rng.random() < 0.8 else ""
+        sample.put([USER, *self._encode(lead + question.question), END])
+
+    def _put_answer(self, sample: Sample, question: Question, n_tokens: int) -> None:
+        sample.put([ASSISTANT])
+        ids = self._encode(f" {question.answer}")
+        if len(sample.ids) + len(ids) < n_tokens:
+            sample.spans.append(Span(len(sample.ids), len(ids) + 1, question.task))
+        sample.put(ids[:N_LOOKUP], Role.LOOKUP)
+        sample.put([*ids[N_LOOKUP:], END], Role.QUOTE if question.task == "quote" else Role.ANSWER)
+
+    def _document(self, n_tokens: int) -> tuple[str, list[Question]]:
+        """A document that leaves room for questions, dense in facts where it is short."""
+        rng = self.rng
+        tasks, odds = list(TASK_ODDS), list(TASK_ODDS.values())
+        n_chars = int(n_tokens * rng.uniform(*document_share(n_tokens)) * CHARS_PER_TOKEN)
+        if rng.random() < 0.25:  # a document about few kinds of facts
+            answerable = [task for task in TASKS if task != "absent"]
+            tasks = [*rng.sample(answerable, rng.choice((1, 2, 3))), "absent"]
+            odds = [TASK_ODDS[task] for task in tasks]
+        while True:
+            density = rng.uniform(*fact_density(n_tokens - 1))
+            mix = Mix(tasks=tasks, weights=odds, density=density, heldout=self.config.heldout)
+            document = build_document(rng, n_chars, mix)
+            if len(self._encode(document.text)) < n_tokens * 0.92 - 40:
+                return document.text, list(document.questions)
+            n_chars = int(n_chars * 0.85)
+
+    def _positions(self, ids: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Positions that jump ahead at a few sentence ends, for some samples; plain ones for the rest."""
+        plain = np.arange(len(ids), dtype=np.int64)
+        max_gap, rng = self.config.max_gap, self.rng
+        if rng.random() >= self.config.gap_share:
+            return plain
+        ends = [index + 1 for index, token in enumerate(ids[:-1]) if token in self.sentence_ends]
+        positions = plain.copy()
+        for end in rng.sample(ends, min(len(ends), rng.choice((1, 1, 2, 3, 5)))):
+            positions[end:] += int(math.exp(rng.uniform(0.0, math.log(max_gap))))
+        return plain if positions[-1] > 2 * max_gap else positions
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text)
+        return ids
+
+
+def document_share(n_tokens: int) -> tuple[float, float]:
+    """Least and largest share of a sample of `n_tokens` tokens that its document takes; the rest is for questions."""
+    if n_tokens <= 512:
+        return 0.4, 0.75
+    if n_tokens <= 1024:
+        return 0.6, 0.85
+    return (0.75, 0.9) if n_tokens <= 4096 else (0.68, 0.85)
+
+
+def fact_density(n_tokens: int) -> tuple[float, float]:
+    """Least and largest share of a document's text that states facts, in samples of `n_tokens` tokens."""
+    if n_tokens <= 256:
+        return 0.35, 0.8
+    if n_tokens <= 512:
+        return 0.15, 0.7
+    return (0.06, 0.5) if n_tokens <= 2048 else (0.05, 0.35)
