@@ -120,7 +120,7 @@ def load_llama(
     Args:
         n_ctx: tokens the context holds; one `decode` takes at most as many.
         flash_attn: llama.cpp's fused attention; off (the default) gives the tighter oracle.
-        kv_type: type of K and V in the context; f32 (the default) gives the tighter oracle. A quantised V needs `flash_attn`.
+        kv_type: of K and V in the context; f32 (the default) is the tighter oracle; a quantised V needs `flash_attn`.
         vocab_only: read the tokenizer only; there is no context then.
 
     Raises:
@@ -149,3 +149,79 @@ def load_llama(
         llama_cpp.llama_model_free(model)
         raise LlamaError(f"libllama makes no context of {n_ctx} tokens for {path}")
     return LlamaOracle(model, ctx)
+
+
+ROPE_MODES = {"norm": 0, "neox": 2}  # GGML_ROPE_TYPE_*
+
+
+class _InitParams(ctypes.Structure):
+    """struct ggml_init_params."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def ggml_rope(
+    x: NDArray[np.float32],
+    positions: NDArray[np.int32],
+    *,
+    pairing: Literal["norm", "neox"],
+    n_rot: int,
+    freq_base: float,
+    freq_factors: NDArray[np.float32] | None = None,
+    freq_scale: float = 1.0,
+    ext_factor: float = 0.0,
+    attn_factor: float = 1.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    n_ctx_orig: int = 0,
+) -> NDArray[np.float32]:
+    """ggml_rope_ext of x [n, heads, d] at `positions` [n], from the very libggml that libllama uses.
+
+    Symbols are looked up through libllama's handle, which reaches the libraries it depends on: a second copy of ggml
+    would be another library (BASELINES.md).
+    """
+    lib = llama_cpp.llama_cpp._lib
+    pointer, size, real, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "ggml_init": (pointer, [_InitParams]),
+        "ggml_new_tensor_3d": (pointer, [pointer, number, size, size, size]),
+        "ggml_new_tensor_1d": (pointer, [pointer, number, size]),
+        "ggml_rope_ext": (pointer, [pointer] * 4 + [number] * 3 + [real] * 6),
+        "ggml_new_graph": (pointer, [pointer]),
+        "ggml_build_forward_expand": (None, [pointer, pointer]),
+        "ggml_graph_compute_with_ctx": (number, [pointer, pointer, number]),
+        "ggml_get_data": (pointer, [pointer]),
+        "ggml_free": (None, [pointer]),
+    }
+    call: dict[str, Any] = {}
+    for name, (result, arguments) in signatures.items():
+        call[name] = getattr(lib, name)
+        call[name].restype, call[name].argtypes = result, arguments
+
+    n, n_head, d = x.shape
+    f32, i32 = 0, 26  # enum ggml_type
+    ctx = call["ggml_init"](_InitParams(3 * x.nbytes + (1 << 21), None, False))
+    try:
+        source = call["ggml_new_tensor_3d"](ctx, f32, d, n_head, n)
+        where = call["ggml_new_tensor_1d"](ctx, i32, n)
+        factors = None
+        _fill(call["ggml_get_data"](source), x)
+        _fill(call["ggml_get_data"](where), positions)
+        if freq_factors is not None:
+            factors = call["ggml_new_tensor_1d"](ctx, f32, n_rot // 2)
+            _fill(call["ggml_get_data"](factors), freq_factors)
+        yarn = (freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow)
+        rotated = call["ggml_rope_ext"](ctx, source, where, factors, n_rot, ROPE_MODES[pairing], n_ctx_orig, *yarn)
+        graph = call["ggml_new_graph"](ctx)
+        call["ggml_build_forward_expand"](graph, rotated)
+        status = call["ggml_graph_compute_with_ctx"](ctx, graph, 1)
+        if status != 0:
+            raise LlamaError(f"ggml_graph_compute_with_ctx returned {status}")
+        raw = ctypes.string_at(call["ggml_get_data"](rotated), x.nbytes)
+    finally:
+        call["ggml_free"](ctx)
+    return np.frombuffer(raw, dtype=np.float32).reshape(x.shape)
+
+
+def _fill(address: int, values: NDArray[Any]) -> None:
+    ctypes.memmove(address, np.ascontiguousarray(values).ctypes.data, values.nbytes)

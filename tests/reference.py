@@ -1,0 +1,698 @@
+"""The oracle: ALGORITHMS.md in NumPy float64, section by section, and the whole model beside it.
+
+Independent of the native code by design: nothing here is fast, everything is a formula of the text. Where the text
+leaves a choice, the plainest reading is taken and marked "Reading:".
+
+Shapes: `m` tokens of a window, `n` tokens before it, `H`, `G` query and KV heads of dimension `d`, `N` closed chunks of
+`c` tokens. q is [m, H, d], k and v are [m, G, d], all before RoPE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias, TypedDict
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
+QKV: TypeAlias = tuple[Floats, Floats, Floats]
+Phase: TypeAlias = Literal["prefill", "decode"]
+
+N_REPRESENTATIVES = 4  # section 3, published default
+N_ENTROPIES = 100  # section 3.6: h_l is the mean of the last 100 values
+STATS_WINDOW = 256  # section 3.1: the cap on old statistics is t_max windows of the published 256 tokens
+PUBLISHED_MIN_BUDGET = 32  # section 3.6, published clamp
+
+
+@dataclass(frozen=True)
+class Params:
+    """A method as a row (sections 1 to 6); the defaults are ActQKV's."""
+
+    n_sink: int = 64
+    n_local: int = 512
+    n_chunk_tokens: int = 32
+    budget: int = 2048
+    positions: Literal["clamped", "exact"] = "clamped"
+    select: Literal["top_k", "all", "none"] = "top_k"  # all: dense; none: streaming
+    probe: Literal["activation", "mean"] = "activation"  # mean: InfLLM
+    statistics: Literal["ours", "published"] = "ours"
+    t_max: int = 1000
+    summary: Literal["head", "kv_head", "mean"] = "head"
+    score: Literal["cosine", "dot"] = "cosine"  # dot: InfLLM
+    question_weight: float = 4.0  # lambda of section 3.4
+    cutoff: Literal["ours", "published", "none"] = "ours"
+    cutoff_temperature: float = 1.0
+    scale: float | None = None  # of the attention logits; None: 1/sqrt(d)
+
+    def __post_init__(self) -> None:
+        least = self.n_sink + self.n_local + self.n_chunk_tokens
+        if self.select == "top_k" and self.budget < least:
+            raise ValueError(f"budget {self.budget} is below n_sink + n_local + n_chunk_tokens = {least}")
+
+    @property
+    def top_k(self) -> int:
+        """Chunks that the budget leaves beside sinks and local (section 1: 46 = (2048 - 64 - 512) / 32).
+
+        Reading: a rest of less than a chunk is not used.
+        """
+        return (self.budget - self.n_sink - self.n_local) // self.n_chunk_tokens
+
+
+# Section 2: positions
+
+
+@dataclass(frozen=True)
+class Rope:
+    """RoPE as libllama has it; the field names are those of ggml_rope_ext.
+
+    `attn_factor` is the model's own (`rope.scaling.attn_factor`). libllama divides it by ggml's YaRN magnitude and
+    multiplies by the same, so that what reaches the values is `magnitude`.
+    """
+
+    n_rot: int
+    freq_base: float = 10000.0
+    pairing: Literal["norm", "neox"] = "norm"
+    freq_factors: Floats | None = None  # [n_rot / 2], divisors of the frequencies
+    freq_scale: float = 1.0  # 1 / factor, for linear scaling and YaRN
+    ext_factor: float = 0.0  # 1: YaRN
+    attn_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    n_ctx_orig: int = 0
+
+    @property
+    def magnitude(self) -> float:
+        """Factor on the rotated dimensions of every rotated vector, also at position 0."""
+        return self.attn_factor * (1 - 0.1 * math.log(self.freq_scale) if self.ext_factor != 0 else 1.0)
+
+    def frequencies(self) -> Floats:
+        """Angle per position, of each pair [n_rot / 2]."""
+        index = np.arange(self.n_rot // 2)
+        extrapolated: Floats = self.freq_base ** (-2.0 * index / self.n_rot)
+        if self.freq_factors is not None:
+            extrapolated = extrapolated / self.freq_factors
+        interpolated: Floats = self.freq_scale * extrapolated
+        if self.ext_factor == 0:
+            return interpolated
+        low = max(0.0, math.floor(self._yarn_dimension(self.beta_fast)))
+        high = min(self.n_rot - 1.0, math.ceil(self._yarn_dimension(self.beta_slow)))
+        ramp = 1 - np.clip((index - low) / max(0.001, high - low), 0, 1)
+        mix = ramp * self.ext_factor
+        blended: Floats = interpolated * (1 - mix) + extrapolated * mix
+        return blended
+
+    def _yarn_dimension(self, n_rotations: float) -> float:
+        """Index of the pair that makes `n_rotations` turns over the original context."""
+        turns = math.log(self.n_ctx_orig / (n_rotations * 2 * math.pi))
+        return self.n_rot * turns / (2 * math.log(self.freq_base))
+
+
+def rotate(x: Floats, positions: Ints | int, rope: Rope) -> Floats:
+    """R_p x of section 2: x [n, heads, d], one position per row (or one for all); dimensions from n_rot on stay."""
+    n_half = rope.n_rot // 2
+    pair = np.arange(n_half)
+    first, second = (2 * pair, 2 * pair + 1) if rope.pairing == "norm" else (pair, pair + n_half)
+    angle = np.broadcast_to(np.asarray(positions, dtype=np.float64), x.shape[:1])[:, None, None] * rope.frequencies()
+    cos, sin = rope.magnitude * np.cos(angle), rope.magnitude * np.sin(angle)
+    out = np.array(x, dtype=np.float64)
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., first] * sin + x[..., second] * cos
+    return out
+
+
+def fixed_distance_queries(q: Floats, params: Params, rope: Rope) -> Floats:
+    """z of section 3.1: R_{n_local} q, heads concatenated, [m, H*d]; in both position modes."""
+    return rotate(q, params.n_local, rope).reshape(len(q), -1)
+
+
+def attention_logits(
+    q: Floats, q_positions: Ints, k: Floats, k_positions: Ints, *, params: Params, rope: Rope
+) -> Floats:
+    """Logits of section 2 for every pair, [m, H, n_keys], -inf where the key comes after the query.
+
+    clamped: the true relative position while i - j < n_local, n_local from there on; exact: always the true one.
+    """
+    n_gqa = q.shape[1] // k.shape[1]
+    scale = q.shape[2] ** -0.5 if params.scale is None else params.scale
+
+    def products(rotated_q: Floats, rotated_k: Floats) -> Floats:
+        logits: Floats = np.einsum("ihd,jhd->ihj", rotated_q, np.repeat(rotated_k, n_gqa, axis=1)) * scale
+        return logits
+
+    logits = products(rotate(q, q_positions, rope), rotate(k, k_positions, rope))
+    distance = (q_positions[:, None] - k_positions[None, :])[:, None, :]
+    if params.positions == "clamped":
+        # R_0 is not left out: it carries YaRN's magnitude on the rotated dimensions.
+        far = products(rotate(q, params.n_local, rope), rotate(k, 0, rope))
+        logits = np.where(distance < params.n_local, logits, far)
+    return np.where(distance >= 0, logits, -np.inf)
+
+
+# Section 1: what a window attends
+
+
+def n_closed_chunks(n_past: int, params: Params) -> int:
+    """Chunks all of whose tokens lie before n - n_local; chunk b is [n_sink + b*c, n_sink + (b+1)*c)."""
+    return max(0, (n_past - params.n_local - params.n_sink) // params.n_chunk_tokens)
+
+
+def attended_past(n_past: int, plan: Ints, params: Params) -> Ints:
+    """Ascending positions of the past that a window at `n_past` attends: sinks, planned chunks, remainder, local."""
+    chosen = np.zeros(n_past, dtype=bool)
+    chosen[: params.n_sink] = True
+    for b in plan:
+        start = params.n_sink + int(b) * params.n_chunk_tokens
+        chosen[start : start + params.n_chunk_tokens] = True
+    # Remainder and local are neighbours: all that lies after the last closed chunk.
+    local = max(0, n_past - params.n_local)
+    remainder = params.n_sink + n_closed_chunks(n_past, params) * params.n_chunk_tokens
+    chosen[min(local, remainder) :] = True
+    return np.flatnonzero(chosen).astype(np.int64)
+
+
+def softmax(logits: Floats) -> Floats:
+    """Softmax over the last axis."""
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    normed: Floats = weights / weights.sum(axis=-1, keepdims=True)
+    return normed
+
+
+def attend(
+    q: Floats, q_positions: Ints, k: Floats, v: Floats, k_positions: Ints, *, params: Params, rope: Rope
+) -> tuple[Floats, Floats]:
+    """One softmax over the union of all parts (section 2): output [m, H*d] and weights [m, H, n_keys]."""
+    weights = softmax(attention_logits(q, q_positions, k, k_positions, params=params, rope=rope))
+    out = np.einsum("ihj,jhd->ihd", weights, np.repeat(v, q.shape[1] // v.shape[1], axis=1))
+    return out.reshape(len(q), -1), weights
+
+
+# Section 3.1: activation bias
+
+
+@dataclass
+class Statistics:
+    """Running mean and variance of z per channel [H*d], of one layer of one session."""
+
+    mean: Floats
+    var: Floats
+    n_tokens: int = 0
+    n_windows: int = 0
+
+
+def update_statistics(old: Statistics, z: Floats, t_max: int) -> Statistics:
+    """Statistics after a window z [m, H*d]; the old ones weigh as many tokens as were seen, t_max * 256 at most."""
+    m, u, v = len(z), z.mean(axis=0), z.var(axis=0)
+    if old.n_tokens == 0:
+        return Statistics(u, v, m, 1)
+    weight = min(old.n_tokens, t_max * STATS_WINDOW)
+    delta = u - old.mean
+    var = (weight * old.var + m * v + delta**2 * (weight * m / (weight + m))) / (weight + m)
+    return Statistics(old.mean + delta * m / (weight + m), var, old.n_tokens + m, old.n_windows + 1)
+
+
+def update_statistics_published(old: Statistics, z: Floats, t_max: int) -> Statistics:
+    """The published update, exact only for windows of equal length; t counts windows and is capped at t_max."""
+    m, u, v = len(z), z.mean(axis=0), z.var(axis=0)
+    if old.n_windows == 0:
+        return Statistics(u, v * m / (m - 1) if m > 1 else np.zeros_like(v), m, 1)
+    t = min(old.n_windows, t_max)
+    delta = u - old.mean
+    var = (old.var * (t - 1 / m) + v + delta**2 / (1 + 1 / t)) / (t + 1 - 1 / m)
+    return Statistics((old.mean * t + u) / (t + 1), var, old.n_tokens + m, old.n_windows + 1)
+
+
+def activation_bias(z: Floats, mean: Floats, var: Floats) -> Floats:
+    """bias_i [m] of section 3.1. Reading: 0 where the mean variance is 0, since the formula is 0/0 there."""
+    mean_var = var.mean()
+    if mean_var == 0:
+        return np.zeros(len(z))
+    bias: Floats = ((z - mean) ** 2 / (var + mean_var / 100)).mean(axis=1)
+    return bias
+
+
+def probe_weights(bias: Floats) -> Floats:
+    """w_i [m] of section 3.1; 1/m each where the biases sum to 0 or are not finite."""
+    total = bias.sum()
+    if total == 0 or not np.isfinite(total):
+        return np.full(len(bias), 1 / len(bias))
+    weights: Floats = bias / total
+    return weights
+
+
+# Section 3.2: probe-query
+
+
+def probe_query(z: Floats, weights: Floats) -> Floats:
+    """sum_i w_i z_i, [H*d]."""
+    return weights @ z
+
+
+# Section 3.3: chunk summary
+
+
+def chunk_summary(keys: Floats, received: Floats, kind: Literal["head", "kv_head", "mean"] = "head") -> Floats:
+    """rep [H*d] of a chunk from its keys [c, G, d] and the attention each received per query head [c, H].
+
+    head: 4 keys per query head; kv_head: 4 per KV head, by the attention of the whole group; mean: all keys. KV heads
+    are repeated to query heads in every case.
+    Reading: "the mean", where fewer than 4 keys have a weight, is that of all keys of the chunk.
+    """
+    n_head, n_head_kv = received.shape[1], keys.shape[1]
+    n_gqa = n_head // n_head_kv
+    if kind == "kv_head":
+        grouped = received.reshape(len(keys), n_head_kv, n_gqa).sum(axis=2)
+        received = np.repeat(grouped, n_gqa, axis=1)
+    representatives = []
+    for head in range(n_head):
+        of_head, weight = keys[:, head // n_gqa], received[:, head]
+        few = np.count_nonzero(weight) < N_REPRESENTATIVES
+        chosen = np.arange(len(keys)) if kind == "mean" or few else top_k(weight, N_REPRESENTATIVES)
+        representatives.append(of_head[chosen].mean(axis=0))
+    return np.concatenate(representatives)
+
+
+# Section 3.4: score
+
+
+def cosine(a: Floats, rows: Floats) -> Floats:
+    """cos(a, row) for every row [N]. Reading: 0 where either vector is 0."""
+    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(a)
+    cosines: Floats = np.divide(rows @ a, norms, out=np.zeros(len(rows)), where=norms > 0)
+    return cosines
+
+
+def chunk_scores(
+    probe: Floats,
+    summaries: Floats,
+    kind: Literal["cosine", "dot"] = "cosine",
+    question: Floats | None = None,
+    question_weight: float = 4.0,
+) -> Floats:
+    """Scores [N] of all chunks, summaries [N, H*d]; `question` [H*d] adds lambda * cos(question, rep)."""
+    scores = cosine(probe, summaries) if kind == "cosine" else summaries @ probe
+    if question is not None:
+        scores = scores + question_weight * cosine(question, summaries)
+    return scores
+
+
+def question_vector(z: Floats, received: Floats) -> Floats:
+    """Mean of the 4 most attended rows of z [m, H*d], by the attention each of the question's tokens received [m]."""
+    mean: Floats = z[top_k(received, N_REPRESENTATIVES)].mean(axis=0)
+    return mean
+
+
+# Section 3.5: selection
+
+
+def top_k(scores: Floats, k: int) -> Ints:
+    """Ascending indices of the k highest scores; of equal scores the lowest index is taken first."""
+    return np.sort(np.argsort(-scores, kind="stable")[:k]).astype(np.int64)
+
+
+# Section 3.6: layer-wise cut-off
+
+
+def score_entropy(scores: Floats, temperature: float = 1.0) -> float:
+    """h in [0, 1], the entropy of softmax(score / temperature) over ln N; NaN for N <= 1, where ln N is no divisor."""
+    if len(scores) <= 1:
+        return math.nan
+    p = softmax(scores / temperature)
+    return float(-(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum() / math.log(len(p)))
+
+
+def _round(x: float) -> int:
+    """Reading: halves go up, as lround has it for what is not negative."""
+    return math.floor(x + 0.5)
+
+
+def layer_budgets(h: Floats, k: int, n_chunks: int) -> list[int]:
+    """k_l of every layer from its mean entropy h [L]; the sum is min(L*k, L*N).
+
+    Reading: the pool starts at that sum, so that the clamp's two ends never cross; where h is 0 from some layer on,
+    those layers share what is left equally.
+    """
+    n_layer = len(h)
+    low, high = min(n_chunks, math.ceil(0.7 * k)), min(n_chunks, 2 * k)
+    pool = n_layer * min(k, n_chunks)
+    budgets = []
+    for layer in range(n_layer):
+        n_after = n_layer - layer - 1
+        rest = h[layer:].sum()
+        share = pool * h[layer] / rest if n_chunks > 1 and rest > 0 else pool / (n_after + 1)
+        least, most = max(low, pool - n_after * high), min(high, pool - n_after * low)
+        budgets.append(min(max(_round(share), least), most))
+        pool -= budgets[-1]
+    return budgets
+
+
+def layer_budgets_published(h: Floats, k: int, n_chunks: int) -> list[int]:
+    """The published clamp to [32, 2k], whatever that does to the total. Reading: the pool is carried here too."""
+    pool = len(h) * k
+    budgets = []
+    for layer in range(len(h)):
+        rest = h[layer:].sum()
+        share = pool * h[layer] / rest if rest > 0 else pool / (len(h) - layer)
+        budget = min(max(_round(share), PUBLISHED_MIN_BUDGET), 2 * k)
+        pool -= budget
+        budgets.append(min(budget, n_chunks))
+    return budgets
+
+
+def mean_entropies(history: Sequence[Sequence[float]], least: int = 1) -> Floats | None:
+    """h_l [L], the mean of each layer's last 100 values; None (equal shares) while a layer has fewer than `least`."""
+    if any(len(values) < least for values in history):
+        return None
+    return np.array([np.mean(values[-N_ENTROPIES:]) for values in history])
+
+
+# Section 4: Quest
+
+
+def quest_summary(rotated_keys: Floats) -> tuple[Floats, Floats]:
+    """Smallest and largest value per KV head and channel [G, d] of a page's roped keys [c, G, d]."""
+    return rotated_keys.min(axis=0), rotated_keys.max(axis=0)
+
+
+def quest_scores(rotated_q: Floats, lows: Floats, highs: Floats) -> Floats:
+    """Upper bound of q.k per query head and page [H, N]; rotated_q [H, d], lows and highs [N, G, d]."""
+    n_gqa = len(rotated_q) // lows.shape[1]
+    low, high = np.repeat(lows, n_gqa, axis=1), np.repeat(highs, n_gqa, axis=1)
+    bounds: Floats = np.maximum(rotated_q * low, rotated_q * high).sum(axis=2).T
+    return bounds
+
+
+def quest_group_scores(scores: Floats, n_head_kv: int) -> Floats:
+    """One vote per KV head and page [G, N]: the maximum over the group of the softmax over pages of [H, N]."""
+    votes: Floats = softmax(scores).reshape(n_head_kv, -1, scores.shape[1]).max(axis=1)
+    return votes
+
+
+# The session: one window after another through all of the above
+
+
+class LayerResult(TypedDict):
+    """What one layer did in one window; statistics and summaries are those the window worked with."""
+
+    bias: Floats  # [m]
+    weights: Floats  # [m]
+    probe: Floats  # [H*d]
+    scores: Floats  # [N]
+    entropy: float  # NaN for N <= 1
+    budget: int  # chunks this layer may take, N at most
+    plan: Ints  # ascending chunk ids
+    attended: Ints  # ascending positions of the past; the window itself comes on top
+    out: Floats  # [m, H*d]
+    mean: Floats  # [H*d], after this window's update
+    var: Floats  # [H*d]
+    summaries: Floats  # [N, H*d]
+
+
+@dataclass
+class _Layer:
+    """State of one layer between windows."""
+
+    k: Floats  # [n, G, d], without RoPE
+    v: Floats  # [n, G, d]
+    received: Floats  # [n, H], attention received since the key's own window until it left local
+    statistics: Statistics
+    summaries: list[Floats] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+
+
+class ReferenceSession:
+    """A session over unrotated q, k, v: feed windows in order, read what each layer planned and put out.
+
+    `question`, one [H*d] vector per layer, turns on the question-aware term in prefill (section 3.4).
+    """
+
+    def __init__(  # noqa: PLR0917 - the shapes in the order of ALGORITHMS.md section 1
+        self,
+        params: Params,
+        n_layer: int,
+        n_head: int,
+        n_head_kv: int,
+        d_head: int,
+        rope: Rope,
+        *,
+        question: Sequence[Floats] | None = None,
+    ) -> None:
+        self.params, self.rope, self.question = params, rope, question
+        self.n_past = 0
+        n_channels = n_head * d_head
+        self.layers = [
+            _Layer(
+                k=np.zeros((0, n_head_kv, d_head)),
+                v=np.zeros((0, n_head_kv, d_head)),
+                received=np.zeros((0, n_head)),
+                statistics=Statistics(np.zeros(n_channels), np.zeros(n_channels)),
+            )
+            for _ in range(n_layer)
+        ]
+        self._budgets: list[int] = []
+
+    def window(self, qkv: Sequence[QKV], phase: Phase) -> list[LayerResult]:
+        """One window through all layers: qkv holds (q [m, H, d], k [m, G, d], v [m, G, d]) of each."""
+        self.begin(phase)
+        results = [self.layer(layer, *arrays, phase) for layer, arrays in enumerate(qkv)]
+        self.end(len(qkv[0][0]))
+        return results
+
+    def begin(self, phase: Phase) -> None:
+        """Start of a window: close the chunks that have left local, then share out the budget."""
+        n_chunks = n_closed_chunks(self.n_past, self.params)
+        c = self.params.n_chunk_tokens
+        for state in self.layers:
+            for b in range(len(state.summaries), n_chunks):
+                tokens = slice(self.params.n_sink + b * c, self.params.n_sink + (b + 1) * c)
+                summary = chunk_summary(state.k[tokens], state.received[tokens], self.params.summary)
+                state.summaries.append(summary)
+        self._budgets = self._share(n_chunks, phase)
+
+    def _share(self, n_chunks: int, phase: Phase) -> list[int]:
+        """Chunks per layer: everything, nothing, the top-k of prefill, or the cut-off's shares.
+
+        Reading: a step's shares come from the values of the windows before it, since those of the layers after l are
+        not known yet at layer l; its own values join the history when it ends.
+        """
+        n_layer, k = len(self.layers), self.params.top_k
+        if self.params.select != "top_k":
+            return [n_chunks if self.params.select == "all" else 0] * n_layer
+        equal = [min(k, n_chunks)] * n_layer
+        if phase == "prefill" or self.params.cutoff == "none":
+            return equal
+        history = [state.entropies for state in self.layers]
+        if self.params.cutoff == "published":
+            h = mean_entropies(history, least=N_ENTROPIES)
+            return equal if h is None else layer_budgets_published(h, k, n_chunks)
+        h = mean_entropies(history)
+        return equal if h is None else layer_budgets(h, k, n_chunks)
+
+    def layer(self, layer: int, q: Floats, k: Floats, v: Floats, phase: Phase) -> LayerResult:
+        """One layer of the window that `begin` started; k and v join the memory, out attends."""
+        if phase == "decode" and len(q) != 1:
+            raise ValueError(f"a decode window is one token, not {len(q)}")
+        state, params = self.layers[layer], self.params
+        z = fixed_distance_queries(q, params, self.rope)
+        bias, weights = self._weigh(state, z, phase)
+        probe = probe_query(z, weights)
+        summaries = np.array(state.summaries).reshape(-1, z.shape[1])
+        question = self.question[layer] if self.question is not None and phase == "prefill" else None
+        scores = chunk_scores(probe, summaries, params.score, question, params.question_weight)
+        entropy = score_entropy(scores, params.cutoff_temperature)
+        if not math.isnan(entropy):
+            state.entropies.append(entropy)  # Reading: a window without a value (N <= 1) contributes none.
+        budget = self._budgets[layer]
+        plan = top_k(scores, budget)
+        attended, out = self._attend(state, q, k, v, plan)
+        return LayerResult(
+            bias=bias,
+            weights=weights,
+            probe=probe,
+            scores=scores,
+            entropy=entropy,
+            budget=budget,
+            plan=plan,
+            attended=attended,
+            out=out,
+            mean=state.statistics.mean,
+            var=state.statistics.var,
+            summaries=summaries,
+        )
+
+    def end(self, n_tok: int) -> None:
+        """End of a window of `n_tok` tokens."""
+        self.n_past += n_tok
+
+    def _weigh(self, state: _Layer, z: Floats, phase: Phase) -> tuple[Floats, Floats]:
+        """Bias and weights of the window's tokens; in prefill the statistics are updated first.
+
+        Reading: in decode the bias is measured against the statistics as they stand; its one weight is 1 anyway.
+        """
+        if self.params.probe == "mean":
+            return np.zeros(len(z)), np.full(len(z), 1 / len(z))
+        if phase == "prefill":
+            update = update_statistics if self.params.statistics == "ours" else update_statistics_published
+            state.statistics = update(state.statistics, z, self.params.t_max)
+        bias = activation_bias(z, state.statistics.mean, state.statistics.var)
+        return bias, probe_weights(bias)
+
+    def _attend(self, state: _Layer, q: Floats, k: Floats, v: Floats, plan: Ints) -> tuple[Ints, Floats]:
+        """Attend, add up what local and the window received, and append k and v."""
+        n, m = self.n_past, len(q)
+        state.k, state.v = np.concatenate([state.k, k]), np.concatenate([state.v, v])
+        state.received = np.concatenate([state.received, np.zeros((m, q.shape[1]))])
+        attended = attended_past(n, plan, self.params)
+        window = np.arange(n, n + m)
+        keys = np.concatenate([attended, window])
+        out, weights = attend(q, window, state.k[keys], state.v[keys], keys, params=self.params, rope=self.rope)
+        still_local = keys >= n - self.params.n_local
+        state.received[keys[still_local]] += weights.sum(axis=0).T[still_local]
+        return attended, out
+
+
+# The whole model: llama, qwen2, qwen3 from the GGUF itself
+
+Attend: TypeAlias = Callable[[int, Floats, Floats, Floats], Floats]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass: logits [n, n_vocab] and, per layer, q, k, v before RoPE (and after biases and norms)."""
+
+    logits: Floats
+    qkv: list[QKV]
+
+
+class ReferenceModel:
+    """A GGUF's weights in float64 and its forward pass, attention left to the caller."""
+
+    def __init__(self, path: str | Path) -> None:
+        reader = gguf.GGUFReader(path)
+        self._values = {key: item.contents() for key, item in reader.fields.items() if key.find("tokenizer.") != 0}
+        self._weights = {
+            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+            for tensor in reader.tensors
+        }
+        self.arch: str = self._values["general.architecture"]
+        if self.arch not in ("llama", "qwen2", "qwen3") or self._number("expert_count", 0):
+            raise ValueError(f"no forward pass for {self.arch}")
+        self.n_layer = int(self._number("block_count"))
+        self.n_head = int(self._number("attention.head_count"))
+        self.n_head_kv = int(self._number("attention.head_count_kv", self.n_head))
+        self.d_head = int(self._number("attention.key_length", self._number("embedding_length") / self.n_head))
+        self.rope = self._rope()
+
+    def _number(self, key: str, default: float | None = None) -> float:
+        name = f"{self.arch}.{key}"
+        if default is None or name in self._values:
+            return float(self._values[name])
+        return default
+
+    def _rope(self) -> Rope:
+        """What libllama 0.3.36 makes of the metadata for these architectures.
+
+        Of YaRN's keys it reads attn_factor and the original context; yarn_ext_factor, yarn_attn_factor, yarn_beta_fast
+        and yarn_beta_slow it leaves to other architectures, as it does `attention.scale`.
+        """
+        kind = self._values.get(f"{self.arch}.rope.scaling.type", "linear")
+        factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 1.0))
+        return Rope(
+            n_rot=int(self._number("rope.dimension_count", self.d_head)),
+            freq_base=self._number("rope.freq_base", 10000.0),
+            pairing="norm" if self.arch == "llama" else "neox",
+            freq_factors=self._weights.get("rope_freqs.weight"),
+            freq_scale=1 / factor if factor > 0 and kind != "none" else 1.0,
+            ext_factor=1.0 if kind == "yarn" else 0.0,
+            attn_factor=self._number("rope.scaling.attn_factor", 1.0),
+            n_ctx_orig=int(self._number("rope.scaling.original_context_length", self._number("context_length"))),
+        )
+
+    def _norm(self, x: Floats, name: str) -> Floats:
+        eps = self._number("attention.layer_norm_rms_epsilon")
+        normed: Floats = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * self._weights[name]
+        return normed
+
+    def _linear(self, x: Floats, name: str) -> Floats:
+        y: Floats = x @ self._weights[f"{name}.weight"].T
+        bias = self._weights.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def _heads(self, x: Floats, block: str, which: str, n_head: int) -> Floats:
+        """q, k or v of a layer, [m, n_head, d]; qwen3 normalises each head of q and k."""
+        heads = self._linear(x, f"{block}.attn_{which}").reshape(len(x), n_head, self.d_head)
+        norm = f"{block}.attn_{which}_norm.weight"
+        return self._norm(heads, norm) if norm in self._weights else heads
+
+    def window(self, tokens: Sequence[int], attention: Attend) -> Forward:
+        """One window: `attention(layer, q, k, v)` returns the attention's output [m, H*d]."""
+        x = self._weights["token_embd.weight"][list(tokens)]
+        qkv: list[QKV] = []
+        for layer in range(self.n_layer):
+            block = f"blk.{layer}"
+            normed = self._norm(x, f"{block}.attn_norm.weight")
+            q = self._heads(normed, block, "q", self.n_head)
+            k = self._heads(normed, block, "k", self.n_head_kv)
+            v = self._heads(normed, block, "v", self.n_head_kv)
+            qkv.append((q, k, v))
+            x = x + self._linear(attention(layer, q, k, v), f"{block}.attn_output")
+            normed = self._norm(x, f"{block}.ffn_norm.weight")
+            gate = self._linear(normed, f"{block}.ffn_gate")
+            silu = gate / (1 + np.exp(-gate))
+            x = x + self._linear(silu * self._linear(normed, f"{block}.ffn_up"), f"{block}.ffn_down")
+        head = "output" if "output.weight" in self._weights else "token_embd"
+        return Forward(self._linear(self._norm(x, "output_norm.weight"), head), qkv)
+
+    def session(self, params: Params) -> ReferenceSession:
+        """An empty session of this model's shapes."""
+        return ReferenceSession(params, self.n_layer, self.n_head, self.n_head_kv, self.d_head, self.rope)
+
+
+def forward(gguf_path: str | Path, tokens: Sequence[int]) -> Forward:
+    """Plain dense causal forward pass of a GGUF over `tokens`, in float64."""
+    model = ReferenceModel(gguf_path)
+    positions = np.arange(len(tokens))
+    params = Params(positions="exact", select="all")
+
+    def dense(_: int, q: Floats, k: Floats, v: Floats) -> Floats:
+        return attend(q, positions, k, v, positions, params=params, rope=model.rope)[0]
+
+    return model.window(tokens, dense)
+
+
+@dataclass
+class _Recorder:
+    """The session's attention for one window of the model, keeping what each layer did."""
+
+    session: ReferenceSession
+    phase: Phase
+    results: list[LayerResult] = field(default_factory=list)
+
+    def __call__(self, layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
+        self.results.append(self.session.layer(layer, q, k, v, self.phase))
+        return self.results[-1]["out"]
+
+
+def forward_session(
+    model: ReferenceModel, session: ReferenceSession, tokens: Sequence[int], windows: Iterable[tuple[int, Phase]]
+) -> tuple[Floats, list[list[LayerResult]]]:
+    """The model with the session's sparse attention: `windows` cut the tokens as (length, phase).
+
+    Returns the logits [n, n_vocab] and, per window, every layer's result.
+    """
+    logits: list[Floats] = []
+    results: list[list[LayerResult]] = []
+    start = 0
+    for length, phase in windows:
+        attention = _Recorder(session, phase)
+        session.begin(phase)
+        logits.append(model.window(tokens[start : start + length], attention).logits)
+        session.end(length)
+        results.append(attention.results)
+        start += length
+    return np.concatenate(logits), results
