@@ -1,0 +1,156 @@
+"""Plain NumPy float64 versions of native/kernels/kernels.h, written from ALGORITHMS.md. Slow and obvious."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+
+
+# ---- probe (3.1, 3.2)
+
+
+@dataclass
+class Running:
+    mean: Array
+    var: Array
+    n_tokens: float = 0
+    n_windows: int = 0
+
+
+def probe_update(run: Running, z: Array, *, published: bool, cap: int) -> Running:
+    m = len(z)
+    u, v = z.mean(axis=0), z.var(axis=0)
+    if run.n_windows == 0:
+        first = np.zeros_like(v) if m == 1 else v * m / (m - 1)
+        mean, var = u, first if published else v
+    elif published:
+        t, delta = min(run.n_windows, cap), u - run.mean
+        var = (run.var * (t - 1 / m) + v + delta**2 / (1 + 1 / t)) / (t + 1 - 1 / m)
+        mean = (run.mean * t + u) / (t + 1)
+    else:
+        n, delta = min(run.n_tokens, cap * 256), u - run.mean
+        var = (n * run.var + m * v + delta**2 * n * m / (n + m)) / (n + m)
+        mean = run.mean + delta * m / (n + m)
+    return Running(mean, var, min(run.n_tokens + m, cap * 256), run.n_windows + 1)
+
+
+def probe_weights(run: Running, z: Array) -> tuple[Array, Array]:
+    m, mean_var = len(z), run.var.mean()
+    if not (np.isfinite(mean_var) and mean_var > 0):
+        return np.zeros(m), np.full(m, 1 / m)
+    bias = ((z - run.mean) ** 2 / (run.var + mean_var / 100)).mean(axis=1)
+    total = bias.sum()
+    return bias, bias / total if np.isfinite(total) and total > 0 else np.full(m, 1 / m)
+
+
+# ---- summarize (3.3)
+
+HEAD, KV_HEAD, MEAN = 0, 1, 2
+
+
+def summarize(kind: int, n_representatives: int, keys: Array, sums: Array) -> tuple[Array, float]:
+    """keys [G][c][d], sums [H][c]; rep [H or G][d] and its length as it meets the probe."""
+    n_head, n_head_kv = len(sums), len(keys)
+    r = n_head // n_head_kv
+    sums = np.where(np.isfinite(sums), sums, 0)
+    if kind == HEAD:
+        keys = np.repeat(keys, r, axis=0)
+    else:
+        sums = sums.reshape(n_head_kv, r, -1).sum(axis=1)
+    rep = []
+    for k, s in zip(keys, sums, strict=True):
+        order = np.argsort(-s, kind="stable")[:n_representatives]
+        enough = kind != MEAN and n_representatives < len(k) and np.all(s[order] > 0)
+        rep.append(k[order].mean(axis=0) if enough else k.mean(axis=0))
+    rounded = np.asarray(rep).astype(np.float16).astype(np.float64)
+    return np.asarray(rep), float(np.sqrt((rounded**2).sum() * (1 if kind == HEAD else r)))
+
+
+# ---- score, cut-off (3.4 to 3.6)
+
+
+def score(probe: Array, reps: Array, norms: Array | None, probe_norm: float, scale: float) -> Array:
+    dot = scale * (reps @ probe)
+    if norms is None:
+        return np.asarray(dot)
+    divisor = norms * probe_norm
+    usable = (divisor > 0) & np.isfinite(divisor)
+    return np.where(usable, dot / np.where(usable, divisor, 1), 0)
+
+
+def entropy(scores: Array, temperature: float) -> float:
+    if len(scores) <= 1 or temperature <= 0 or not np.all(np.isfinite(scores)):
+        return 0.0
+    p = softmax(scores / temperature)
+    return float(-(p * np.log(np.where(p > 0, p, 1))).sum() / np.log(len(p)))
+
+
+def top_k(scores: Array, k: int) -> npt.NDArray[np.int64]:
+    order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")
+    order = np.concatenate([order[~np.isnan(scores[order])], order[np.isnan(scores[order])]])
+    return np.sort(order[:k])
+
+
+# ---- attend (1, 2)
+
+
+@dataclass
+class Span:
+    """far, near: [G][n][d] or None. first: position of the first token."""
+
+    far: Array | None
+    near: Array | None
+    v: Array
+    first: int
+
+    @property
+    def n_tok(self) -> int:
+        return int(self.v.shape[1])
+
+
+def attend(
+    spans: list[Span],
+    q_near: Array,
+    q_far: Array,
+    k_window: Array,
+    v_window: Array,
+    *,
+    n_past: int,
+    n_clamp: int,
+    scale: float,
+) -> tuple[Array, Array, Array]:
+    """q [m][H][d], window K and V [G][m][d]. Returns out [m][H][d], weight sums over queries [H][keys], span mass."""
+    m, n_head, _ = q_near.shape
+    r = n_head // len(k_window)
+    out = np.zeros_like(q_near)
+    column_sums = np.zeros((n_head, sum(s.n_tok for s in spans) + m))
+    for h in range(n_head):
+        g = h // r
+        v = np.concatenate([s.v[g] for s in spans] + [v_window[g]])
+        for i in range(m):
+            logits = []
+            for s in spans:
+                distance = n_past + i - (s.first + np.arange(s.n_tok))
+                near = np.full(s.n_tok, s.far is None) if s.near is None or s.far is None else distance < n_clamp
+                a = q_near[i, h] @ s.near[g].T if s.near is not None else np.zeros(s.n_tok)
+                b = q_far[i, h] @ s.far[g].T if s.far is not None else np.zeros(s.n_tok)
+                logits.append(np.where(near, a, b))
+            window = k_window[g] @ q_near[i, h]
+            logits.append(np.where(np.arange(m) <= i, window, -np.inf))
+            w = softmax(scale * np.concatenate(logits))
+            out[i, h] = w @ v
+            column_sums[h] += w
+    ends = np.cumsum([0] + [s.n_tok for s in spans])
+    per_key = column_sums.mean(axis=0)
+    mass = np.array([per_key[a:b].sum() for a, b in itertools.pairwise(ends)])
+    return out, column_sums, mass

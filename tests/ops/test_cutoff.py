@@ -1,0 +1,64 @@
+"""When this fails, layers get the wrong number of chunks, or not their best ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import ops_reference as reference
+import pytest
+from ops_support import Guarded, check, lib, pointer
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 15, 16, 17, 1000, 4096])
+@pytest.mark.parametrize("temperature", [1.0, 0.05, 0.001])
+def test_entropy_follows_the_formula(impl: int, rng: np.random.Generator, *, n: int, temperature: float) -> None:
+    scores = rng.uniform(-1, 1, size=n).astype(np.float32)
+    actual = lib.actqkv_entropy(impl, pointer(scores), n, temperature)
+    expected = reference.entropy(scores.astype(np.float64), np.float32(temperature))
+    assert 0 <= actual <= 1
+    check("entropy", [1 + actual], [1 + expected])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_entropy_of_what_is_not_finite_is_zero(impl: int, value: float) -> None:
+    scores = np.zeros(20, np.float32)
+    scores[7] = value
+    assert lib.actqkv_entropy(impl, pointer(scores), 20, 1.0) == 0
+
+
+def test_entropy_ends(impl: int) -> None:
+    flat = np.full(77, 0.3, np.float32)
+    assert lib.actqkv_entropy(impl, pointer(flat), 77, 1.0) == pytest.approx(1, abs=1e-6)
+    assert lib.actqkv_entropy(impl, pointer(flat), 77, 0.0) == 0
+    peak = flat.copy()
+    peak[5] = 1e4
+    assert lib.actqkv_entropy(impl, pointer(peak), 77, 1.0) == 0
+
+
+def chosen(scores: np.ndarray, k: int) -> list[int]:  # type: ignore[type-arg]
+    out, scratch = Guarded(max(min(k, len(scores)), 0), np.int32), Guarded(len(scores), np.int32)
+    lib.actqkv_top_k(pointer(scores), len(scores), k, pointer(out), pointer(scratch))
+    out.check()
+    scratch.check()
+    return list(out.array)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 47, 1000])
+@pytest.mark.parametrize("k", [0, 1, 46, 1000, 2000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k(rng: np.random.Generator, n: int, k: int, ties: bool) -> None:
+    scores = rng.normal(size=n).astype(np.float32)
+    if ties:
+        scores = np.round(scores)
+    assert chosen(scores, k) == list(reference.top_k(scores.astype(np.float64), k))
+
+
+def test_top_k_order_of_special_values() -> None:
+    scores = np.array([np.nan, -np.inf, 0.0, -0.0, np.inf, 0.0, np.nan], np.float32)
+    assert chosen(scores, 1) == [4]
+    assert chosen(scores, 3) == [2, 3, 4]
+    assert chosen(scores, 5) == [1, 2, 3, 4, 5]
+    assert chosen(scores, 6) == [0, 1, 2, 3, 4, 5]
+
+
+def test_top_k_equal_scores_keep_order() -> None:
+    assert chosen(np.zeros(100, np.float32), 7) == list(range(7))
