@@ -1,0 +1,125 @@
+"""One answer: sample, read back, stop. Works on either engine; `Document` and `Chat` share it."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import llama_cpp
+
+from actqkv_cpp.errors import ParameterError
+from actqkv_cpp.results import FinishReason
+
+if TYPE_CHECKING:
+    from actqkv_cpp.llama import Llama
+
+OnText: TypeAlias = Callable[[str], object]  # pieces of the answer as they come; returning False ends the answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How an answer is drawn. Arguments as in llama_cpp.Llama.create_completion; temperature 0.0 is greedy."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    min_p: float
+    top_k: int
+    seed: int | None
+    stop: tuple[str, ...]
+    on_text: OnText | None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ParameterError(f"max_tokens is at least 1, not {self.max_tokens}")
+        if self.temperature < 0.0:
+            raise ParameterError(f"temperature is at least 0, not {self.temperature}")
+
+
+@dataclass(kw_only=True)
+class Generated:
+    """An answer while it grows. `n_tokens` counts sampled tokens without the one that ends it."""
+
+    text: str = ""
+    n_tokens: int = 0
+    finish_reason: FinishReason = "length"
+    context_full: bool = False
+    first_token_at: float | None = None  # time.perf_counter()
+    decode_s: float = 0.0
+
+
+def stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+class _Stream:
+    """Text out of bytes of tokens: whole characters, no stop text, no leading space."""
+
+    def __init__(self, stop: tuple[str, ...], on_text: OnText | None) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = [text for text in stop if text]
+        self._on_text = on_text
+        self._n_out = 0
+        self.text = ""
+        self.stopped = self.refused = False
+
+    def push(self, piece: bytes, *, final: bool = False) -> None:
+        self.text += self._decoder.decode(piece, final)
+        if not self._n_out:
+            self.text = self.text.lstrip()
+        found = [at for stop in self._stop if (at := self.text.find(stop)) >= 0]
+        if found:
+            self.text, self.stopped, final = self.text[: min(found)], True, True
+        ready = len(self.text) - (0 if final else self._held())
+        if ready > self._n_out:
+            out, self._n_out = self.text[self._n_out : ready], ready
+            if self._on_text is not None and self._on_text(out) is False:
+                self.refused = True
+
+    def _held(self) -> int:
+        """Characters at the end that may be the beginning of a stop text."""
+        lengths = (n for stop in self._stop for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n]))
+        return max(lengths, default=0)
+
+
+def generate(llm: Llama, into: Generated, sampling: Sampling) -> None:
+    """Answer from where the history stands: its last token's logits are there. What is read back is in the history.
+
+    `into` is filled as tokens come, so that an exception, KeyboardInterrupt included, leaves what was said.
+    """
+    stream = _Stream(sampling.stop, sampling.on_text)
+    seed = llm._seed
+    if sampling.seed is not None:
+        llm.set_seed(sampling.seed)
+    llm._sampler = llm._init_sampler(
+        temp=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p, top_k=sampling.top_k
+    )
+    llm._seed = seed
+    try:
+        while True:
+            token = llm.sample()
+            into.first_token_at = into.first_token_at or time.perf_counter()
+            if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+                into.finish_reason = "stop"
+                break
+            into.n_tokens += 1
+            stream.push(llm._encoder.piece(token))
+            into.text = stream.text
+            if llm.n_tokens >= llm.n_ctx():
+                into.context_full = True
+                break
+            begin = time.perf_counter()
+            llm.eval([token])  # also the last one: the history ends with what was said
+            into.decode_s += time.perf_counter() - begin
+            if stream.stopped or stream.refused:
+                into.finish_reason = "stop" if stream.stopped else "cancelled"
+                break
+            if into.n_tokens >= sampling.max_tokens:
+                break
+    finally:
+        llm._sampler = None
+        stream.push(b"", final=True)
+        into.text = stream.text.rstrip()

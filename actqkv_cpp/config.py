@@ -1,0 +1,142 @@
+"""How a session reads and retrieves: `Retrieval`, and sizes as people write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, get_args
+
+from actqkv_cpp.errors import ParameterError, unknown_name
+
+Positions = Literal["auto", "clamped", "exact"]
+Selection = Literal["all", "top", "none"]
+Summary = Literal["head", "kv_head", "mean", "bounds"]
+Probe = Literal["mean", "bias"]
+Statistics = Literal["pooled", "published"]
+Score = Literal["cosine", "dot"]
+Cutoff = Literal["none", "layerwise", "published"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "positions": get_args(Positions),
+    "prefill": get_args(Selection),
+    "decode": get_args(Selection),
+    "summary": get_args(Summary),
+    "probe": get_args(Probe),
+    "statistics": get_args(Statistics),
+    "score": get_args(Score),
+    "cutoff": get_args(Cutoff),
+}
+_SIZES = ("budget", "n_sink", "n_local", "chunk", "window")
+_COUNTS = ("representatives", "probe_warmup", "statistics_cap")
+_NUMBERS = ("cutoff_temperature", "question_weight")
+_UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", re.IGNORECASE)
+
+
+def parse_size(size: int | str) -> int:
+    """Tokens meant by `size`: a number, or text such as "2k", "128K", "1m", "1.5k" (k = 1024).
+
+    Raises:
+        ParameterError: not a whole number of tokens, or negative.
+
+    Example:
+        >>> parse_size("128k")
+        131072
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        if size < 0:
+            raise ParameterError(f"a size is not negative: {size}")
+        return size
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    n_tokens = float(found[1]) * _UNITS[found[2].lower()] if found else 0.5
+    if not n_tokens.is_integer():
+        raise ParameterError(f"not a size in tokens: {size!r}", "write 2048, 2k, 128k or 1m (k = 1024)")
+    return int(n_tokens)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What a session attends, and how it chooses. Frozen; checked once, when made.
+
+    A method is a row of the native table (`actqkv_cpp.methods()` lists them); every column of the row is a parameter
+    here, None meaning the row's own value.
+
+    Args:
+        method: name of the row: "actqkv", "published", "dense", ...
+        budget: tokens attended per step: sinks + local + retrieved chunks. At least n_sink + n_local + chunk.
+        n_sink: first tokens, always attended.
+        n_local: last tokens, always attended.
+        chunk: tokens of a chunk, the unit of retrieval.
+        window: tokens of one forward pass while reading, at most n_local.
+        positions: "exact" (true positions), "clamped" (everything outside local at one distance; any length), "auto"
+            (exact if n_ctx fits the trained length, else clamped).
+        prefill, decode: what is retrieved while reading, and while answering: "all" chunks, the "top" ones, "none".
+        summary: of a chunk: "head" (per query head, its most attended keys), "kv_head" (per KV head), "mean" of all
+            keys, or "bounds" (least and greatest of each channel; wants score "dot").
+        representatives: keys averaged into a summary, 1 .. chunk.
+        probe: of a window: "bias" (activation bias) or "mean" of its queries.
+        probe_warmup: windows per layer whose probe is the plain mean; -1 as published (1000 / layers).
+        statistics: running statistics "pooled" (exact) or as "published".
+        statistics_cap: t_max; statistics remember at most t_max * 256 tokens.
+        score: of a chunk: "cosine" or "dot" product of probe and summary.
+        cutoff: while answering: "none", "layerwise" (by entropy) or as "published".
+        cutoff_temperature: of the softmax over scores, > 0.
+        question_weight: lambda of question-aware prefill; 0 is off.
+
+    Sizes also take "2k" and the like.
+
+    Raises:
+        ParameterError: a wrong value, with the choices; an unknown name, with the nearest known one. Values that
+            contradict each other are refused when a session is made, by the same class.
+
+    Example:
+        >>> Retrieval(budget="4k", score="dot").budget
+        4096
+    """
+
+    method: str = "actqkv"
+    _: KW_ONLY
+    budget: int | str = 2048
+    n_sink: int | str = 64
+    n_local: int | str = 512
+    chunk: int | str = 32
+    window: int | str = 256
+    positions: Positions | None = None
+    prefill: Selection | None = None
+    decode: Selection | None = None
+    summary: Summary | None = None
+    representatives: int | None = None
+    probe: Probe | None = None
+    probe_warmup: int | None = None
+    statistics: Statistics | None = None
+    statistics_cap: int | None = None
+    score: Score | None = None
+    cutoff: Cutoff | None = None
+    cutoff_temperature: float | None = None
+    question_weight: float | None = None
+
+    @classmethod
+    def of(cls, **options: Any) -> Retrieval:
+        """A Retrieval from named options; an unknown name raises ParameterError with the nearest known one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise unknown_name("retrieval option", name, known)
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            object.__setattr__(self, name, parse_size(getattr(self, name)))
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise unknown_name(f"value for {name}", str(value), choices)
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ParameterError(f"{name} is a whole number, not {value!r}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+                raise ParameterError(f"{name} is a number, not {value!r}")

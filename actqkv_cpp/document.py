@@ -1,0 +1,510 @@
+"""Reading documents and asking about them: `Document` and `Chat`, made by `Llama.read` and `Llama.chat`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from actqkv_cpp import results, sources
+from actqkv_cpp.answering import Generated, OnText, Sampling, generate, stops
+from actqkv_cpp.errors import ContextError, DocumentError, ParameterError, StateError
+from actqkv_cpp.reader import TextFile, load
+from actqkv_cpp.results import Answer, Memory
+from actqkv_cpp.template import Cursor, Part, Span, Step, Tokens, no_tokens
+
+if TYPE_CHECKING:
+    from actqkv_cpp._native import Phase
+    from actqkv_cpp.llama import Llama
+
+Progress: TypeAlias = Callable[[int, int], object]  # (tokens done, tokens in all); returning False stops
+PathLike: TypeAlias = str | Path
+Source: TypeAlias = PathLike | TextFile | Sequence[PathLike | TextFile] | None  # what `Llama.read` reads
+
+# How a question enters the history: "prefill" as one text, or "decode" token by token, as answers do.
+_QUESTION_PHASE: Literal["prefill", "decode"] = "prefill"
+
+_RESERVE = 1024  # tokens kept free for question and answer while reading, at most an eighth of n_ctx
+_QUESTION = -1  # in place of a document's number: the question of question-aware prefill
+_GAP = "\n\n"  # between texts that share one message
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a conversation stands: all that the next turn needs. Frozen, so that it can be returned to."""
+
+    cursor: Cursor
+    before: tuple[Part, ...]  # of the prompt, before the user's text
+    after: tuple[Part, ...]  # between the user's text and the answer
+    files: tuple[TextFile, ...] = ()
+    spans: tuple[Span, ...] = ()
+    history: Tokens = field(default_factory=no_tokens)  # of the session here, to notice when it was used otherwise
+
+
+@dataclass
+class _Reading:
+    """Documents on their way into the session: tokens [n_total] to be read after `place`, of which `n_read` are in."""
+
+    place: _Place
+    closing: tuple[Part, ...]  # what follows the documents, for a reading that ends early
+    step: Step
+    done: _Place
+    n_read: int = 0
+    seconds: float = 0.0
+    history: Tokens = field(default_factory=no_tokens)  # of the session, after what was read
+
+    @property
+    def n_total(self) -> int:
+        return len(self.step.tokens)
+
+    def here(self) -> _Place:
+        """Where the next turn starts: after the reading, or after the part of it that was done."""
+        if self.n_read == self.n_total:
+            return replace(self.done, history=self.history)
+        n_past = min(self.step.keep + self.n_read, max(span.end for span in self.done.spans))
+        spans = tuple(replace(s, ends=s.ends[: n_past - s.start]) for s in self.done.spans if s.start < n_past)
+        if len(spans) <= len(self.place.spans):  # not a word of the documents: as if they had not been given
+            return self.place
+        return replace(self.done, cursor=Cursor(n_past), before=self.closing, spans=spans, history=self.history)
+
+    def segments(self) -> list[tuple[Tokens, Phase]]:
+        """What is left to read: tokens and the phase they enter in."""
+        ours = [span for span in self.step.spans if span.document == _QUESTION]
+        begin, end = (ours[0].start - self.step.keep, ours[0].end - self.step.keep) if ours else (0, 0)
+        cuts: list[tuple[int, int, Phase]] = [
+            (0, begin, "prefill"), (begin, end, "question"), (end, self.n_total, "prefill"),
+        ]  # fmt: skip
+        return [(self.step.tokens[max(a, self.n_read) : b], phase) for a, b, phase in cuts if b > self.n_read]
+
+
+class _Conversation:
+    """What `Document` and `Chat` share: reading into, and answering from, the session of one Llama."""
+
+    def __init__(self, llm: Llama) -> None:
+        self.llm = llm
+
+    def _check_history(self, place: _Place) -> None:
+        n = place.cursor.n_past
+        if n > self.llm.n_tokens or not np.array_equal(self.llm.input_ids[:n], place.history[:n]):
+            raise StateError(
+                "the session was used for something else since this was read",
+                "read the document again; one Llama holds one history",
+            )
+
+    def _read(self, reading: _Reading, progress: Progress | None) -> None:
+        """Read what is left of `reading`; on any exception its `n_read` says how far that went."""
+        llm, keep = self.llm, reading.step.keep
+        begin = time.perf_counter()
+        llm._rewind(keep + reading.n_read)
+        try:
+            for tokens, phase in reading.segments():
+                done = llm.n_tokens - keep
+
+                def report(n_done: int, _: int, done: int = done) -> object:
+                    return None if progress is None else progress(done + n_done, reading.n_total)
+
+                llm._feed(tokens, phase=phase, progress=report)
+        finally:
+            reading.n_read = max(llm.n_tokens - keep, 0)
+            reading.seconds += time.perf_counter() - begin
+            reading.history = llm.input_ids[: llm.n_tokens].copy()
+        if llm.session is not None:
+            llm.session.checkpoint()
+
+    def _answer(
+        self, place: _Place, text: str, sampling: Sampling, into: Generated, *, reading: _Reading | None
+    ) -> Answer:
+        """Ask `text` at `place`, after `reading`; the session then holds both. `into` grows as the answer does."""
+        llm, session = self.llm, self.llm.session
+        begin = time.perf_counter()
+        step = self._feed_question(place, text)
+        prompt_s = time.perf_counter() - begin
+        n_prompt = step.keep + len(step.tokens)
+        passages: tuple[results.Source, ...] = ()
+        attended_max, attended_mean = n_prompt + into.n_tokens, float(n_prompt)
+        if session is None:
+            generate(llm, into, sampling)
+        else:
+            prompt_stats = session.stats()
+            session.stats_reset()
+            session.sources_begin()
+            try:
+                generate(llm, into, sampling)
+            finally:
+                mass = session.sources_end()
+            passages = sources.find(mass, session.params, place.spans, place.files)
+            stats = session.stats()
+            stats = stats if stats.n_decode_tokens else prompt_stats
+            attended_max, attended_mean = stats.attended_tokens_max, stats.attended_tokens_mean
+        n_read, read_s = (reading.n_read, reading.seconds) if reading else (len(step.tokens), prompt_s)
+        return Answer(
+            question=text,
+            text=into.text,
+            sources=passages,
+            usage=results.Usage(
+                document_tokens=sum(len(span.ends) for span in place.spans),
+                prompt_tokens=n_prompt,
+                completion_tokens=into.n_tokens,
+                attended_tokens=attended_max,
+                attended_tokens_mean=attended_mean,
+            ),
+            timing=results.Timing(
+                prefill_s=read_s,
+                prefill_tokens_per_s=n_read / read_s if read_s else 0.0,
+                decode_tokens_per_s=into.n_tokens / into.decode_s if into.decode_s else 0.0,
+                first_token_s=(into.first_token_at or time.perf_counter()) - begin,
+            ),
+            memory=_memory(llm),
+            finish_reason=into.finish_reason,
+            context_full=into.context_full,
+        )
+
+    def _feed_question(self, place: _Place, text: str) -> Step:
+        """Read the question, template included, up to where the answer begins."""
+        llm = self.llm
+        self._check_history(place)
+        step = llm._encoder.extend(place.cursor, [*place.before, Part(text), *place.after], closed=True)
+        n_prompt = step.keep + len(step.tokens)
+        if n_prompt >= llm.n_ctx():
+            raise ContextError(
+                f"with the question there are {n_prompt} tokens, n_ctx is {llm.n_ctx()}",
+                "make the Llama with a larger n_ctx, or start a new chat",
+            )
+        llm._rewind(step.keep)
+        if llm.session is not None:
+            llm.session.stats_reset()
+        llm._feed(step.tokens, phase=_QUESTION_PHASE)
+        return step
+
+    def _plan(
+        self, place: _Place, head: Sequence[Part], closing: tuple[Part, ...], done: _Place, *, reserve: int | None
+    ) -> _Reading:
+        """The plan of reading `head` and `closing` after `place`; ContextError when they do not fit."""
+        llm = self.llm
+        step = llm._encoder.extend(place.cursor, [*head, *closing], closed=False)
+        free = min(_RESERVE, llm.n_ctx() // 8) if reserve is None else reserve
+        n_needed = step.keep + len(step.tokens) + free
+        if n_needed > llm.n_ctx():
+            names = ", ".join(file.name for file in done.files[len(place.files) :])
+            held = f" after the {step.keep} tokens already read" if step.keep else ""
+            raise ContextError(
+                f"{names} takes {len(step.tokens)} tokens{held}, with {free} kept for question and answer that is "
+                f"{n_needed}; n_ctx is {llm.n_ctx()}",
+                f"use n_ctx={-(-n_needed // 1024) * 1024} or more, or a shorter document",
+            )
+        spans = place.spans + tuple(span for span in step.spans if span.document != _QUESTION)
+        return _Reading(place, closing, step, replace(done, cursor=step.cursor, spans=spans))
+
+
+def _memory(llm: Llama) -> Memory:
+    """Bytes of the tokens in the session, by the plan's share of each; nothing is known of llama.cpp's."""
+    if llm.session is None:
+        return Memory(kv_bytes=0, summary_bytes=0)
+    plan, params = llm.session.plan, llm.session.params
+    n_chunks = max(params.n_ctx // params.n_chunk_tokens, 1)
+    return Memory(
+        kv_bytes=plan.kv_bytes * llm.session.n_past // params.n_ctx,
+        summary_bytes=plan.summary_bytes * min(llm.session.n_chunks, n_chunks) // n_chunks,
+    )
+
+
+def _texts(files: Sequence[TextFile], first: int = 0) -> list[Part]:
+    """Documents numbered from `first`, a blank line between them."""
+    parts: list[Part] = []
+    for i, file in enumerate(files):
+        parts += [Part(_GAP)] if i else []
+        parts.append(Part(file.text, document=first + i))
+    return parts
+
+
+def _template(text: str) -> tuple[Part, ...]:
+    return (Part(text, template=True),)
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """A first turn: parts up to the end of system text and documents, what follows them, and the place then."""
+
+    head: tuple[Part, ...]
+    closing: tuple[Part, ...]
+    done: _Place
+
+
+def _beginning(llm: Llama, content: Sequence[Part], files: Sequence[TextFile]) -> _Beginning:
+    """A first turn with `content` in the system role; where the template has none, before the question."""
+    head, middle, tail = llm._template.first(system=bool(content))
+    closing = _template(middle) if middle is not None else (Part(_GAP),) if content else ()
+    done = _Place(Cursor(), (), _template(tail), tuple(files))
+    return _Beginning((*_template(head), *content), closing, done)
+
+
+class Document(_Conversation):
+    """One reading of one or more documents; the basis of any number of questions. Made by `Llama.read`.
+
+    Attributes:
+        llm: the Llama whose session holds it.
+        names: of the documents; `name` is the first.
+        files: the documents themselves (`name`, `text`).
+        tokens_total: tokens of the reading, template included. `tokens_read` is less after an interrupted reading:
+            questions then see what was read, and `resume` reads on.
+
+    Example:
+        >>> doc = llm.read("book.txt")
+        >>> for question in ("Who kept the key?", "Where?"):
+        ...     print(doc.ask(question))
+    """
+
+    def __init__(
+        self,
+        llm: Llama,
+        files: Sequence[TextFile],
+        *,
+        system: str | None = None,
+        question: str | None = None,
+        reserve: int | None = None,
+    ) -> None:
+        super().__init__(llm)
+        self.files = tuple(files)
+        content = [Part(system + _GAP)] if system else []
+        content += [Part(question, document=_QUESTION), Part(_GAP)] if question else []
+        begin = _beginning(llm, [*content, *_texts(files)], files)
+        without = _beginning(llm, content, [])
+        nothing = replace(without.done, before=without.head + without.closing)
+        self._reading = self._plan(nothing, begin.head, begin.closing, begin.done, reserve=reserve)
+
+    @property
+    def name(self) -> str:
+        return self.files[0].name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(file.name for file in self.files)
+
+    @property
+    def text(self) -> str:
+        """The text of the first document."""
+        return self.files[0].text
+
+    @property
+    def tokens_total(self) -> int:
+        return self._reading.n_total
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the reading that are in the session."""
+        return self._reading.n_read
+
+    @property
+    def read_s(self) -> float:
+        """Seconds spent reading."""
+        return self._reading.seconds
+
+    def resume(self, *, progress: Progress | None = None) -> None:
+        """Read on after an interrupted reading; nothing to do when all was read.
+
+        Args:
+            progress: as in `Llama.read`; counts from what was read before.
+
+        Raises:
+            StateError: the session was used for something else meanwhile.
+            Cancelled, KeyboardInterrupt: as `Llama.read`.
+        """
+        if self.tokens_read > 0:
+            self._check_history(self._reading.here())
+        if self.tokens_read < self.tokens_total:
+            self._read(self._reading, progress)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        top_k: int = 40,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        on_text: OnText | None = None,
+    ) -> Answer:
+        """Answer one question from the documents alone; earlier questions are not seen.
+
+        Args:
+            question: text; never becomes control tokens.
+            max_tokens: of the answer, at least 1. The answer ends earlier, with `context_full`, where n_ctx is full.
+            temperature: 0.0 (default) takes the likeliest token.
+            top_p, min_p, top_k: as in llama_cpp, where temperature is above 0.
+            seed: of the sampling; None: the Llama's own.
+            stop: texts that end the answer; not part of it.
+            on_text: called with pieces of the answer as they come; returning False ends it ("cancelled").
+
+        Raises:
+            ContextError: the question does not fit n_ctx beside the documents.
+            StateError: the session was used for something else since the reading.
+
+        Example:
+            >>> doc.ask("Who kept the key?", on_text=print).sources[0].text
+        """
+        sampling = Sampling(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed,
+            stop=stops(stop), on_text=on_text,
+        )  # fmt: skip
+        return self._answer(self._reading.here(), question, sampling, Generated(), reading=self._reading)
+
+
+class Chat(_Conversation):
+    """A conversation over one session, over documents or none; a turn sees those before it. Made by `Llama.chat`.
+
+    Attributes:
+        llm: the Llama whose session holds it.
+        messages: the turns so far, as {"role": "user" or "assistant", "content": text}.
+        answer: the latest Answer, or None.
+
+    Example:
+        >>> chat = llm.chat("book.txt")
+        >>> chat.say("Who kept the key?")
+        >>> chat.say("Where?").text
+    """
+
+    def __init__(self, llm: Llama, document: Document | None, *, system: str | None = None) -> None:
+        super().__init__(llm)
+        self.messages: list[dict[str, str]] = []
+        self.answer: Answer | None = None
+        self._reading: _Reading | None = document._reading if document else None
+        if document is not None:
+            self._place = document._reading.here()
+        else:
+            begin = _beginning(llm, [Part(system)] if system else [], [])
+            self._place = replace(begin.done, before=begin.head + begin.closing)
+        self._system = system
+        self._start = self._place
+        self._turns: list[_Place] = []
+
+    @property
+    def documents(self) -> list[str]:
+        """Names of the documents read, in order."""
+        return [file.name for file in self._place.files]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the conversation in the session."""
+        return self._place.cursor.n_past
+
+    def say(
+        self,
+        text: str,
+        *,
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        top_k: int = 40,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        on_text: OnText | None = None,
+    ) -> Answer:
+        """One turn: `text` is the user's; question and answer stay in the conversation.
+
+        Arguments and errors as in `Document.ask`. Interrupting (KeyboardInterrupt) keeps the turn with the answer so
+        far, as soon as the question was read; before that, the turn never was.
+        """
+        sampling = Sampling(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed,
+            stop=stops(stop), on_text=on_text,
+        )  # fmt: skip
+        place, said = self._place, Generated()
+        try:
+            self.answer = self._answer(place, text, sampling, said, reading=self._reading)
+            return self.answer
+        finally:
+            if said.first_token_at is not None:
+                self._turns.append(place)
+                self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said.text}]
+                self._place = self._after_answer(place)
+
+    def _after_answer(self, place: _Place) -> _Place:
+        """The place after an answer: nothing of it is open, the next turn brings the template's end of it."""
+        llm = self.llm
+        before, after = llm._template.following()
+        if llm.session is not None:
+            llm.session.checkpoint()
+        history = llm.input_ids[: llm.n_tokens].copy()
+        return replace(
+            place, cursor=Cursor(llm.n_tokens), before=_template(before), after=_template(after), history=history
+        )
+
+    def read(
+        self,
+        source: PathLike | TextFile | None = None,
+        *,
+        text: str | None = None,
+        name: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Add a document to the running conversation; later turns see it beside all before it.
+
+        Args:
+            source, text, name, progress: as in `Llama.read`.
+
+        Raises:
+            as `Llama.read`; an interrupted reading keeps what was read of the document.
+
+        Example:
+            >>> chat.read("second.txt")
+        """
+        files = text_files(source, text, name)
+        place = self._place
+        content = _texts(files, first=len(place.files))
+        inserted = self.llm._template.inserted() if self._turns else None
+        if not place.cursor.n_past:
+            begin = _beginning(self.llm, [Part(self._system + _GAP), *content] if self._system else content, files)
+        elif inserted is not None:
+            begin = _Beginning(
+                (*_template(inserted[0]), *content),
+                _template(inserted[1]),
+                replace(place, before=(), after=_template(inserted[2])),
+            )
+        else:
+            begin = _Beginning((*place.before, *content), (Part(_GAP),), replace(place, before=()))
+        done = replace(begin.done, files=place.files + tuple(files))
+        self._check_history(place)
+        reading = self._plan(place, begin.head, begin.closing, done, reserve=None)
+        try:
+            self._read(reading, progress)
+        finally:
+            self._place, self._reading = reading.here(), reading
+            if not self._turns:
+                self._start = self._place
+
+    def undo(self) -> None:
+        """Forget the last turn (question and answer), and documents read after it. StateError when there is none."""
+        if not self._turns:
+            raise StateError("there is no turn to undo")
+        self._place = self._turns.pop()
+        del self.messages[-2:]
+        self.answer = None
+
+    def reset(self) -> None:
+        """Forget all turns, and documents read between them; those that came before the first turn stay read."""
+        self._place = self._start
+        self._turns.clear()
+        self.messages.clear()
+        self.answer = None
+
+
+def text_files(source: Source, text: str | None, name: str | None) -> list[TextFile]:
+    """What `read` was given, in memory. DocumentError where there is nothing in it."""
+    if (source is None) == (text is None):
+        raise ParameterError("give either a source or text=")
+    if text is not None:
+        if not text.strip():
+            raise DocumentError("the document is empty")
+        return [TextFile(name or "text", text)]
+    sources = [source] if isinstance(source, (str, Path, TextFile)) else list(source or ())
+    if not sources:
+        raise DocumentError("no documents were given")
+    return [item if isinstance(item, TextFile) else load(item) for item in sources]

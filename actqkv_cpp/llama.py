@@ -1,0 +1,521 @@
+"""`Llama`: llama_cpp.Llama with its context replaced by an actqkv session.
+
+The base class is constructed over a context of the smallest size; then `_ctx` becomes a SessionContext, `scores` the
+rows that were asked for, and eval, sample and the state methods are ours. Samplers, grammars, chat formats and the
+completion loop stay the base's. tests/api/test_base_uses.py walks the base's source for uses of `_ctx` not covered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from actqkv_cpp import compat, default_model_path, machine
+from actqkv_cpp._native import KV_TYPES, Phase, Session, memory_plan, model_check
+from actqkv_cpp.config import Retrieval, parse_size
+from actqkv_cpp.document import Chat, Document, PathLike, Progress, text_files
+from actqkv_cpp.errors import (
+    Cancelled,
+    ContextError,
+    MemoryPlanError,
+    ModelError,
+    ParameterError,
+    StateError,
+)
+from actqkv_cpp.reader import TextFile
+from actqkv_cpp.rows import LogitRows
+from actqkv_cpp.template import ChatTemplate, Encoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_SMALLEST_N_CTX = 1  # of the base's own context, which only serves low-level calls on .ctx
+_GGML_LOG_ERROR = 4  # enum ggml_log_level
+_BASE_CONTEXT_ERROR = re.compile(r"Requested tokens \((\d+)\) exceed context window of \d+")
+
+
+class SessionContext:
+    """What llama_cpp.Llama asks of its `_ctx`, answered by a session; `ctx` is the base's own, empty context."""
+
+    def __init__(self, session: Session, own: Any) -> None:
+        self._session = session
+        self._own = own
+
+    @property
+    def ctx(self) -> Any:
+        return self._own.ctx
+
+    def n_ctx(self) -> int:
+        return self._session.params.n_ctx
+
+    def pooling_type(self) -> int:
+        return cast(int, self._own.pooling_type())
+
+    def kv_cache_clear(self) -> None:
+        self._session.rewind(0)
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """Forget tokens from p0 on; False (nothing done) for a stretch that does not reach the end."""
+        if 0 <= p1 < self._session.n_past:
+            return False
+        if p0 < self._session.n_past:
+            self._session.rewind(max(p0, 0))
+        return True
+
+    def reset_timings(self) -> None:
+        self._session.stats_reset()
+
+    def print_timings(self) -> None:
+        """Nothing: `session.stats()` has the figures."""
+
+
+class Llama(llama_cpp.Llama):
+    """A drop-in for llama_cpp.Llama whose KV memory is an actqkv session: long documents at the cost of short ones.
+
+    Args:
+        model_path: a GGUF file (the first of a split model). None: the bundled model, for trying out.
+        retrieval: what is attended and how it is chosen; default Retrieval().
+        kv_type: type of stored chunks: "f16".
+        **options: the constructor arguments of llama_cpp.Llama; docs/llama_cpp.md says what becomes of each. `n_ctx`
+            (tokens, default 512 as there, 0: the trained length) also takes "128k" and may exceed the trained length.
+
+    Attributes:
+        engine: "actqkv", or "llama.cpp" where an option or the model needs a dense context (a warning says so).
+        engine_reason: why it is "llama.cpp"; None otherwise.
+        session: the native session; None on llama.cpp.
+        retrieval: the Retrieval given.
+        document: the latest reading, also an interrupted one; None before the first.
+
+    Threads: one at a time; a second thread that enters gets ThreadError. Ctrl-C in a long reading raises
+    KeyboardInterrupt at the end of a window and keeps the windows before it.
+
+    Raises:
+        ModelError: the file is missing, broken or not a GGUF model.
+        ParameterError: an unknown option (with the nearest known one), or values that contradict each other.
+        MemoryPlanError: n_ctx tokens do not fit in the memory that is free; nothing is allocated.
+
+    Example:
+        >>> llm = Llama("model.gguf", n_ctx="128k")
+        >>> llm.read("book.txt", progress=print).ask("Who kept the key?").text
+    """
+
+    engine: Literal["actqkv", "llama.cpp"]
+    engine_reason: str | None
+    session: Session | None
+    retrieval: Retrieval
+    document: Document | None
+
+    def __init__(
+        self,
+        model_path: PathLike | None = None,
+        *,
+        retrieval: Retrieval | None = None,
+        kv_type: str = "f16",
+        **options: Unpack[compat.LlamaOptions],
+    ) -> None:
+        given = cast(dict[str, Any], options)
+        compat.check_names(given)
+        self.retrieval = retrieval if retrieval is not None else Retrieval()
+        self.session = self.document = None
+        self.kv_type = _kv_type(kv_type, given)
+        self._sampled: int | None = None  # what sample() returned, until it is read back: that is a decode step
+        self._rows_wanted: Literal["last", "sampled", "all"] = "last"
+        given["n_ctx"] = parse_size(given.get("n_ctx", compat.base_defaults()["n_ctx"]))
+        path = _checked_path(model_path if model_path is not None else default_model_path())
+
+        reason = "vocab_only" if given.get("vocab_only") else compat.dense_reason(given)
+        if reason is None:
+            own = {"n_ctx": _SMALLEST_N_CTX, "logits_all": False, "type_k": None, "type_v": None}
+            self._load(path, given | own)
+            try:
+                model_check(self._model)
+            except ModelError as error:
+                reason = str(error)
+                self._stack.close()
+        self.engine, self.engine_reason = ("actqkv" if reason is None else "llama.cpp"), reason
+        if reason is None:
+            self._attach(given)
+            return
+        if reason != "vocab_only":
+            warnings.warn(f"running densely through llama.cpp: {reason}", stacklevel=2)
+            kv = None if self.kv_type == "f16" else KV_TYPES[self.kv_type]
+            given = {"type_k": kv, "type_v": kv} | given
+        self._load(path, given)
+
+    # -- construction
+
+    @property
+    def model_params(self) -> Any:
+        """llama_model_params of the base. The setter clears `use_extra_bufts` where extra buffer types crash."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.use_extra_bufts = machine.extra_buffers().safe
+        self._model_params = params
+
+    def _load(self, path: str, options: dict[str, Any]) -> None:
+        """The base's constructor; what libllama logged becomes the message when it fails."""
+        with _logged_errors() as log:
+            try:
+                super().__init__(path, **options)
+            except ValueError as error:
+                self.close()
+                detail = next((line for line in log if line), str(error))
+                raise ModelError(f"{path}: {detail}", "check that the file is complete and is a GGUF model") from error
+
+    def _attach(self, options: dict[str, Any]) -> None:
+        """Put a session in place of the context that the base made."""
+        n_ctx = options["n_ctx"] or self._model.n_ctx_train()
+        n_threads = options.get("n_threads") or options.get("n_threads_batch") or _available_cores()
+        plan = memory_plan(self._model, self.retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=self.kv_type)
+        free = machine.available_memory()
+        if free is not None and plan.total_bytes > free:
+            raise MemoryPlanError(
+                f"a session of {n_ctx} tokens needs {plan.total_bytes:,} bytes ({plan.kv_bytes:,} of KV, "
+                f"{plan.summary_bytes:,} of summaries), {free:,} are free",
+                f"use n_ctx={n_ctx * free // plan.total_bytes // 1024 * 1024} or less, or a smaller kv_type",
+            )
+        self.session = Session(self._model, self.retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=self.kv_type)
+        self._stack.callback(self.session.close)
+        self._ctx = cast(Any, SessionContext(self.session, self._ctx))
+        self._n_ctx = n_ctx
+        self.n_batch = min(n_ctx, options.get("n_batch", compat.base_defaults()["n_batch"]))
+        self.n_threads = self.n_threads_batch = n_threads
+        for name in ("n_ctx", "n_batch", "n_threads"):
+            setattr(self.context_params, name, getattr(self, f"_{name}" if name == "n_ctx" else name))
+        self.input_ids = np.zeros(n_ctx, np.intc)
+        self._rows = LogitRows(self._n_vocab)
+        self.scores = cast(Any, self._rows)
+        self._logits_all = bool(options.get("logits_all", False))
+        self._rows_wanted = "all" if self._logits_all else "last"
+
+    def close(self) -> None:
+        """Free session and model. May be called twice."""
+        if stack := getattr(self, "_stack", None):
+            stack.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if self.session is not None:
+            state |= {"type_k": None, "type_v": None}
+        return state | {"retrieval": self.retrieval, "kv_type": self.kv_type}
+
+    # -- evaluating
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Read tokens into the history, after its first `n_tokens`.
+
+        A token that sample() just returned enters as a decode step, all others as prefill: their results differ
+        (ALGORITHMS.md), and both equal a fresh run over the same history.
+
+        Raises:
+            ContextError: they do not fit n_ctx; nothing was read.
+            KeyboardInterrupt, Cancelled: `n_tokens` says what was read.
+        """
+        if self.session is None:
+            self._require_context()
+            super().eval(tokens)
+            return
+        sampled, self._sampled = self._sampled, None
+        array = np.asarray(tokens, np.int32)
+        n_decode = 1 if array.size and sampled is not None and int(array[0]) == sampled else 0
+        self._feed(array[:n_decode], phase="decode")
+        self._feed(array[n_decode:])
+
+    def _feed(self, tokens: NDArray[np.int32], *, phase: Phase = "prefill", progress: Progress | None = None) -> None:
+        """Append tokens [n] to the history in one phase, on either engine."""
+        if not len(tokens):
+            return
+        n_past, n = self.n_tokens, len(tokens)
+        if n_past + n > self._n_ctx:
+            raise ContextError(
+                f"Requested tokens ({n_past + n}) exceed context window of {self._n_ctx}",
+                "make the Llama with a larger n_ctx, or reset() it",
+            )
+        if self.session is None:
+            self._feed_dense(tokens, progress)
+            return
+        self._rewind(n_past)
+        self.input_ids[n_past : n_past + n] = tokens
+        self._requires_eval = True
+        self.session.progress = progress
+        try:
+            rows = self.session.decode(tokens, phase=phase, n_logits=n if self._rows_wanted == "all" else 1)
+            self._rows.put(n_past + n - len(rows), rows, keep=self._rows_wanted != "last")
+            self._requires_eval = False
+        finally:
+            self.session.progress = None
+            self.n_tokens = self.session.n_past
+            self._rows.truncate(self.n_tokens)
+
+    def _feed_dense(self, tokens: NDArray[np.int32], progress: Progress | None) -> None:
+        self._require_context()
+        n = len(tokens)
+        for begin in range(0, n, self.n_batch):
+            super().eval(tokens[begin : begin + self.n_batch].tolist())
+            if progress is not None and progress(min(begin + self.n_batch, n), n) is False:
+                raise Cancelled("the progress callback stopped the reading")
+
+    def _require_context(self) -> None:
+        if self.engine_reason == "vocab_only":
+            raise StateError("a Llama with vocab_only=True only tokenises", "load it without vocab_only")
+
+    def _rewind(self, n_past: int) -> None:
+        """Forget tokens from `n_past` on, on either engine."""
+        if self.session is not None:
+            if n_past > self.session.n_past:
+                raise StateError(f"n_tokens is {n_past}, the session holds {self.session.n_past}")
+            if n_past < self.session.n_past:
+                self.session.rewind(n_past)
+                self._requires_eval = True
+            self._rows.truncate(n_past)
+        self.n_tokens = n_past
+
+    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
+        if self.session is None:
+            self._require_context()
+            return cast(int, super().sample(*args, **kwargs, idx=idx))  # type: ignore[misc]
+        self._rows.truncate(self.n_tokens)
+        row = self._rows.last() if idx is None else self.scores[idx]
+        if row is None or self.n_tokens == 0 or np.isnan(row[0]):
+            raise StateError("there are no logits to sample from", "eval() some tokens first")
+        sampler = self._sampler if self._sampler is not None else self._init_sampler(*args, **kwargs)
+        candidates = self._candidates
+        candidates.copy_logits(row)
+        candidates.candidates.selected = -1
+        llama_cpp.llama_sampler_apply(sampler.sampler, ctypes.byref(candidates.candidates))
+        selected = candidates.candidates.selected
+        if not 0 <= selected < candidates.candidates.size:
+            raise StateError("the samplers selected no token", "end a custom sampler chain with a selecting sampler")
+        token = int(candidates.candidates.data[selected].id)
+        llama_cpp.llama_sampler_accept(sampler.sampler, token)
+        self._sampled = token
+        return token
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
+        self._sampled = None  # a prompt is prefill, also one that begins with the token sampled last
+        yield from super().generate(tokens, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Start a new history; memory of the old one is reused when the next tokens agree with it."""
+        self._sampled = None
+        super().reset()  # type: ignore[no-untyped-call]
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        wanted, logprobs = self._rows_wanted, kwargs.get("logprobs")
+        if self.session is not None:
+            self._rows_wanted = "last" if logprobs is None else "all" if kwargs.get("echo") else "sampled"
+            if self._rows_wanted == "all":
+                self.n_tokens = 0  # the rows of a reused prefix are gone
+        try:
+            yield from super()._create_completion(*args, **kwargs)
+        except ValueError as error:
+            found = _BASE_CONTEXT_ERROR.fullmatch(str(error))
+            if self.session is None or found is None:
+                raise
+            raise ContextError(
+                f"Requested tokens ({found[1]}) exceed context window of {self._n_ctx}",
+                "make the Llama with a larger n_ctx, or shorten the prompt",
+            ) from error
+        finally:
+            self._rows_wanted = wanted
+
+    # -- state
+
+    def save_state(self) -> llama_cpp.LlamaState:
+        """The whole history, for `load_state` of a Llama of the same model and parameters."""
+        if self.session is None:
+            return super().save_state()
+        self._rewind(self.n_tokens)
+        blob = self.session.state_get()
+        return llama_cpp.LlamaState(
+            scores=self._rows.view().copy(),
+            input_ids=self.input_ids.copy(),
+            n_tokens=self.n_tokens,
+            llama_state=cast(bytes, blob),
+            llama_state_size=len(blob),
+            seed=self._seed,
+        )
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """Continue where `save_state` was called.
+
+        Raises:
+            StateError: the state is of another model, of other parameters, or damaged.
+        """
+        if self.session is None:
+            super().load_state(state)
+            return
+        self.session.state_set(state.llama_state)
+        tokens, _ = self.session.history()
+        self.n_tokens = len(tokens)
+        self.input_ids[: self.n_tokens] = tokens
+        self._rows = LogitRows(self._n_vocab)
+        self.scores = cast(Any, self._rows)
+        rows = np.asarray(state.scores)
+        self._rows.put(self.n_tokens - len(rows), rows.copy(), keep=False)
+        self._requires_eval = True
+        self._sampled = None
+        self._seed = state.seed
+
+    # -- documents
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self)
+
+    @functools.cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self._model)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens that `text` takes as a document, its template aside.
+
+        Example:
+            >>> llm.count_tokens("Marten kept the key.")
+            7
+        """
+        return len(self._encoder.tokenize(text))
+
+    def read(
+        self,
+        source: PathLike | TextFile | Sequence[PathLike | TextFile] | None = None,
+        *,
+        text: str | None = None,
+        name: str | None = None,
+        system: str | None = None,
+        question: str | None = None,
+        reserve: int | None = None,
+        progress: Progress | None = None,
+    ) -> Document:
+        """Read documents into the session, replacing its history; questions come later, any number of them.
+
+        Args:
+            source: a UTF-8 file, or several that are read one after another.
+            text: the document itself, instead of `source`.
+            name: what `text` is called in sources; default "text".
+            system: instructions that stand before the documents.
+            question: stands before the documents; with Retrieval(question_weight=...) the reading is guided by it.
+            reserve: tokens to keep free for question and answer; default 1024, at most an eighth of n_ctx.
+            progress: called with (tokens done, tokens in all) after each window; returning False stops the reading.
+
+        Raises:
+            DocumentError: a file is missing, empty, binary or not UTF-8.
+            ContextError: documents, template and reserve exceed n_ctx; refused before anything is read.
+            Cancelled, KeyboardInterrupt: what was read is kept; `llm.document` is the partial reading.
+
+        Example:
+            >>> doc = llm.read("book.txt", progress=lambda done, total: print(f"{done}/{total}"))
+        """
+        files = text_files(source, text, name)
+        self._require_context()
+        document = Document(self, files, system=system, question=question, reserve=reserve)
+        self.document = document
+        document.resume(progress=progress)
+        return document
+
+    def chat(
+        self,
+        document: Document | PathLike | TextFile | Sequence[PathLike | TextFile] | None = None,
+        *,
+        system: str | None = None,
+        progress: Progress | None = None,
+    ) -> Chat:
+        """Start a conversation: over a Document that was read, over files to be read now, or over nothing.
+
+        Args:
+            document: a reading of this Llama, or what `read` takes; None: no documents.
+            system: instructions; with a Document they were given to `read`.
+            progress: as in `read`.
+
+        Raises:
+            as `read`.
+
+        Example:
+            >>> chat = llm.chat("book.txt")
+            >>> chat.say("Who kept the key?").text
+        """
+        if document is None:
+            return Chat(self, None, system=system)
+        if isinstance(document, Document):
+            if system is not None:
+                raise ParameterError("a Document has its system text already", "give system= to read()")
+            return Chat(self, document)
+        return Chat(self, self.read(document, system=system, progress=progress))
+
+
+# Signatures and docstrings that callers see are the base's.
+functools.update_wrapper(Llama.sample, llama_cpp.Llama.sample)
+functools.update_wrapper(Llama.generate, llama_cpp.Llama.generate)
+
+
+def _kv_type(kv_type: str, options: dict[str, Any]) -> str:
+    """The kv_type meant by our argument and llama_cpp's type_k and type_v."""
+    types = {name: options[name] for name in ("type_k", "type_v") if options.get(name) is not None}
+    if not types:
+        return kv_type
+    names = {name: next((ours for ours, value in KV_TYPES.items() if value == t), None) for name, t in types.items()}
+    found = set(names.values()) | ({"f16"} if len(types) == 1 else set()) | ({kv_type} - {"f16"})
+    if len(found) != 1 or None in found:
+        given = ", ".join(f"{name}={value}" for name, value in types.items())
+        raise ParameterError(
+            f"K and V are stored in one type, not {given} with kv_type={kv_type!r}",
+            f"give kv_type, one of {', '.join(KV_TYPES)}",
+        )
+    return cast(str, found.pop())
+
+
+def _checked_path(model_path: PathLike) -> str:
+    """The path as text, after a look at what is there: libllama's own words for it go to its log only."""
+    path = Path(model_path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise ModelError(f"Model path does not exist: {path}", "leave it out for the bundled model") from None
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a directory", "name the .gguf file in it") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    if magic != b"GGUF":
+        what = "is empty" if not magic else f"begins with {magic!r}, not with b'GGUF'"
+        raise ModelError(f"{path} {what}", "download it again, or convert the model to GGUF")
+    return str(path)
+
+
+def _available_cores() -> int:
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@contextmanager
+def _logged_errors() -> Iterator[list[str]]:
+    """Collects what libllama logs as errors meanwhile; its log goes on as before."""
+    lines: list[str] = []
+    before, user = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user))
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def collect(level: int, text: bytes, data: Any) -> None:
+        if level == _GGML_LOG_ERROR:
+            lines.append(text.decode("utf-8", "replace").strip())
+        if before:
+            before(level, text, data)
+
+    llama_cpp.llama_log_set(collect, user)
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(before, user)

@@ -1,0 +1,104 @@
+"""What reading and asking report. Frozen; `to_json()` gives the names of `actqkv ask --json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A passage the answer's tokens attended to.
+
+    `start` and `end` count Unicode code points of the decoded file, so that document_text[start:end] == text.
+    `score` is the share (0..1) of the attention that went to the documents and fell on this passage.
+    """
+
+    document: str
+    start: int
+    end: int
+    text: str
+    score: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens of one answer: of the documents read, of everything before the answer (documents included), of the answer.
+
+    `attended_tokens` is the most that any one query attended: sinks + retrieved + remainder + local + window;
+    `attended_tokens_mean` the mean over queries and layers.
+    """
+
+    document_tokens: int
+    prompt_tokens: int
+    completion_tokens: int
+    attended_tokens: int
+    attended_tokens_mean: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that the tokens read so far occupy: K and V of all layers, and the summaries of their chunks."""
+
+    kv_bytes: int
+    summary_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """`prefill_s` and `prefill_tokens_per_s` are of reading the documents (of the prompt where there are none);
+    `first_token_s` runs from the question to the first token of the answer. 0.0 where nothing was measured."""
+
+    prefill_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    first_token_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer. `finish_reason` is "stop" (ended by itself or at a stop text), "length" (max_tokens reached, or
+    n_ctx full: then `context_full` is true) or "cancelled" (interrupted; `text` holds what came before)."""
+
+    question: str
+    text: str
+    sources: tuple[Source, ...]
+    usage: Usage
+    timing: Timing
+    memory: Memory
+    finish_reason: FinishReason
+    context_full: bool = False
+
+    @property
+    def answer(self) -> str:
+        """The same as `text`."""
+        return self.text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_json(self) -> dict[str, Any]:
+        """One answer with its own usage, memory and timing."""
+        return {
+            "question": self.question,
+            "answer": self.text,
+            "sources": [source.to_json() for source in self.sources],
+            "finish_reason": self.finish_reason,
+            "usage": self.usage.to_json(),
+            "memory": self.memory.to_json(),
+            "timing": self.timing.to_json(),
+        }
