@@ -1,0 +1,75 @@
+"""What the user is told when something fails: one table, one line of message, one line of hint."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from actqkv_cpp.errors import ActqkvError, ContextError, InternalError, MemoryPlanError, ThreadError
+
+if TYPE_CHECKING:
+    from actqkv_cpp.cli._output import Output
+
+FAILED = 1
+INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+
+# First row that matches wins. "{}" is the exception's own text; a hint of None means the exception's own hint.
+_TABLE: tuple[tuple[type[BaseException], str, str | None], ...] = (
+    (ContextError, "{}", "use a larger --ctx, a shorter document or a smaller --max-tokens"),
+    (MemoryPlanError, "{}", "use a smaller --ctx or a shorter document, or free some memory"),
+    (InternalError, "{}", "this is a defect of actqkv: please report it with the output of --verbose"),
+    (ThreadError, "{}", "this is a defect of actqkv: please report it with the output of --verbose"),
+    (ActqkvError, "{}", None),
+    (MemoryError, "out of memory", "use a smaller --ctx or a smaller model"),
+    (OSError, "{}", "check the path, its permissions and the space on its disk"),
+    (Exception, "unexpected {kind}: {}", "this is a defect of actqkv: please report it with the output of --verbose"),
+)
+
+
+def explain(error: BaseException) -> tuple[str, str | None]:
+    """Message and hint of an exception, each one line."""
+    for kind, message, hint in _TABLE:
+        if isinstance(error, kind):
+            text = message.format(_text(error), kind=type(error).__name__)
+            return _one_line(text), _one_line(hint or getattr(error, "hint", None) or "") or None
+    raise error
+
+
+@contextmanager
+def reported(output: Output) -> Iterator[None]:
+    """Ends the command with a one-line error and a hint where the body fails, and with 130 where it is interrupted."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except BrokenPipeError:
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        output.note("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if type(error).__module__.startswith(("typer", "click")):  # usage errors, which Typer prints itself
+            raise
+        show(output, error)
+        raise typer.Exit(FAILED) from None
+
+
+def show(output: Output, error: Exception) -> None:
+    """Print one error; with --verbose its traceback too."""
+    if output.verbose:
+        output.raw_error(traceback.format_exc())
+    output.error(*explain(error))
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

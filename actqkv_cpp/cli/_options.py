@@ -1,0 +1,138 @@
+"""The options that commands share: their types, their help, and the frozen records that commands hand on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from actqkv_cpp import parse_size
+from actqkv_cpp.errors import ParameterError
+
+DEFAULT_MAX_TOKENS = 1024
+
+
+def size(value: str | int) -> int:
+    """Parser of an option that counts tokens: 2048, 2k, 128k, 1m."""
+    try:
+        return parse_size(value)
+    except ParameterError as error:
+        raise typer.BadParameter(f"{error}; {error.hint}" if error.hint else str(error)) from None
+
+
+def _option(*names: str, help: str, metavar: str, default: str, **more: Any) -> Any:
+    """An option whose help names its default; tests compare that with the default itself."""
+    return typer.Option(*names, metavar=metavar, help=f"{help} [default: {default}]", show_default=False, **more)
+
+
+def _size(name: str, *, help: str, default: str) -> Any:
+    return _option(name, help=help, metavar="SIZE", default=default, parser=size)
+
+
+_DOCUMENT = typer.Option(
+    "-d", "--document", metavar="FILE", help="Text or Markdown file to read; - is standard input. Repeat for more."
+)
+_MODEL = typer.Argument(metavar="MODEL", help="GGUF file. [default: the bundled model]", show_default=False)
+
+Documents = Annotated[list[str], _DOCUMENT]
+OptionalDocuments = Annotated[list[str] | None, _DOCUMENT]
+Model = Annotated[str | None, _MODEL]
+Ctx = Annotated[
+    int | None,
+    _size("--ctx", help="Tokens the session holds: 2k, 128k, 1m.", default="what the documents need plus 8k"),
+]
+Budget = Annotated[
+    int, _size("--budget", help="Tokens attended at a time: the first, the last and retrieved chunks.", default="2k")
+]
+Sink = Annotated[int, _size("--sink", help="First tokens, always attended.", default="64")]
+Local = Annotated[int, _size("--local", help="Last tokens, always attended.", default="512")]
+Chunk = Annotated[int, _size("--chunk", help="Tokens of a chunk, the unit of retrieval.", default="32")]
+Method = Annotated[
+    str,
+    _option(
+        "--method",
+        help="How chunks are chosen: actqkv, published, dense or another known method.",
+        metavar="NAME",
+        default="actqkv",
+    ),
+]
+KvType = Annotated[
+    str, _option("--kv-type", help="Type in which keys and values are kept.", metavar="TYPE", default="f16")
+]
+GpuLayers = Annotated[
+    int,
+    _option("--gpu-layers", help="Layers of the model on the GPU; -1 is all.", metavar="N", default="0", min=-1),
+]
+Threads = Annotated[
+    int | None, _option("--threads", help="Threads to compute with.", metavar="N", default="one per core", min=1)
+]
+Temp = Annotated[
+    float,
+    _option("--temp", help="Sampling temperature; 0 takes the likeliest token.", metavar="T", default="0", min=0),
+]
+TopP = Annotated[
+    float,
+    _option("--top-p", help="Sample from the likeliest tokens of mass P.", metavar="P", default="0.95", min=0, max=1),
+]
+MinP = Annotated[
+    float,
+    _option(
+        "--min-p", help="Drop tokens less likely than P times the likeliest.", metavar="P", default="0.05", min=0, max=1
+    ),
+]
+MaxTokens = Annotated[
+    int, _size("--max-tokens", help="Most tokens of one answer, kept free in the context.", default="1k")
+]
+Seed = Annotated[
+    int | None, _option("--seed", help="Seed of the sampling.", metavar="N", default="a new one each time", min=0)
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes, only answers and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log, and tracebacks of errors.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What the model and its session are made of."""
+
+    model: Path | None
+    ctx: int | None
+    budget: int
+    sink: int
+    local: int
+    chunk: int
+    method: str
+    kv_type: str
+    gpu_layers: int
+    threads: int | None
+    system: str | None
+    verbose: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How answers are sampled, by the argument names of `Document.ask` and `Chat.say`."""
+
+    temperature: float
+    top_p: float
+    min_p: float
+    max_tokens: int
+    seed: int | None
+
+    def arguments(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_text(text: str, what: str) -> str:
+    """`text` of the command line, where it was UTF-8.
+
+    Raises:
+        ParameterError: it holds bytes that are not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ParameterError(f"{what} is not UTF-8", "type it in a terminal with a UTF-8 locale") from None
+    return text

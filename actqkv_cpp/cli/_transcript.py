@@ -1,0 +1,59 @@
+"""A conversation as a file: JSON or Markdown, by the ending of its name."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from actqkv_cpp.errors import ParameterError
+from actqkv_cpp.results import Answer
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer; `kind` is "chat", or "ask" where it stood outside the conversation."""
+
+    kind: Literal["chat", "ask"]
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class Transcript:
+    model: str
+    method: str
+    documents: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+    def save(self, path: Path, *, overwrite: bool) -> None:
+        """Write JSON where the name ends in .json, else Markdown. The file appears whole or not at all.
+
+        Raises:
+            ParameterError: the file exists and `overwrite` is false.
+        """
+        if path.exists() and not overwrite:
+            raise ParameterError(f"{path} exists", "choose another name, or remove it first")
+        text = self.to_json() if path.suffix.lower() == ".json" else self.to_markdown()
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(text, encoding="utf-8", errors="replace")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def to_json(self) -> str:
+        turns: list[dict[str, Any]] = [{"kind": turn.kind, **turn.answer.to_json()} for turn in self.turns]
+        head = {"model": self.model, "method": self.method, "documents": list(self.documents)}
+        return json.dumps(head | {"turns": turns}, ensure_ascii=False, indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        documents = ", ".join(self.documents) or "none"
+        lines = ["# Conversation", "", f"Model: {self.model}  ", f"Method: {self.method}  ", f"Documents: {documents}"]
+        for turn in self.turns:
+            aside = " (outside the conversation)" if turn.kind == "ask" else ""
+            lines += ["", f"## {' '.join(turn.answer.question.split())}{aside}", "", turn.answer.text.strip()]
+            lines += [""] if turn.answer.sources else []
+            lines += [f"- {s.document}, characters {s.start} to {s.end} ({s.score:.0%})" for s in turn.answer.sources]
+        return "\n".join(lines) + "\n"

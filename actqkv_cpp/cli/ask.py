@@ -1,0 +1,215 @@
+"""`actqkv ask`: read documents once, answer questions about them, leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from actqkv_cpp import reader
+from actqkv_cpp.cli import _options as o
+from actqkv_cpp.cli._errors import reported
+from actqkv_cpp.cli._interrupt import Interrupt
+from actqkv_cpp.cli._output import Output
+from actqkv_cpp.cli._session import TEMPLATE_TOKENS, load_documents, open_model, read_with_progress
+from actqkv_cpp.errors import DocumentError, ParameterError
+from actqkv_cpp.reader import TextFile
+
+if TYPE_CHECKING:
+    from actqkv_cpp import Answer, Document, Llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    documents: list[str]
+    questions: list[str]
+    json: bool
+    sources: bool
+
+
+def ask(
+    *,
+    model: o.Model = None,
+    questions: Annotated[
+        list[str] | None, typer.Argument(metavar="QUESTION", help="Answered from the documents, one by one.")
+    ] = None,
+    documents: o.Documents,
+    questions_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--questions", metavar="FILE", help='More questions: one per line, or a .jsonl file of {"question": ...}.'
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    sources: Annotated[bool, typer.Option("--sources", help="Print the passages each answer came from.")] = False,
+    ctx: o.Ctx = None,
+    budget: o.Budget = 2048,
+    method: o.Method = "actqkv",
+    kv_type: o.KvType = "f16",
+    gpu_layers: o.GpuLayers = 0,
+    threads: o.Threads = None,
+    sink: o.Sink = 64,
+    local: o.Local = 512,
+    chunk: o.Chunk = 32,
+    temp: o.Temp = 0.0,
+    top_p: o.TopP = 0.95,
+    min_p: o.MinP = 0.05,
+    max_tokens: o.MaxTokens = o.DEFAULT_MAX_TOKENS,
+    seed: o.Seed = None,
+    system: o.System = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Answer questions about documents that are read once.
+
+    The first argument is the MODEL where it ends in .gguf or names a file, else a question for the bundled model.
+
+    \b
+    Examples:
+      actqkv ask -d book.txt "Who kept the key?"
+      actqkv ask model.gguf -d book.txt -d notes.md "Who kept the key?" "Where?" --sources
+      actqkv ask model.gguf -d book.txt --questions questions.txt --json > answers.json
+    """
+    output = Output(quiet=quiet, verbose=verbose)
+    path, asked = _split(([model] if model is not None else []) + (questions or []))
+    if not asked and questions_file is None:
+        raise typer.BadParameter("ask at least one question")
+    engine = o.EngineOptions(
+        model=path,
+        ctx=ctx,
+        budget=budget,
+        sink=sink,
+        local=local,
+        chunk=chunk,
+        method=method,
+        kv_type=kv_type,
+        gpu_layers=gpu_layers,
+        threads=threads,
+        system=system,
+        verbose=verbose,
+    )
+    sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
+    with reported(output):
+        if questions_file is not None:
+            asked += _load_questions(questions_file)
+        request = _Request(documents=documents, questions=asked, json=as_json, sources=sources)
+        _ask(output, engine, sampling, request)
+
+
+def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """MODEL, or None, and questions."""
+    if arguments and (arguments[0].endswith(".gguf") or Path(arguments[0]).is_file()):
+        return Path(arguments[0]), arguments[1:]
+    return None, arguments
+
+
+def _load_questions(path: Path) -> list[str]:
+    lines = [line.strip() for line in reader.load(path).text.splitlines()]
+    if path.suffix != ".jsonl":
+        return [line for line in lines if line]
+    try:
+        return [str(json.loads(line)["question"]) for line in lines if line]
+    except (ValueError, KeyError, TypeError):
+        raise DocumentError(f"{path} is not JSON lines with a question each", 'a line is {"question": "..."}') from None
+
+
+def _ask(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, request: _Request) -> None:
+    for question in request.questions:
+        o.check_text(question, "a question")
+        if not question.strip():
+            raise ParameterError("a question is empty", "leave it out")
+    files = load_documents(request.documents)
+    texts = [file.text for file in files] + [max(request.questions, key=len)]
+    llm = open_model(output, engine, texts, reserve=sampling.max_tokens)
+    reserve = sampling.max_tokens + max(map(llm.count_tokens, request.questions)) + TEMPLATE_TOKENS
+    document = _read(output, llm, files, system=engine.system, reserve=reserve)
+    answers: list[Answer] = []
+    answer_all = _answer_silently if request.json else _answer_aloud
+    try:
+        with Interrupt() as stop:
+            for answer in answer_all(output, document, sampling, request, stop):
+                answers.append(answer)
+                stop.check()
+    finally:  # an interrupt or an error loses nothing of what was answered
+        if request.json and answers:
+            output.json(to_json(llm, answers))
+
+
+def _read(output: Output, llm: Llama, files: list[TextFile], *, system: str | None, reserve: int) -> Document:
+    """The documents, read whole. KeyboardInterrupt where Ctrl-C stopped that."""
+    names = ", ".join(file.name for file in files)
+    reading = read_with_progress(
+        output, names, lambda progress: llm.read(files, system=system, reserve=reserve, progress=progress)
+    )
+    if not reading.complete or llm.document is None:
+        raise KeyboardInterrupt
+    return llm.document
+
+
+def _answer_aloud(
+    output: Output, document: Document, sampling: o.SamplingOptions, request: _Request, stop: Interrupt
+) -> Iterator[Answer]:
+    """Answers for a reader, shown as they come."""
+    for i, question in enumerate(request.questions):
+        if len(request.questions) > 1:
+            output.line(f"\n> {question}" if i else f"> {question}")
+        with output.answering() as show:
+
+            def on_text(piece: str, show: Callable[[str], None] = show) -> bool:
+                show(piece)
+                return not stop.requested
+
+            answer = document.ask(question, on_text=on_text, **sampling.arguments())
+        if request.sources:
+            output.sources(answer.sources)
+        output.answer_note(answer)
+        yield answer
+
+
+def _answer_silently(
+    output: Output, document: Document, sampling: o.SamplingOptions, request: _Request, stop: Interrupt
+) -> Iterator[Answer]:
+    """Answers for a program: only how far it is shows."""
+    n = len(request.questions)
+    with output.progress("answering", "questions") as show:
+        for i, question in enumerate(request.questions):
+            show(i, n)
+            answer = document.ask(question, on_text=lambda _: not stop.requested, **sampling.arguments())
+            if answer.finish_reason != "stop":
+                output.note(f"question {i + 1}: {question}")
+                output.answer_note(answer)
+            yield answer
+
+
+def to_json(llm: Llama, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The object of --json: one reading, all answers. Prompt tokens count the documents once; rates are over all."""
+    last, n = answers[-1], len(answers)
+    documents = last.usage.document_tokens
+    completion = sum(answer.usage.completion_tokens for answer in answers)
+    rates = [(a.usage.completion_tokens, a.timing.decode_tokens_per_s) for a in answers if a.timing.decode_tokens_per_s]
+    decode_s = sum(tokens / rate for tokens, rate in rates)
+    return {
+        "model": Path(llm.model_path).name,
+        "method": llm.retrieval.method if llm.engine == "actqkv" else "dense",
+        "answers": [
+            {"question": a.question, "answer": a.text, "sources": [source.to_json() for source in a.sources]}
+            for a in answers
+        ],
+        "usage": {
+            "document_tokens": documents,
+            "prompt_tokens": documents + sum(answer.usage.prompt_tokens - documents for answer in answers),
+            "completion_tokens": completion,
+            "attended_tokens": max(answer.usage.attended_tokens for answer in answers),
+        },
+        "memory": last.memory.to_json(),
+        "timing": {
+            "prefill_s": last.timing.prefill_s,
+            "prefill_tokens_per_s": last.timing.prefill_tokens_per_s,
+            "decode_tokens_per_s": sum(tokens for tokens, _ in rates) / decode_s if decode_s else 0.0,
+            "first_token_s": sum(answer.timing.first_token_s for answer in answers) / n,
+        },
+    }
