@@ -35,9 +35,9 @@ static inline void fetch(const actqkv_f16 * from, int64_t n) {
     }
 }
 
-// Four rows times NV vectors: 4*NV sums fill at most one vector, so that one tree of shuffles adds up all lanes.
-template <int NV>
-static inline void dots_4(const float * vecs, const actqkv_f16 * const * row, int64_t width, float * sums) {
+// NR rows times NV vectors, NR*NV <= W: one tree of shuffles then adds up the lanes of all sums at once.
+template <int NR, int NV>
+static inline void dots_block(const float * vecs, const actqkv_f16 * const * row, int64_t width, float * sums) {
     vf acc[W];
     UNROLL
     for (int i = 0; i < W; i++) {
@@ -45,79 +45,95 @@ static inline void dots_4(const float * vecs, const actqkv_f16 * const * row, in
     }
     int64_t e = 0;
     for (; e + W <= width; e += W) {
-        const vf k0 = v_load_f16(row[0] + e), k1 = v_load_f16(row[1] + e);
-        const vf k2 = v_load_f16(row[2] + e), k3 = v_load_f16(row[3] + e);
+        vf q[NV];
         UNROLL
         for (int x = 0; x < NV; x++) {
-            const vf q = v_load(vecs + x * width + e);
-            acc[4 * x + 0] = v_fma(q, k0, acc[4 * x + 0]);
-            acc[4 * x + 1] = v_fma(q, k1, acc[4 * x + 1]);
-            acc[4 * x + 2] = v_fma(q, k2, acc[4 * x + 2]);
-            acc[4 * x + 3] = v_fma(q, k3, acc[4 * x + 3]);
+            q[x] = v_load(vecs + x * width + e);
         }
-    }
-    if (e < width) {
-        const int n = (int) (width - e);
-        for (int i = 0; i < 4; i++) {
-            const vf k = v_load_f16_n(row[i] + e, n);
+        UNROLL
+        for (int i = 0; i < NR; i++) {
+            const vf k = v_load_f16(row[i] + e);
             UNROLL
             for (int x = 0; x < NV; x++) {
-                acc[4 * x + i] = v_fma(v_load_n(vecs + x * width + e, n, 0), k, acc[4 * x + i]);
+                acc[NR * x + i] = v_fma(q[x], k, acc[NR * x + i]);
             }
         }
     }
     v_store(sums, v_sum_each(acc));
+    for (; e < width; e++) { // a ragged end: rare, and kept apart from the registers above
+        for (int i = 0; i < NR * NV; i++) {
+            sums[i] += vecs[i / NR * width + e] * half_to_float(row[i % NR][e]);
+        }
+    }
 }
 
-static void simd_dots(const float * vecs, int n_vec, const actqkv_f16 * rows, int64_t n, int64_t width, float * out,
-                      int64_t ldo, const actqkv_f16 * ahead) {
-    for (int64_t b = 0; b < n; b += 4) {
-        const int n_row = n - b < 4 ? (int) (n - b) : 4;
-        const actqkv_f16 * row[4];
-        for (int i = 0; i < 4; i++) {
+// NV vectors; where rows run out, the block's first row stands in for the missing ones.
+template <int NR, int NV> static void dots_rows(const float * vecs, const actqkv_f16 * rows, int64_t n, int64_t width,
+                                                float * out, int64_t ldo, const actqkv_f16 * ahead) {
+    for (int64_t b = 0; b < n; b += NR) {
+        const int n_row = n - b < NR ? (int) (n - b) : NR;
+        const actqkv_f16 * row[NR];
+        UNROLL
+        for (int i = 0; i < NR; i++) {
             row[i] = rows + (b + (i < n_row ? i : 0)) * width;
         }
         if (ahead) {
             fetch(ahead + b * width, n_row * width);
         }
-        for (int x0 = 0; x0 < n_vec; x0 += STREAM_VECS) {
-            const int nv = n_vec - x0 < STREAM_VECS ? n_vec - x0 : STREAM_VECS;
-            const float * v = vecs + x0 * width;
-            float sums[W];
-            switch (nv) {
-            case 1:
-                dots_4<1>(v, row, width, sums);
-                break;
-            case 2:
-                dots_4 < STREAM_VECS<2 ? STREAM_VECS : 2>(v, row, width, sums);
-                break;
-            case 3:
-                dots_4 < STREAM_VECS<3 ? STREAM_VECS : 3>(v, row, width, sums);
-                break;
-            default:
-                dots_4<STREAM_VECS>(v, row, width, sums);
-                break;
-            }
-            for (int x = 0; x < nv; x++) {
+        float sums[W];
+        dots_block<NR, NV>(vecs, row, width, sums);
+        for (int x = 0; x < NV; x++) {
+            if (n_row == NR) {
+                memcpy(out + x * ldo + b, sums + NR * x, NR * sizeof(float));
+            } else {
                 for (int i = 0; i < n_row; i++) {
-                    out[(x0 + x) * ldo + b + i] = sums[4 * x + i];
+                    out[x * ldo + b + i] = sums[NR * x + i];
                 }
             }
         }
     }
 }
 
-// NX sums of NE vectors stay in registers while n rows pass. last: valid lanes of the last vector, W unless ragged.
+// A few rows at a time pass all vectors, so that those after the first find them in the first-level cache.
+static void simd_dots(const float * vecs, int n_vec, const actqkv_f16 * rows, int64_t n, int64_t width, float * out,
+                      int64_t ldo, const actqkv_f16 * ahead) {
+    const int64_t step = n_vec > STREAM_VECS ? 32 : n;
+    for (int64_t b = 0; b < n; b += step) {
+        const int64_t n_row = n - b < step ? n - b : step;
+        const actqkv_f16 * from = rows + b * width;
+        const actqkv_f16 * next = ahead ? ahead + b * width : nullptr;
+        for (int x = 0; x < n_vec; x += STREAM_VECS) {
+            const float * v = vecs + x * width;
+            float * o = out + x * ldo + b;
+            switch (n_vec - x < STREAM_VECS ? n_vec - x : STREAM_VECS) {
+            case 1:
+                dots_rows < W<8 ? W : 8, 1>(v, from, n_row, width, o, ldo, next);
+                break;
+            case 2:
+                dots_rows < STREAM_VECS < 2 ? W : W / 2, STREAM_VECS<2 ? 1 : 2>(v, from, n_row, width, o, ldo, next);
+                break;
+            case 3:
+                dots_rows < 4, STREAM_VECS<3 ? STREAM_VECS : 3>(v, from, n_row, width, o, ldo, next);
+                break;
+            default:
+                dots_rows<W / STREAM_VECS, STREAM_VECS>(v, from, n_row, width, o, ldo, next);
+                break;
+            }
+            next = nullptr; // fetched once
+        }
+    }
+}
+
+// NX sums of NE vectors stay in registers while n rows pass.
 template <int NX, int NE> static inline void mix_block(const float * weights, int64_t ldw, const actqkv_f16 * rows,
-                                                       int64_t n, int64_t width, float * out, int64_t ldo, int last,
+                                                       int64_t n, int64_t width, float * out, int64_t ldo,
                                                        const actqkv_f16 * ahead) {
     vf acc[NX][NE];
     UNROLL
     for (int x = 0; x < NX; x++) {
         UNROLL
         for (int j = 0; j < NE; j++) {
-            const float * o = out + x * ldo + j * W;
-            acc[x][j] = last == W ? v_load(o) : v_load_n(o, last, 0);
+            acc[x][j] = v_load(out + x * ldo + j * W);
         }
     }
     for (int64_t b = 0; b < n; b++) {
@@ -125,7 +141,7 @@ template <int NX, int NE> static inline void mix_block(const float * weights, in
         vf v[NE];
         UNROLL
         for (int j = 0; j < NE; j++) {
-            v[j] = last == W ? v_load_f16(row + j * W) : v_load_f16_n(row, last);
+            v[j] = v_load_f16(row + j * W);
         }
         if (ahead) {
             fetch(ahead + b * width, NE * W);
@@ -143,8 +159,7 @@ template <int NX, int NE> static inline void mix_block(const float * weights, in
     for (int x = 0; x < NX; x++) {
         UNROLL
         for (int j = 0; j < NE; j++) {
-            float * o = out + x * ldo + j * W;
-            last == W ? v_store(o, acc[x][j]) : v_store_n(o, acc[x][j], last);
+            v_store(out + x * ldo + j * W, acc[x][j]);
         }
     }
 }
@@ -152,23 +167,23 @@ template <int NX, int NE> static inline void mix_block(const float * weights, in
 constexpr int MIX_VECS = W == 8 ? 2 : 4; // 4*4 accumulators, or 2*4 where there are 16 registers
 
 template <int NE> static void mix_columns(const float * weights, int64_t ldw, int n_vec, const actqkv_f16 * rows,
-                                          int64_t n, int64_t width, float * out, int64_t ldo, int last,
+                                          int64_t n, int64_t width, float * out, int64_t ldo,
                                           const actqkv_f16 * ahead) {
     for (int x = 0; x < n_vec; x += MIX_VECS) {
         const float * w = weights + x * ldw;
         float * o = out + x * ldo;
         switch (n_vec - x < MIX_VECS ? n_vec - x : MIX_VECS) {
         case 1:
-            mix_block<1, NE>(w, ldw, rows, n, width, o, ldo, last, ahead);
+            mix_block<1, NE>(w, ldw, rows, n, width, o, ldo, ahead);
             break;
         case 2:
-            mix_block<2, NE>(w, ldw, rows, n, width, o, ldo, last, ahead);
+            mix_block<2, NE>(w, ldw, rows, n, width, o, ldo, ahead);
             break;
         case 3:
-            mix_block < MIX_VECS<3 ? MIX_VECS : 3, NE>(w, ldw, rows, n, width, o, ldo, last, ahead);
+            mix_block < MIX_VECS<3 ? MIX_VECS : 3, NE>(w, ldw, rows, n, width, o, ldo, ahead);
             break;
         default:
-            mix_block<MIX_VECS, NE>(w, ldw, rows, n, width, o, ldo, last, ahead);
+            mix_block<MIX_VECS, NE>(w, ldw, rows, n, width, o, ldo, ahead);
             break;
         }
         ahead = nullptr; // fetched once
@@ -179,13 +194,17 @@ static void simd_mix(const float * weights, int64_t ldw, int n_vec, const actqkv
                      float * out, int64_t ldo, const actqkv_f16 * ahead) {
     int64_t e = 0;
     for (; e + 4 * W <= width; e += 4 * W) {
-        mix_columns<4>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, W, ahead ? ahead + e : nullptr);
+        mix_columns<4>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, ahead ? ahead + e : nullptr);
     }
     for (; e + W <= width; e += W) {
-        mix_columns<1>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, W, ahead ? ahead + e : nullptr);
+        mix_columns<1>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, ahead ? ahead + e : nullptr);
     }
-    if (e < width) {
-        mix_columns<1>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, (int) (width - e), nullptr);
+    for (; e < width; e++) { // a ragged end
+        for (int x = 0; x < n_vec; x++) {
+            for (int64_t b = 0; b < n; b++) {
+                out[x * ldo + e] += weights[x * ldw + b] * half_to_float(rows[b * width + e]);
+            }
+        }
     }
 }
 

@@ -47,22 +47,23 @@ static inline vf v_ldexp(vf x, vf n) {
 static inline float v_sum(vf x) { return _mm512_reduce_add_ps(x); }
 static inline float v_greatest(vf x) { return _mm512_reduce_max_ps(x); }
 
-// Lane i of the result: sum of the lanes of a[i], for W vectors.
+// In each quarter: sums of its four lanes of a, b, c, d.
+static inline vf v_sum_quarters(vf a, vf b, vf c, vf d) {
+    const __m512d p = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d q = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+}
+
+// Sums of neighbouring quarters: two of a, then two of b.
+static inline vf v_sum_pairs(vf a, vf b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// Lane i of the result: sum of the lanes of a[i], for W vectors. No loop: it would keep `a` in memory.
 static inline vf v_sum_each(const vf * a) {
-    vf four[4];
-    for (int i = 0; i < 4; i++) {
-        const vf * b = a + 4 * i;
-        const __m512d p =
-            _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1])));
-        const __m512d q =
-            _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3])));
-        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
-    }
-    const vf x =
-        _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-    const vf y =
-        _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+    const vf x = v_sum_pairs(v_sum_quarters(a[0], a[1], a[2], a[3]), v_sum_quarters(a[4], a[5], a[6], a[7]));
+    const vf y = v_sum_pairs(v_sum_quarters(a[8], a[9], a[10], a[11]), v_sum_quarters(a[12], a[13], a[14], a[15]));
+    return v_sum_pairs(x, y);
 }
 
 #elif defined(__AVX2__)
