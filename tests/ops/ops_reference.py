@@ -55,11 +55,16 @@ def probe_weights(run: Running, z: Array) -> tuple[Array, Array]:
 
 # ---- summarize (3.3)
 
-HEAD, KV_HEAD, MEAN = 0, 1, 2
+HEAD, KV_HEAD, MEAN, BOUNDS = 0, 1, 2, 3  # enum actqkv_summary
 
 
 def summarize(kind: int, n_representatives: int, keys: Array, sums: Array) -> tuple[Array, float]:
-    """keys [G][c][d], sums [H][c]; rep [H or G][d] and its length as it meets the probe."""
+    """keys [G][c][d], sums [H][c]; rep [H or G][d] and its length as it meets the probe.
+
+    Of bounds, rep is [2G][d]: the least of each channel per KV head, then the greatest (section 4).
+    """
+    if kind == BOUNDS:
+        return np.concatenate([keys.min(axis=1), keys.max(axis=1)]), 0.0
     n_head, n_head_kv = len(sums), len(keys)
     r = n_head // n_head_kv
     sums = np.where(np.isfinite(sums), sums, 0)

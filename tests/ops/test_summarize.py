@@ -7,7 +7,7 @@ import ops_reference as reference
 import pytest
 from ops_support import Guarded, check, half, lib, pointer
 
-KINDS = [reference.HEAD, reference.KV_HEAD, reference.MEAN]
+KINDS = [reference.HEAD, reference.KV_HEAD, reference.MEAN, reference.BOUNDS]
 
 
 def run(impl, kind, n_rep, keys, sums):  # type: ignore[no-untyped-def]
@@ -17,7 +17,8 @@ def run(impl, kind, n_rep, keys, sums):  # type: ignore[no-untyped-def]
     wide_keys[:, :c] = keys
     wide_sums = np.full((n_head, c + 5), 1e9, np.float32)
     wide_sums[:, :c] = sums
-    rep, norm = Guarded((n_head if kind == reference.HEAD else n_head_kv, d), np.float16), Guarded(1)
+    n_rows = {reference.HEAD: n_head, reference.BOUNDS: 2 * n_head_kv}.get(kind, n_head_kv)
+    rep, norm = Guarded((n_rows, d), np.float16), Guarded(1)
     lib.actqkv_summarize(
         impl, kind, n_rep, pointer(wide_keys), (c + 3) * d, pointer(wide_sums), c + 5, n_head, n_head_kv, d, c,
         pointer(rep), pointer(norm),
@@ -27,7 +28,7 @@ def run(impl, kind, n_rep, keys, sums):  # type: ignore[no-untyped-def]
     return rep.array, float(norm.array[0])
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["head", "kv_head", "mean"])
+@pytest.mark.parametrize("kind", KINDS, ids=["head", "kv_head", "mean", "bounds"])
 @pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 4), (8, 2), (8, 1), (14, 2)])
 @pytest.mark.parametrize(("c", "d", "n_rep"), [(32, 64, 4), (16, 80, 1), (31, 300, 7), (1, 32, 4), (4, 20, 4)])
 def test_summary_follows_the_formula(
