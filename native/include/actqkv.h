@@ -78,6 +78,7 @@ struct actqkv_method {
     int32_t statistics;         // enum actqkv_statistics
     int32_t statistics_cap;     // t_max: running statistics remember at most t_max * 256 tokens (published: windows)
     int32_t score;              // enum actqkv_score
+    int32_t refine;             // answering: keys of the best refine * share chunks are scored one by one; 1: off
     int32_t cutoff;             // enum actqkv_cutoff
     float   cutoff_temperature; // softmax(score / temperature), > 0
     float   question_weight;    // lambda of question-aware prefill; 0: off
@@ -108,7 +109,7 @@ struct actqkv_stage { double ms; uint64_t bytes; };
 struct actqkv_stats {
     uint64_t n_prefill_tokens, n_decode_tokens, n_windows, n_replayed_tokens;
     double   prefill_ms, decode_ms;
-    struct actqkv_stage graph, probe, score, attend, append, summarize;
+    struct actqkv_stage graph, probe, score, refine, attend, append, summarize;
     uint64_t attended_tokens_max;  // of any one query: sinks + plan + remainder + local + window
     double   attended_tokens_mean; // over queries and layers
 };
@@ -118,7 +119,7 @@ typedef bool (*actqkv_progress_fn)(void * user, int64_t n_done, int64_t n_total)
 
 // One named array of one layer of the current window, f32, dense, ne[0] fastest. Valid during the call only.
 // q [d,H,m] k [d,G,m] v [d,G,m] before RoPE; mean var [H*d]; bias weights [m]; probe [H*d]; scores [N]; entropy [1];
-// share [1] chunks granted; plan [n]; summary [E,N]; out [H*d,m]; head_logits [n_vocab,n] has layer == n_layer.
+// share [1] chunks granted; plan [n]; out [H*d,m].
 typedef void (*actqkv_observe_fn)(void * user, const char * name, int32_t layer, int64_t n_past, const float * data,
                                   const int64_t * ne);
 

@@ -74,6 +74,14 @@ void actqkv_summarize(int32_t impl, int32_t kind, int32_t n_representatives, con
 void actqkv_score(int32_t impl, const float * probe, float probe_norm, const actqkv_f16 * reps, const float * norms,
                   int64_t n, int64_t width, float scale, float * scores, int32_t n_threads);
 
+// ---- refine
+
+// scores[i] = sum over query heads of the greatest q_h . k among the keys of chunk chunks[i], i < n. query [H][d];
+// chunk b's keys at keys + b*chunk_stride, [G][c][d].
+void actqkv_refine(int32_t impl, const float * query, const actqkv_f16 * keys, int64_t chunk_stride,
+                   const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t c,
+                   float * scores, int32_t n_threads);
+
 // ---- cut-off (3.5, 3.6)
 
 // Entropy of softmax(scores / temperature) divided by ln n, in [0, 1]; 0 for n <= 1, for a score that is not finite

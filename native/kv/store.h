@@ -49,6 +49,10 @@ class kv_store {
     // Closes every chunk that ends at or before `limit`: summarises it in all layers.
     void close_until(int64_t limit, int n_threads);
 
+    // Stored keys of chunk 0; chunk b lies b * chunk_stride() further, [G][c][d].
+    const actqkv_f16 * chunk_keys(int il) const { return layers[il].k.data() + shape.block_offset(1); }
+    int64_t            chunk_stride() const { return shape.n_chunk_tokens * shape.token_stride(); }
+
     const actqkv_f16 * summaries(int il) const { return layers[il].reps.data(); }
     const float *      norms(int il) const { return layers[il].norms.data(); }
     int64_t            width() const { return n_width; }

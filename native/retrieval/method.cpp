@@ -13,13 +13,13 @@ namespace actqkv {
 const std::vector<actqkv_method> & method_table() {
     static const std::vector<actqkv_method> table = {
         { "actqkv", ACTQKV_POSITIONS_AUTO, ACTQKV_RETRIEVE_TOP, ACTQKV_RETRIEVE_TOP, ACTQKV_SUMMARY_BOUNDS, 4,
-          ACTQKV_PROBE_BIAS, 0, ACTQKV_STATISTICS_POOLED, 1000, ACTQKV_SCORE_DOT,
+          ACTQKV_PROBE_BIAS, 0, ACTQKV_STATISTICS_POOLED, 1000, ACTQKV_SCORE_DOT, 8,
           ACTQKV_CUTOFF_LAYERWISE, 1.0f, 0.0f },
         { "published", ACTQKV_POSITIONS_CLAMPED, ACTQKV_RETRIEVE_TOP, ACTQKV_RETRIEVE_TOP, ACTQKV_SUMMARY_HEAD, 4,
-          ACTQKV_PROBE_BIAS, -1, ACTQKV_STATISTICS_PUBLISHED, 1000, ACTQKV_SCORE_COSINE,
+          ACTQKV_PROBE_BIAS, -1, ACTQKV_STATISTICS_PUBLISHED, 1000, ACTQKV_SCORE_COSINE, 1,
           ACTQKV_CUTOFF_PUBLISHED, 1.0f, 0.0f },
         { "dense", ACTQKV_POSITIONS_EXACT, ACTQKV_RETRIEVE_ALL, ACTQKV_RETRIEVE_ALL, ACTQKV_SUMMARY_MEAN, 1,
-          ACTQKV_PROBE_MEAN, 0, ACTQKV_STATISTICS_POOLED, 1000, ACTQKV_SCORE_DOT,
+          ACTQKV_PROBE_MEAN, 0, ACTQKV_STATISTICS_POOLED, 1000, ACTQKV_SCORE_DOT, 1,
           ACTQKV_CUTOFF_NONE, 1.0f, 0.0f },
     };
     return table;
@@ -71,6 +71,7 @@ void check_method(const actqkv_method & m, int32_t n_chunk_tokens) {
     check_range("statistics", m.statistics, ACTQKV_STATISTICS_POOLED, ACTQKV_STATISTICS_PUBLISHED);
     check_range("statistics_cap", m.statistics_cap, 1, INT32_MAX / 256);
     check_range("score", m.score, ACTQKV_SCORE_COSINE, ACTQKV_SCORE_DOT);
+    check_range("refine", m.refine, 1, 1024);
     check_range("cutoff", m.cutoff, ACTQKV_CUTOFF_NONE, ACTQKV_CUTOFF_PUBLISHED);
     if (!(m.cutoff_temperature > 0.0f) || !std::isfinite(m.cutoff_temperature)) {
         throw error(ACTQKV_ERR_ARGUMENT, format("cutoff_temperature is %g, expected > 0", m.cutoff_temperature));

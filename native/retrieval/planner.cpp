@@ -155,8 +155,32 @@ int64_t planner::n_granted(int il, layer_memory & memory, const observer & obser
     return share;
 }
 
+// The k best chunks by score. Answering, the keys of refine * k of them decide; stored_query is the step's query as
+// stored keys meet it.
+void planner::choose(int il, int64_t k, const kv_store & store, const float * stored_query) {
+    const stopwatch watch(refine_stage);
+    const int64_t   n = is_decode ? std::min<int64_t>(n_chunks, k * params.method.refine) : k;
+    candidates.resize(n);
+    scratch.resize(n_chunks);
+    actqkv_top_k(scores.data(), n_chunks, (int32_t) n, candidates.data(), scratch.data());
+    if (n == k) {
+        chosen.swap(candidates);
+        return;
+    }
+    refined.resize(n);
+    actqkv_refine(actqkv_impl_best(), stored_query, store.chunk_keys(il), store.chunk_stride(), candidates.data(),
+                  (int32_t) n, hp.n_head, hp.n_head_kv, hp.d_head, params.n_chunk_tokens, refined.data(),
+                  params.n_threads);
+    refine_stage.bytes += (uint64_t) n * store.chunk_stride() * sizeof(actqkv_f16);
+    chosen.resize(k);
+    actqkv_top_k(refined.data(), n, (int32_t) k, chosen.data(), scratch.data());
+    for (int32_t & chunk : chosen) {
+        chunk = candidates[chunk];
+    }
+}
+
 const std::vector<int32_t> & planner::plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
-                                           int m, const observer & observe) {
+                                           const float * q_near, int m, const observer & observe) {
     const int32_t retrieval = is_decode ? params.method.decode : params.method.prefill;
     chosen.clear();
     if (store.summarises()) {
@@ -168,9 +192,7 @@ const std::vector<int32_t> & planner::plan(int il, layer_memory & memory, const 
     } else if (retrieval == ACTQKV_RETRIEVE_TOP && n_chunks > 0) {
         make_scores(il, memory, store);
         const int64_t k = n_granted(il, memory, observe);
-        chosen.resize(k);
-        scratch.resize(n_chunks);
-        actqkv_top_k(scores.data(), n_chunks, (int32_t) k, chosen.data(), scratch.data());
+        choose(il, k, store, params.method.positions == ACTQKV_POSITIONS_EXACT ? q_near : q_far);
         if (observe) {
             const float              share = (float) k;
             const std::vector<float> ids(chosen.begin(), chosen.end());

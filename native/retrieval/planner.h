@@ -40,15 +40,16 @@ class planner {
     // Before the first layer of a window.
     void begin_window(const std::vector<layer_memory> & memory, int64_t n_chunks, bool decode);
 
-    // Chunk ids to attend, ascending. q_far: [m][E]. Updates memory's statistics (reading) and entropies.
-    const std::vector<int32_t> & plan(int il, layer_memory & memory, const kv_store & store, const float * q_far, int m,
-                                      const observer & observe);
+    // Chunk ids to attend, ascending. q_far, q_near: [m][E]. Updates memory's statistics (reading) and entropies.
+    const std::vector<int32_t> & plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
+                                      const float * q_near, int m, const observer & observe);
 
-    planner_stage probe_stage = {}, score_stage = {};
+    planner_stage probe_stage = {}, score_stage = {}, refine_stage = {};
 
   private:
     void    make_probe(layer_memory & memory, const float * q_far, int m, const observer & observe);
     void    make_scores(int il, const layer_memory & memory, const kv_store & store);
+    void    choose(int il, int64_t k, const kv_store & store, const float * stored_query);
     int64_t n_granted(int il, layer_memory & memory, const observer & observe);
 
     const hparams &       hp;
@@ -58,7 +59,8 @@ class planner {
     int64_t               pool      = 0;
     std::vector<double>   mean_entropy; // [n_layer]
     std::vector<float>    bias, weights, probe, folded, scores, question_scores;
-    std::vector<int32_t>  chosen, scratch;
+    std::vector<float>    refined;
+    std::vector<int32_t>  chosen, candidates, scratch;
 };
 
 } // namespace actqkv

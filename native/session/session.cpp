@@ -155,7 +155,7 @@ void session::run_layer(const window & w, int il) {
         observe("k", io.k, hp.d_head, hp.n_head_kv, w.m);
         observe("v", io.v, hp.d_head, hp.n_head_kv, w.m);
     }
-    const std::vector<int32_t> & plan = plans.plan(il, memory[il], store, io.q_far, w.m, observe);
+    const std::vector<int32_t> & plan = plans.plan(il, memory[il], store, io.q_far, io.q_near, w.m, observe);
 
     t0 = now_ms();
     convert_window(w.m);
@@ -397,13 +397,14 @@ actqkv_stats session::stats() const {
     s.attended_tokens_mean = attended_n > 0 ? counts.attended_tokens_mean / attended_n : 0.0;
     s.probe                = { plans.probe_stage.ms, plans.probe_stage.bytes };
     s.score                = { plans.score_stage.ms, plans.score_stage.bytes };
+    s.refine               = { plans.refine_stage.ms, plans.refine_stage.bytes };
     return s;
 }
 
 void session::reset_stats() {
     counts            = {};
     attended_n        = 0;
-    plans.probe_stage = plans.score_stage = {};
+    plans.probe_stage = plans.score_stage = plans.refine_stage = {};
 }
 
 } // namespace actqkv
