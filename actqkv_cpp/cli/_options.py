@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from actqkv_cpp.errors import ParameterError
 DEFAULT_MAX_TOKENS = 1024
 
 
-def size(value: str | int) -> int:
+def _parse_size(value: str | int) -> int:
     """Parser of an option that counts tokens: 2048, 2k, 128k, 1m."""
     try:
         return parse_size(value)
@@ -22,13 +23,19 @@ def size(value: str | int) -> int:
         raise typer.BadParameter(f"{error}; {error.hint}" if error.hint else str(error)) from None
 
 
+def _parse_positive_size(value: str | int) -> int:
+    if (n_tokens := _parse_size(value)) < 1:
+        raise typer.BadParameter("at least 1 token")
+    return n_tokens
+
+
 def _option(*names: str, help: str, metavar: str, default: str, **more: Any) -> Any:
     """An option whose help names its default; tests compare that with the default itself."""
     return typer.Option(*names, metavar=metavar, help=f"{help} [default: {default}]", show_default=False, **more)
 
 
-def _size(name: str, *, help: str, default: str) -> Any:
-    return _option(name, help=help, metavar="SIZE", default=default, parser=size)
+def _size(name: str, *, help: str, default: str, parser: Callable[[str | int], int] = _parse_size) -> Any:
+    return _option(name, help=help, metavar="SIZE", default=default, parser=parser)
 
 
 _DOCUMENT = typer.Option(
@@ -83,7 +90,13 @@ MinP = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int, _size("--max-tokens", help="Most tokens of one answer, kept free in the context.", default="1k")
+    int,
+    _size(
+        "--max-tokens",
+        help="Most tokens of one answer, kept free in the context.",
+        default="1k",
+        parser=_parse_positive_size,
+    ),
 ]
 Seed = Annotated[
     int | None, _option("--seed", help="Seed of the sampling.", metavar="N", default="a new one each time", min=0)

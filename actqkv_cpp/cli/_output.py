@@ -66,10 +66,18 @@ class Output:
     @contextmanager
     def answering(self) -> Iterator[Callable[[str], None]]:
         """Yields a function that shows pieces of one answer; ends the line however the answer ends."""
+        shown = False
+
+        def show(piece: str) -> None:
+            nonlocal shown
+            shown = True
+            self.data(piece)
+
         try:
-            yield self.data
+            yield show
         finally:
-            self.line()
+            if shown:
+                self.line()
 
     def sources(self, sources: Sequence[Source]) -> None:
         """Passages, best first: document and character offsets, share of the attention, text."""
@@ -225,7 +233,7 @@ def clock(seconds: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
+    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."[:width]
 
 
 def _is_utf8(stream: TextIO) -> bool:

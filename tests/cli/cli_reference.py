@@ -1,0 +1,31 @@
+"""Writes docs/cli.md out of --help: python tests/cli/cli_reference.py > docs/cli.md"""
+
+from __future__ import annotations
+
+from typer.testing import CliRunner
+
+from actqkv_cpp.cli import app
+
+COMMANDS = ("", "chat", "ask")
+
+_HEAD = """# The command line
+
+Written by `python tests/cli/cli_reference.py > docs/cli.md`: this is what `--help` says.
+
+Answers, sources and JSON go to standard output, everything else to standard error. Sizes are tokens: `2048`, `2k`,
+`128k`, `1m` (k = 1024). Exit status: 0; 1 failed, with one line of error and a hint; 2 wrong usage; 130 Ctrl-C.
+"""
+
+
+def reference() -> str:
+    """The page."""
+    runner = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    parts = [_HEAD]
+    for command in COMMANDS:
+        shown = runner.invoke(app, [*command.split(), "--help"], prog_name="actqkv").stdout
+        parts.append(f"## actqkv {command}".rstrip() + f"\n\n```text\n{shown.strip()}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,157 @@
+"""Bad input: exit status 1 with one line of error and a hint; wrong usage: 2. Never a traceback, never an abort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_support import LONG, Actqkv, Result
+from tiny_gguf import (
+    make_absurd_gguf,
+    make_empty_file,
+    make_not_gguf,
+    make_truncated_gguf,
+    make_vocab_only_gguf,
+)
+
+QUESTION = "Who?"
+
+
+def _assert_failed(found: Result, *words: str) -> None:
+    assert (found.status, found.out) == (1, "")
+    error, *hint = found.err.splitlines()[-2:]
+    assert error.startswith("error: "), found.err
+    assert hint, f"no hint: {found.err}"
+    assert hint[0].startswith("hint: "), found.err
+    assert len(found.err.splitlines()) <= 4, found.err  # error and hint, after notes on model and reading
+    for word in words:
+        assert word in error + hint[0], found.err
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", ["is empty"]),
+        (b"  \n", ["is empty"]),
+        (b"text\x00more", ["byte 0 at offset 4"]),
+        (b"caf\xe9", ["byte 0xe9 at offset 3", "iconv"]),
+        (b"%PDF-1.4", ["PDF", "pdftotext"]),
+        (b"GGUF\x03\x00\x00\x00", ["GGUF model"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_document(actqkv: Actqkv, tmp_path: Path, command: str, data: bytes, words: list[str]) -> None:
+    """A document that is no text is read as nonsense."""
+    (tmp_path / "book.txt").write_bytes(data)
+    _assert_failed(actqkv(command, "-d", "book.txt", *([QUESTION] if command == "ask" else [])), "book.txt", *words)
+
+
+def test_document_that_is_not_there(actqkv: Actqkv, tmp_path: Path) -> None:
+    """A typing error in a name ends in a traceback."""
+    _assert_failed(actqkv("ask", "-d", "bok.txt", QUESTION), "bok.txt", "no such document")
+    (tmp_path / "books").mkdir()
+    _assert_failed(actqkv("ask", "-d", "books", QUESTION), "books", "directory")
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda path: path.with_name("missing.gguf"), "missing.gguf"),
+        (make_empty_file, "empty"),
+        (make_not_gguf, "GGUF"),
+        (make_truncated_gguf, "model.gguf"),
+        (make_vocab_only_gguf, "model.gguf"),
+        (lambda path: make_absurd_gguf(path, "n_kv"), "model.gguf"),
+        (lambda path: path.parent, ""),
+    ],
+    ids=["missing", "empty", "not gguf", "truncated", "vocabulary only", "absurd", "directory"],
+)
+def test_model(actqkv: Actqkv, tmp_path: Path, book: Path, make: Callable[[Path], Path], word: str) -> None:
+    """A broken model file ends in an abort of ggml, or in a page of its log."""
+    model = make(tmp_path / "model.gguf")
+    _assert_failed(actqkv("chat", model, "-d", book), word)
+
+
+@pytest.mark.model
+def test_document_longer_than_ctx(actqkv: Actqkv) -> None:
+    """A long document is cut to the context, or read for minutes before it is refused."""
+    found = actqkv("ask", "-d", LONG, QUESTION, "--ctx", "4k")
+    _assert_failed(found, "4096", "--ctx", "harbour.txt")
+    assert "read " not in found.err
+
+
+@pytest.mark.model
+def test_answer_that_leaves_no_room(actqkv: Actqkv, book: Path) -> None:
+    """--max-tokens is promised but the context is full before."""
+    _assert_failed(actqkv("ask", "-d", book, QUESTION, "--ctx", "4k", "--max-tokens", "4k"), "4096", "--max-tokens")
+
+
+@pytest.mark.model
+def test_ctx_larger_than_ram(actqkv: Actqkv, book: Path) -> None:
+    """A context that does not fit in RAM brings the machine down instead of being refused."""
+    _assert_failed(actqkv("ask", "-d", book, QUESTION, "--ctx", "1000m"), "bytes", "--ctx")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--budget", "100"],
+        ["--budget", "2k", "--local", "4k"],
+        ["--budget", "2k", "--sink", "3k"],
+        ["--chunk", "0"],
+        ["--local", "0"],
+        ["--method", "actqk"],
+        ["--kv-type", "f64"],
+    ],
+    ids=" ".join,
+)
+def test_values_that_contradict(actqkv: Actqkv, book: Path, options: list[str]) -> None:
+    """A wrong retrieval option is ignored, or refused after the document was read."""
+    found = actqkv("ask", "-d", book, QUESTION, *options)
+    assert (found.status, found.out) == (1, "")
+    assert found.err.splitlines()[0].startswith("error: "), found.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ask"],
+        ["ask", "-d", "book.txt"],
+        ["ask", "Who?"],
+        ["ask", "-d", "book.txt", "Who?", "--unknown"],
+        ["ask", "-d", "book.txt", "Who?", "--ctx", "many"],
+        ["ask", "-d", "book.txt", "Who?", "--max-tokens", "0"],
+        ["ask", "-d", "book.txt", "Who?", "--top-p", "2"],
+        ["chat", "--threads", "0"],
+        ["chat", "--gpu-layers", "some"],
+        ["chatt"],
+    ],
+    ids=" ".join,
+)
+def test_usage(actqkv: Actqkv, arguments: list[str]) -> None:
+    """Wrong usage is no failure of the work: scripts tell them apart by the status 2."""
+    found = actqkv(*arguments)
+    assert (found.status, found.out) == (2, "")
+    assert "--help" in found.err
+    assert "Traceback" not in found.err
+
+
+@pytest.mark.parametrize("question", ["", "  ", "caf\udce9"])
+def test_question(actqkv: Actqkv, book: Path, question: str) -> None:
+    """An empty question is asked all the same, or one that is not UTF-8 ends in a traceback."""
+    _assert_failed(actqkv("ask", "-d", book, question))
+
+
+def test_standard_input(actqkv: Actqkv, book: Path) -> None:
+    """Standard input given twice, or holding nothing, is waited for."""
+    _assert_failed(actqkv("ask", "-d", "-", "-d", "-", QUESTION), "once")
+    _assert_failed(actqkv("ask", "-d", "-", QUESTION), "stdin is empty")
+
+
+@pytest.mark.parametrize("text", ['{"q": 1}', "no json", '["question"]'])
+def test_questions_file(actqkv: Actqkv, book: Path, tmp_path: Path, text: str) -> None:
+    """A file of questions in another shape ends in a traceback."""
+    (tmp_path / "q.jsonl").write_text(text, encoding="utf-8")
+    _assert_failed(actqkv("ask", "-d", book, "--questions", "q.jsonl"), "q.jsonl")

@@ -1,0 +1,103 @@
+"""The sink: what a terminal shows, whatever its width and whatever a document holds."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from actqkv_cpp import Answer, Memory, ParameterError, Source, Timing, Usage
+from actqkv_cpp.cli import _errors
+from actqkv_cpp.cli._output import Meter, Output, clock, human_bytes, shorten
+from actqkv_cpp.cli._transcript import Transcript, Turn
+
+_SOURCE = Source(document="book.txt", start=10, end=20, text="ten  words\n", score=0.5)
+
+
+def _answer() -> Answer:
+    return Answer(
+        question="Who?",
+        text="The ferryman.",
+        sources=(_SOURCE,),
+        usage=Usage(
+            document_tokens=90, prompt_tokens=100, completion_tokens=3, attended_tokens=64, attended_tokens_mean=60.0
+        ),
+        timing=Timing(prefill_s=1.0, prefill_tokens_per_s=90.0, decode_tokens_per_s=10.0, first_token_s=0.1),
+        memory=Memory(kv_bytes=2048, summary_bytes=512),
+        finish_reason="stop",
+    )
+
+
+@pytest.mark.parametrize("width", [8, 20, 40, 60, 80, 200])
+def test_progress_is_one_line(width: int) -> None:
+    """A progress line that is wider than the terminal wraps, and every refresh leaves a line behind."""
+    meter = Meter("reading a/rather/long/path/to/a/document.txt", "tokens")
+    for done in (1000, 2000, 131072):
+        meter.update(done, 131072)
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    console.print(meter)
+    out = console.file
+    assert isinstance(out, io.StringIO)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 1
+    assert len(lines[0].rstrip()) < width
+    assert "131,072" in lines[0] or width < 20
+
+
+def test_control_characters_stay_out_of_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+    """A document or a model can move the cursor or retitle the window of whoever reads it."""
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
+    Output().data("a\x1b[2Jb\x07\tc\n\x9b1m")
+    assert out.getvalue() == "a\ufffd[2Jb\ufffd\tc\n\ufffd1m"
+
+
+def test_words_for_numbers() -> None:
+    """Times and sizes read wrong."""
+    assert (clock(0), clock(59.6), clock(61), clock(3661)) == ("0:00", "1:00", "1:01", "1:01:01")
+    assert (human_bytes(10), human_bytes(2048), human_bytes(3 << 20), human_bytes(5 << 30)) == (
+        "10 B",
+        "2 KiB",
+        "3 MiB",
+        "5.0 GiB",
+    )
+    assert (shorten("abcdef", 6), shorten("abcdef", 5), shorten("abcdef", 2)) == ("abcdef", "ab...", "..")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ParameterError("two\nlines", "and a\nhint"), ("two lines", "and a hint")),
+        (OSError(28, "No space left on device", "out.md"), ("out.md: No space left on device", "check")),
+        (MemoryError(), ("out of memory", "--ctx")),
+        (KeyError("x"), ("unexpected KeyError: 'x'", "report")),
+    ],
+)
+def test_every_error_is_a_line_and_a_hint(error: Exception, message: tuple[str, str]) -> None:
+    """An exception nobody thought of, or one of several lines, breaks the one-line error."""
+    text, hint = _errors.explain(error)
+    assert text == message[0]
+    assert hint is not None
+    assert message[1] in hint
+    assert "\n" not in hint
+
+
+def test_transcript(tmp_path: Path) -> None:
+    """/save loses an answer or its sources, or overwrites a file of the user's."""
+    transcript = Transcript("m.gguf", "actqkv", ("book.txt",), (Turn("chat", _answer()), Turn("ask", _answer())))
+    transcript.save(tmp_path / "a.json", overwrite=False)
+    saved = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert [turn["kind"] for turn in saved["turns"]] == ["chat", "ask"]
+    assert saved["turns"][0]["sources"][0]["start"] == 10
+    transcript.save(tmp_path / "a.md", overwrite=False)
+    text = (tmp_path / "a.md").read_text(encoding="utf-8")
+    assert text.count("The ferryman.") == 2
+    assert "book.txt, characters 10 to 20" in text
+    with pytest.raises(ParameterError, match="exists"):
+        transcript.save(tmp_path / "a.md", overwrite=False)
+    transcript.save(tmp_path / "a.md", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.md"]
