@@ -5,6 +5,7 @@
 #include "ggml.h"
 #include "llama.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdlib>
@@ -41,13 +42,10 @@ struct metadata {
 
 // libllama's llama_context constructor: YaRN's magnitude, with the factor that ggml_rope applies itself cancelled.
 float yarn_attn_factor(const metadata & meta, const rope_params & rope) {
-    float attn = (float) meta.number("rope.scaling.yarn_attn_factor", 1.0);
+    float attn = 1.0f;
     if (rope.ext_factor != 0.0f) {
-        const float factor  = 1.0f / rope.freq_scale;
-        const auto  mscale  = [&](float m) { return factor <= 1.0f ? 1.0f : 0.1f * m * logf(factor) + 1.0f; };
-        const float log_mul = (float) meta.number("rope.scaling.yarn_log_multiplier", 0.0);
-        attn                = log_mul != 0.0f ? mscale(1.0f) / mscale(log_mul) : mscale(1.0f);
-        attn *= 1.0f / (1.0f + 0.1f * logf(factor));
+        const float magnitude = 1.0f + 0.1f * logf(1.0f / rope.freq_scale);
+        attn                  = std::max(1.0f, magnitude) / magnitude;
     }
     return attn * (float) meta.number("rope.scaling.attn_factor", 1.0);
 }
@@ -71,12 +69,10 @@ rope_params read_rope(const metadata & meta, const hparams & hp) {
     if (rope.n_ctx_orig == 0) {
         rope.n_ctx_orig = hp.n_ctx_train;
     }
-    rope.ext_factor = (float) meta.number("rope.scaling.yarn_ext_factor", -1.0);
-    if (rope.ext_factor < 0.0f) {
-        rope.ext_factor = type == "yarn" ? 1.0f : 0.0f;
-    }
-    rope.beta_fast   = (float) meta.number("rope.scaling.yarn_beta_fast", 32.0);
-    rope.beta_slow   = (float) meta.number("rope.scaling.yarn_beta_slow", 1.0);
+    // libllama reads yarn_ext_factor, yarn_attn_factor, yarn_beta_* and yarn_log_multiplier for other architectures.
+    rope.ext_factor  = type == "yarn" ? 1.0f : 0.0f;
+    rope.beta_fast   = 32.0f;
+    rope.beta_slow   = 1.0f;
     rope.attn_factor = yarn_attn_factor(meta, rope);
     return rope;
 }
