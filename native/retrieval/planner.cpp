@@ -53,7 +53,7 @@ int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t 
     const double  sum  = std::accumulate(h, h + n_layers_left, 0.0);
     const double  part = sum > 0.0 ? pool * h[0] / sum : (double) pool / n_layers_left;
     if (published) {
-        return std::min<int64_t>(n_chunks, std::clamp<int64_t>(std::llround(part), std::min<int64_t>(32, 2 * k), 2 * k));
+        return std::clamp<int64_t>(std::llround(part), std::min<int64_t>(32, 2 * k), 2 * k);
     }
     const int64_t low  = std::min<int64_t>(n_chunks, (7 * k + 9) / 10); // ceil(0.7 k)
     const int64_t high = std::min<int64_t>(n_chunks, 2 * k);
@@ -67,18 +67,21 @@ planner::planner(const hparams & hp, const actqkv_params & params)
       probe(hp.n_channels()) {}
 
 void planner::begin_window(const std::vector<layer_memory> & memory, int64_t n, bool decode) {
-    n_chunks  = n;
-    is_decode = decode;
-    pool      = std::min<int64_t>((int64_t) hp.n_layer * n_retrieved(params), (int64_t) hp.n_layer * n_chunks);
-    bool full = true; // published: entropies count once every layer has N_ENTROPIES of them
+    const bool    published = params.method.cutoff == ACTQKV_CUTOFF_PUBLISHED;
+    const int64_t k         = n_retrieved(params);
+    n_chunks                = n;
+    is_decode               = decode;
+    pool                    = hp.n_layer * (published ? k : std::min(k, n_chunks));
+    bool full               = true; // published: entropies count once every layer has N_ENTROPIES of them
     for (int il = 0; il < hp.n_layer; il++) {
         const std::vector<double> & h = memory[il].entropies;
         mean_entropy[il]              = h.empty() ? 0.0 : std::accumulate(h.begin(), h.end(), 0.0) / h.size();
         full                          = full && h.size() >= N_ENTROPIES;
     }
-    if (n_chunks <= 1 || (params.method.cutoff == ACTQKV_CUTOFF_PUBLISHED && !full)) {
+    if (n_chunks <= 1) {
         std::fill(mean_entropy.begin(), mean_entropy.end(), 0.0); // equal shares
     }
+    equal_shares = !is_decode || params.method.cutoff == ACTQKV_CUTOFF_NONE || (published && !full);
 }
 
 void planner::make_probe(layer_memory & memory, const float * q_far, int m, const observer & observe) {
@@ -146,13 +149,13 @@ int64_t planner::n_granted(int il, layer_memory & memory, const observer & obser
         }
     }
     const int64_t k = n_retrieved(params);
-    if (!is_decode || params.method.cutoff == ACTQKV_CUTOFF_NONE) {
+    if (equal_shares) {
         return std::min(k, n_chunks);
     }
     const int64_t share = cutoff_share(pool, mean_entropy.data() + il, hp.n_layer - il, k, n_chunks,
                                        params.method.cutoff == ACTQKV_CUTOFF_PUBLISHED);
     pool = std::max<int64_t>(0, pool - share);
-    return share;
+    return std::min(share, n_chunks);
 }
 
 // The k best chunks by score. Answering, the keys of refine * k of them decide; stored_query is the step's query as

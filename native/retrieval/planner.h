@@ -28,7 +28,7 @@ constexpr size_t N_ENTROPIES = 100; // windows over which a layer's entropy is a
 using observer = std::function<void(const char * name, const float * data, int64_t ne0, int64_t ne1, int64_t ne2)>;
 
 // The share of one layer in the pool that is left, and the pool after it. h: mean entropies of the layers from this
-// one on. published: clamp to [32, 2k] whatever the pool says.
+// one on. published: clamp to [32, 2k] whatever the pool and the chunks say.
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published);
 
 struct planner_stage { double ms; uint64_t bytes; };
@@ -54,9 +54,10 @@ class planner {
 
     const hparams &       hp;
     const actqkv_params & params;
-    int64_t               n_chunks  = 0;
-    bool                  is_decode = false;
-    int64_t               pool      = 0;
+    int64_t               n_chunks     = 0;
+    bool                  is_decode    = false;
+    bool                  equal_shares = true; // of this window's layers, whatever their entropies
+    int64_t               pool         = 0;
     std::vector<double>   mean_entropy; // [n_layer]
     std::vector<float>    bias, weights, probe, folded, scores, question_scores;
     std::vector<float>    refined;
