@@ -178,7 +178,7 @@ ACTQKV_API void actqkv_set_observer(actqkv_session * session, actqkv_observe_fn 
 ACTQKV_API uint64_t actqkv_state_size(const actqkv_session * session);
 ACTQKV_API int32_t actqkv_state_get(const actqkv_session * session, uint8_t * data, uint64_t size,
                                     struct actqkv_error * err);
-// ACTQKV_ERR_STATE leaves the session empty only if the blob passed its checks and reading failed midway.
+// ACTQKV_ERR_STATE leaves the session unchanged.
 ACTQKV_API int32_t actqkv_state_set(actqkv_session * session, const uint8_t * data, uint64_t size,
                                     struct actqkv_error * err);
 

@@ -167,7 +167,7 @@ void kv_store::restore_recent(const recent_state & state, int64_t n_closed) {
     n_closed_chunks = n_closed;
 }
 
-std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens) const {
+std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int64_t n_closed) const {
     const layer &      l = layers[il];
     std::vector<range> ranges;
     if (n_tokens > 0) {
@@ -177,9 +177,9 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens) con
         ranges.push_back({ l.k.data(), bytes });
         ranges.push_back({ l.v.data(), bytes });
     }
-    if (n_width > 0 && n_closed_chunks > 0) {
-        ranges.push_back({ l.reps.data(), n_closed_chunks * n_width * sizeof(actqkv_f16) });
-        ranges.push_back({ l.norms.data(), n_closed_chunks * sizeof(float) });
+    if (n_width > 0 && n_closed > 0) {
+        ranges.push_back({ l.reps.data(), n_closed * n_width * sizeof(actqkv_f16) });
+        ranges.push_back({ l.norms.data(), n_closed * sizeof(float) });
     }
     return ranges;
 }

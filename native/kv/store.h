@@ -61,12 +61,13 @@ class kv_store {
     recent_state save_recent() const;
     void         restore_recent(const recent_state & state, int64_t n_closed);
 
-    // K, V and summaries of one layer as byte ranges in use for n tokens: state blobs are made of them.
+    // K, V and summaries of one layer as byte ranges in use for so many tokens and closed chunks: state blobs are made
+    // of them.
     struct range {
         const void * data;
         uint64_t     bytes;
     };
-    std::vector<range> used_ranges(int il, int64_t n_tokens) const;
+    std::vector<range> used_ranges(int il, int64_t n_tokens, int64_t n_closed) const;
     void               set_closed(int64_t n) { n_closed_chunks = n; }
 
   private:

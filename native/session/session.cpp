@@ -88,8 +88,9 @@ bool session::decode(const int32_t * more, int64_t n, int32_t phase, float * log
         }
         rewind(std::max(before, n_done));
         return false;
-    } catch (...) {
-        rewind(before);
+    } catch (...) { // perhaps midway through a window, whose statistics are then neither of its start nor of its end
+        tokens.truncate(before);
+        restore(std::min(before, n_done));
         throw;
     }
 }

@@ -9,8 +9,8 @@
 //   per layer: K, V, summaries, norms in use
 //   u64 checksum of everything before
 //
-// A blob is checked as a whole before the session is touched; then every count is checked against what this session
-// expects, so that even a forged checksum cannot read or write out of bounds.
+// A blob is checked as a whole, and every count against what this session expects, before the session is touched:
+// even a forged checksum cannot read or write out of bounds, and a refused blob changes nothing.
 #include "session.h"
 
 #include "../error.h"
@@ -75,12 +75,17 @@ struct reader {
     uint64_t        size;
     uint64_t        used = 0;
 
-    void raw(void * data, uint64_t bytes) {
+    void require(uint64_t bytes) const {
         if (bytes > size - used) {
             throw error(ACTQKV_ERR_STATE, format("state ends after %llu bytes, expected %llu more",
                                                  (unsigned long long) size, (unsigned long long) bytes));
         }
-        memcpy(data, from + used, bytes);
+    }
+    void raw(void * data, uint64_t bytes) {
+        require(bytes);
+        if (bytes > 0) {
+            memcpy(data, from + used, bytes);
+        }
         used += bytes;
     }
     template <typename T> T value() {
@@ -95,6 +100,7 @@ struct reader {
             throw error(ACTQKV_ERR_STATE, format("state holds an array of %llu, expected %llu", (unsigned long long) n,
                                                  (unsigned long long) expected));
         }
+        require(n * sizeof(T)); // before memory is taken for it
         x.resize(n);
         raw(x.data(), n * sizeof(T));
     }
@@ -178,7 +184,7 @@ void write_state(writer & out, const llama_model * model, const hparams & hp, co
         write_recent(out, c.recent);
     }
     for (int il = 0; il < hp.n_layer; il++) {
-        for (const kv_store::range & r : store.used_ranges(il, n_done)) {
+        for (const kv_store::range & r : store.used_ranges(il, n_done, store.n_closed())) {
             out.raw(r.data, r.bytes);
         }
     }
@@ -237,6 +243,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
         throw error(ACTQKV_ERR_STATE, "state is inconsistent: more done than read");
     }
     history read;
+    in.require(n * (sizeof(int32_t) + sizeof(int8_t)));
     read.tokens.resize(n);
     read.phases.resize(n);
     in.raw(read.tokens.data(), n * sizeof(int32_t));
@@ -257,7 +264,8 @@ void session::state_set(const uint8_t * data, uint64_t size) {
         c.n_past   = in.value<int64_t>();
         c.n_closed = in.value<int64_t>();
         c.pinned   = in.value<uint8_t>() != 0;
-        if (c.n_past < 0 || c.n_past > done || c.n_closed < 0 || c.n_closed > closed) {
+        if (c.n_past < 0 || c.n_past > done || c.n_closed < 0 || c.n_closed > closed ||
+            c.n_closed > store.layout().n_chunks_max(c.n_past)) {
             throw error(ACTQKV_ERR_STATE, "state is inconsistent: a checkpoint lies behind its end");
         }
         c.memory = read_memory(in, hp, n);
@@ -265,20 +273,26 @@ void session::state_set(const uint8_t * data, uint64_t size) {
         new_saved.add(std::move(c));
     }
 
+    uint64_t rest = 0;
+    for (int il = 0; il < hp.n_layer; il++) {
+        for (const kv_store::range & r : store.used_ranges(il, done, closed)) {
+            rest += r.bytes;
+        }
+    }
+    if (rest != in.size - in.used) {
+        throw error(ACTQKV_ERR_STATE, format("state has %llu bytes of K and V, expected %llu",
+                                             (unsigned long long) (in.size - in.used), (unsigned long long) rest));
+    }
+
     tokens = std::move(read);
     memory = std::move(new_memory);
     saved  = std::move(new_saved);
     n_done = done;
     store.restore_recent(new_recent, closed);
-    try {
-        for (int il = 0; il < hp.n_layer; il++) {
-            for (const kv_store::range & r : store.used_ranges(il, n_done)) {
-                in.raw(const_cast<void *>(r.data), r.bytes);
-            }
+    for (int il = 0; il < hp.n_layer; il++) {
+        for (const kv_store::range & r : store.used_ranges(il, done, closed)) {
+            in.raw(const_cast<void *>(r.data), r.bytes);
         }
-    } catch (...) {
-        rewind(0);
-        throw;
     }
 }
 
