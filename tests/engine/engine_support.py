@@ -1,0 +1,112 @@
+"""What the engine tests share: tiny models as the engine sees them, sessions with every column, and all the bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import tiny_gguf as tiny
+from llama_cpp._internals import LlamaModel
+
+from actqkv_cpp import Retrieval, _native
+from actqkv_cpp._native import Phase, Session
+
+N_VOCAB = 512
+F32Array = npt.NDArray[np.float32]
+Pieces = Sequence[tuple[int, Phase]]  # (tokens, phase) of one decode call after another
+
+# Largest normalised mean square error, by what is compared: (bound, why; in brackets what is measured). Bounds are
+# three to ten times the largest measured value.
+BOUNDS: dict[str, tuple[float, str]] = {
+    "dense F32": (5e-8, "sums in another order, and now and then another f16 of a key or value [1e-9 to 1e-8]"),
+    "dense F16": (2e-6, "libllama multiplies other numbers of columns at once [3e-7]"),
+    "dense BF16": (5e-5, "the same, activations in bf16 [9e-6]"),
+    "dense Q8_0": (5e-5, "an activation now and then rounds to the next of 255 steps [8e-6]"),
+    "dense Q4_0": (2e-4, "the same; activations are q8_0 here too [4e-5]"),
+    "dense Q4_K_M": (5e-4, "activations in q8_K, one scale per 256"),
+    "windows": (5e-8, "matrix products over other numbers of columns sum in another order [1e-9 to 1e-8]"),
+}
+
+
+def nmse(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:
+    a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(((a - b) ** 2).sum() / max((b**2).sum(), 1e-300))
+
+
+def check(what: str, actual: npt.ArrayLike, expected: npt.ArrayLike, where: str = "") -> None:
+    assert np.shape(actual) == np.shape(expected), f"{what} {where}"
+    assert np.isfinite(np.asarray(actual)).all(), f"{what} {where}"
+    error, bound = nmse(actual, expected), BOUNDS[what][0]
+    assert error <= bound, f"{what} {where}: NMSE {error:.1e}, bound {bound:.0e}"
+
+
+def random_tokens(n: int, seed: int = 0) -> npt.NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(tiny.FIRST_BYTE, N_VOCAB, n).astype(np.int32)
+
+
+def load_model(path: Path) -> LlamaModel:
+    """A model as `Session` takes it; without extra buffer types, as everywhere in the tests (llama_oracle.py)."""
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = False
+    params.n_gpu_layers = 0
+    return LlamaModel(path_model=str(path), params=params, verbose=False)
+
+
+@contextmanager
+def tiny_model(**options: Any) -> Iterator[LlamaModel]:
+    """A tiny model for the length of a with statement."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_model(tiny.make_tiny_gguf(Path(folder) / "model.gguf", **options))
+        try:
+            yield model
+        finally:
+            model.close()
+
+
+# A document of a few hundred tokens leaves chunks closed behind local, and several of them retrieved.
+SMALL = Retrieval(n_sink=4, n_local=32, chunk=8, window=16, budget=4 + 32 + 5 * 8, positions="clamped")
+
+
+def small(**columns: Any) -> Retrieval:
+    return dataclasses.replace(SMALL, **columns)
+
+
+def open_session(
+    model: LlamaModel, retrieval: Retrieval = SMALL, *, n_ctx: int = 1024, n_threads: int = 1, **columns: Any
+) -> Session:
+    """A session; `columns` are those of struct actqkv_method that `Retrieval` does not have, such as refine."""
+    make = _native._make_params
+
+    def with_columns(*args: Any, **kwargs: Any) -> Any:
+        params = make(*args, **kwargs)
+        for name, value in columns.items():
+            setattr(params.method, name, value)
+        return params
+
+    _native._make_params = with_columns
+    try:
+        return Session(model, retrieval, n_ctx=n_ctx, n_threads=n_threads)
+    finally:
+        _native._make_params = make
+
+
+def read(session: Session, tokens: npt.NDArray[np.int32], pieces: Pieces, *, n_logits: int | None = None) -> F32Array:
+    """Feed `tokens` in calls of (length, phase); logits of every token, or of the last `n_logits` of each call."""
+    rows, at = [], 0
+    for n, phase in pieces:
+        wanted = n if n_logits is None else min(n, n_logits)
+        rows.append(session.decode(tokens[at : at + n], phase=phase, n_logits=wanted))
+        at += n
+    return np.concatenate(rows)
+
+
+def answer(session: Session, tokens: npt.NDArray[np.int32]) -> F32Array:
+    """Decode tokens one call each."""
+    return read(session, tokens, [(1, "decode")] * len(tokens))
