@@ -51,10 +51,10 @@ _ENUMS = {
 }
 _COLUMNS = {"representatives": "n_representatives"}
 _SIZES = {"budget": "budget", "n_sink": "n_sink", "n_local": "n_local", "chunk": "n_chunk_tokens", "window": "n_window"}
-_NUMBERS = ("probe_warmup", "statistics_cap", "cutoff_temperature", "question_weight")
+_NUMBERS = ("probe_warmup", "statistics_cap", "refine", "cutoff_temperature", "question_weight")
 
 # What one observed array looks like: the number of dimensions that count, by name (actqkv.h, actqkv_observe_fn).
-_OBSERVED_DIMS = {"q": 3, "k": 3, "v": 3, "summary": 2, "out": 2, "head_logits": 2}
+_OBSERVED_DIMS = {"q": 3, "k": 3, "v": 3, "out": 2}
 
 
 # ---- libraries of the process
@@ -214,6 +214,7 @@ class Stats:
     graph: Stage
     probe: Stage
     score: Stage
+    refine: Stage
     attend: Stage
     append: Stage
     summarize: Stage

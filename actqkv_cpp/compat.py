@@ -250,14 +250,14 @@ def check_names(options: Mapping[str, Any]) -> None:
 
 def dense_reason(options: Mapping[str, Any]) -> str | None:
     """Why these options need a llama.cpp context: the first dense one that is not at its default; None if none is."""
-    from llama_cpp.llama_chat_format import Llava15ChatHandler  # noqa: PLC0415 (heavy)
+    from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler  # noqa: PLC0415 (heavy)
 
     defaults = base_defaults()
     for name, value in options.items():
         row = ARGUMENTS[name]
         if row.treatment != "dense" or value is None or value == defaults[name]:
             continue
-        if name == "chat_handler" and not isinstance(value, Llava15ChatHandler):
+        if name == "chat_handler" and not isinstance(value, (Llava15ChatHandler, MTMDChatHandler)):
             continue
         source = row.note.removeprefix("as ")
         return f"{name}: {ARGUMENTS[source].note if source in ARGUMENTS else row.note}"

@@ -28,7 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "cutoff": get_args(Cutoff),
 }
 _SIZES = ("budget", "n_sink", "n_local", "chunk", "window")
-_COUNTS = ("representatives", "probe_warmup", "statistics_cap")
+_COUNTS = ("representatives", "probe_warmup", "statistics_cap", "refine")
 _NUMBERS = ("cutoff_temperature", "question_weight")
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", re.IGNORECASE)
@@ -80,6 +80,7 @@ class Retrieval:
         statistics: running statistics "pooled" (exact) or as "published".
         statistics_cap: t_max; statistics remember at most t_max * 256 tokens.
         score: of a chunk: "cosine" or "dot" product of probe and summary.
+        refine: while answering, the keys of the best refine * share chunks are scored one by one; 1 is off.
         cutoff: while answering: "none", "layerwise" (by entropy) or as "published".
         cutoff_temperature: of the softmax over scores, > 0.
         question_weight: lambda of question-aware prefill; 0 is off.
@@ -112,6 +113,7 @@ class Retrieval:
     statistics: Statistics | None = None
     statistics_cap: int | None = None
     score: Score | None = None
+    refine: int | None = None
     cutoff: Cutoff | None = None
     cutoff_temperature: float | None = None
     question_weight: float | None = None

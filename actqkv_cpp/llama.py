@@ -14,14 +14,13 @@ import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from actqkv_cpp import compat, default_model_path, machine
+from actqkv_cpp import compat, default_model_path, machine, modelfile
 from actqkv_cpp._native import KV_TYPES, Phase, Session, memory_plan, model_check
 from actqkv_cpp.config import Retrieval, parse_size
 from actqkv_cpp.document import Chat, Document, PathLike, Progress, text_files
@@ -132,7 +131,7 @@ class Llama(llama_cpp.Llama):
         self._sampled: int | None = None  # what sample() returned, until it is read back: that is a decode step
         self._rows_wanted: Literal["last", "sampled", "all"] = "last"
         given["n_ctx"] = parse_size(given.get("n_ctx", compat.base_defaults()["n_ctx"]))
-        path = _checked_path(model_path if model_path is not None else default_model_path())
+        path = modelfile.check(model_path if model_path is not None else default_model_path())
 
         reason = "vocab_only" if given.get("vocab_only") else compat.dense_reason(given)
         if reason is None:
@@ -145,7 +144,11 @@ class Llama(llama_cpp.Llama):
                 self._stack.close()
         self.engine, self.engine_reason = ("actqkv" if reason is None else "llama.cpp"), reason
         if reason is None:
-            self._attach(given)
+            try:
+                self._attach(given)
+            except BaseException:
+                self.close()
+                raise
             return
         if reason != "vocab_only":
             warnings.warn(f"running densely through llama.cpp: {reason}", stacklevel=2)
@@ -205,6 +208,12 @@ class Llama(llama_cpp.Llama):
         """Free session and model. May be called twice."""
         if stack := getattr(self, "_stack", None):
             stack.close()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -288,8 +297,8 @@ class Llama(llama_cpp.Llama):
             self._require_context()
             return cast(int, super().sample(*args, **kwargs, idx=idx))  # type: ignore[misc]
         self._rows.truncate(self.n_tokens)
-        row = self._rows.last() if idx is None else self.scores[idx]
-        if row is None or self.n_tokens == 0 or np.isnan(row[0]):
+        row = self._rows.last() if idx is None else self.scores[idx] if idx < self._rows.end else None
+        if row is None or np.isnan(row[0]):
             raise StateError("there are no logits to sample from", "eval() some tokens first")
         sampler = self._sampler if self._sampler is not None else self._init_sampler(*args, **kwargs)
         candidates = self._candidates
@@ -475,24 +484,6 @@ def _kv_type(kv_type: str, options: dict[str, Any]) -> str:
             f"give kv_type, one of {', '.join(KV_TYPES)}",
         )
     return cast(str, found.pop())
-
-
-def _checked_path(model_path: PathLike) -> str:
-    """The path as text, after a look at what is there: libllama's own words for it go to its log only."""
-    path = Path(model_path)
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise ModelError(f"Model path does not exist: {path}", "leave it out for the bundled model") from None
-    except IsADirectoryError:
-        raise ModelError(f"{path} is a directory", "name the .gguf file in it") from None
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    if magic != b"GGUF":
-        what = "is empty" if not magic else f"begins with {magic!r}, not with b'GGUF'"
-        raise ModelError(f"{path} {what}", "download it again, or convert the model to GGUF")
-    return str(path)
 
 
 def _available_cores() -> int:

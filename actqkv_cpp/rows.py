@@ -35,10 +35,13 @@ class Rows(np.ndarray[Any, np.dtype[np.float32]]):
 
     def __getitem__(self, key: Any) -> Any:
         plain = self.view(np.ndarray)
-        row, *rest = key if isinstance(key, tuple) else (key,)
+        row, *rest = key if isinstance(key, tuple) and key else (key,)
         if isinstance(row, (int, np.integer)):
-            at = int(row) - self.first if row >= 0 else int(row) + len(plain)
-            line = plain[at] if 0 <= at < len(plain) else np.full(plain.shape[1:], np.nan, plain.dtype)
+            n_rows = self.first + len(plain)
+            if not -n_rows <= row < n_rows:
+                raise IndexError(f"row {row} of {n_rows}")
+            at = int(row) % n_rows - self.first
+            line = plain[at] if at >= 0 else np.full(plain.shape[1:], np.nan, plain.dtype)
             return line[tuple(rest)]
         if isinstance(row, slice) and row.step in (None, 1):
             begin, end, _ = row.indices(self.first + len(plain))

@@ -45,7 +45,7 @@ def find(
         spans: where documents lie in the session.
         files: the documents, by the numbers in `spans`.
     """
-    chunks = [chunk for i, span in enumerate(spans) for chunk in _chunks(mass, params, i, span)]
+    chunks = [chunk for i, span in enumerate(spans) for chunk in _chunks(mass, params, i, span) if chunk.mass > 0.0]
     total = sum(chunk.mass for chunk in chunks)
     passages: list[_Passage] = []
     for chunk in sorted(chunks, reverse=True)[:_N_CHUNKS]:
@@ -56,16 +56,23 @@ def find(
     return tuple(
         _source(files[spans[passage.span].document], spans[passage.span], passage, passage.mass / total, params)
         for passage in sorted(passages, reverse=True)
-        if passage.mass > 0.0
     )
 
 
 def _chunks(mass: NDArray[np.float64], params: Params, i: int, span: Span) -> list[_Passage]:
-    """The blocks that lie in a span, each a passage of its own; block 0, the sinks, is not among them."""
+    """The blocks that lie in a span, each a passage of its own; block 0, the sinks, is not among them.
+
+    A block that lies there in part counts by that part: its mass is spread evenly over its tokens.
+    """
     c = params.n_chunk_tokens
     first = max((span.start - params.n_sink) // c + 1, 1)
     last = min((span.end - 1 - params.n_sink) // c + 1, len(mass) - 1)
-    return [_Passage(float(mass[b]), i, b, b) for b in range(first, last + 1)]
+    found = []
+    for b in range(first, last + 1):
+        begin = params.n_sink + (b - 1) * c
+        share = (min(begin + c, span.end) - max(begin, span.start)) / c
+        found.append(_Passage(float(mass[b]) * share, i, b, b))
+    return found
 
 
 def _merged(passages: Iterable[_Passage]) -> _Passage:

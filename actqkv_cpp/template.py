@@ -263,7 +263,7 @@ class Encoder:
         items: list[Part | int] = []
         for part in parts:
             items.extend(self._template_items(part.text) if part.template else [part])
-        return items
+        return [item for item in items if not isinstance(item, Part) or item.text]
 
     def _template_items(self, piece: str) -> list[Part | int]:
         items: list[Part | int] = []

@@ -1,0 +1,96 @@
+"""A look at a model file before libllama opens it, so that bad files are errors with a reason.
+
+libllama puts its reasons into its log only, and on a few well-formed but absurd files it aborts, which would kill
+Python. The metadata is read by ggml's own GGUF reader (gguf.h), which checks sizes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from llama_cpp._ggml import libggml
+
+from actqkv_cpp.errors import ModelError
+
+_REMEDY = "download it again, or convert the model again"
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of libllama, which aborts above it
+_FULL_ROTARY = ("qwen2", "qwen3")  # libllama aborts when these rotate only a part of a head
+_GGUF_TYPE_UINT32, _GGUF_TYPE_STRING = 4, 8
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+libggml.gguf_init_from_file.restype = ctypes.c_void_p
+libggml.gguf_init_from_file.argtypes = [ctypes.c_char_p, _InitParams]
+libggml.gguf_free.argtypes = [ctypes.c_void_p]
+libggml.gguf_find_key.restype = ctypes.c_int64
+libggml.gguf_find_key.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+libggml.gguf_get_kv_type.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+libggml.gguf_get_val_u32.restype = ctypes.c_uint32
+libggml.gguf_get_val_u32.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+libggml.gguf_get_val_str.restype = ctypes.c_char_p
+libggml.gguf_get_val_str.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+
+
+def check(model_path: str | Path) -> str:
+    """The path as text.
+
+    Raises:
+        ModelError: there is no such file, it is no GGUF, its metadata is damaged, or libllama would abort on it.
+
+    Example:
+        >>> check("model.gguf")
+        'model.gguf'
+    """
+    path = Path(model_path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise ModelError(f"Model path does not exist: {path}", "leave it out for the bundled model") from None
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a directory", "name the .gguf file in it") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ModelError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if magic != b"GGUF":
+        what = "is empty" if not magic else f"is not a GGUF model: it begins with {magic!r}"
+        raise ModelError(f"{path} {what}", _REMEDY)
+    gguf = libggml.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
+    if not gguf:
+        raise ModelError(f"{path}: its metadata is damaged, truncated, or of an unknown GGUF version", _REMEDY)
+    try:
+        _check_sizes(path, gguf)
+    finally:
+        libggml.gguf_free(gguf)
+    return str(path)
+
+
+def _check_sizes(path: Path, gguf: int) -> None:
+    """Refuse what libllama aborts on."""
+    arch = _string(gguf, "general.architecture")
+    if arch is None:
+        raise ModelError(f"{path} names no architecture", _REMEDY)
+    n_layer = _number(gguf, f"{arch}.block_count")
+    if n_layer is not None and n_layer > _MAX_LAYERS:
+        raise ModelError(f"{path}: {arch}.block_count is {n_layer}, llama.cpp takes at most {_MAX_LAYERS}", _REMEDY)
+    n_rot, n_embd, n_head = (
+        _number(gguf, f"{arch}.{key}") for key in ("rope.dimension_count", "embedding_length", "attention.head_count")
+    )
+    d_head = _number(gguf, f"{arch}.attention.key_length") or (n_embd or 0) // (n_head or 1)
+    if arch in _FULL_ROTARY and n_rot is not None and n_rot != d_head:
+        raise ModelError(f"{path}: {arch}.rope.dimension_count is {n_rot}, a head has {d_head}", _REMEDY)
+
+
+def _number(gguf: int, key: str) -> int | None:
+    at = libggml.gguf_find_key(gguf, key.encode())
+    found = at >= 0 and libggml.gguf_get_kv_type(gguf, at) == _GGUF_TYPE_UINT32
+    return int(libggml.gguf_get_val_u32(gguf, at)) if found else None
+
+
+def _string(gguf: int, key: str) -> str | None:
+    at = libggml.gguf_find_key(gguf, key.encode())
+    found = at >= 0 and libggml.gguf_get_kv_type(gguf, at) == _GGUF_TYPE_STRING
+    return str(libggml.gguf_get_val_str(gguf, at).decode("utf-8", "replace")) if found else None

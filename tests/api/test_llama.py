@@ -1,0 +1,363 @@
+"""Breaks when code written for llama_cpp.Llama gives something else with actqkv_cpp.Llama (dense method)."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
+
+from actqkv_cpp import ContextError, Llama, Retrieval, StateError
+
+PROMPT = "the key of the house was found in the green river and the answer"
+DENSE = Retrieval("dense", n_local=64, window=32, n_sink=4, chunk=16, budget=128)
+GRAMMAR = 'root ::= "yes " [0-9] [0-9] "."'
+MESSAGES: Any = [{"role": "system", "content": "the book"}, {"role": "user", "content": "where is the key"}]
+
+
+class Base(llama_cpp.Llama):
+    """The oracle, safe on machines where extra buffer types crash."""
+
+    @property
+    def model_params(self) -> Any:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.use_extra_bufts = False
+        self._model_params = params
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> Iterator[Base]:
+    llm = Base(str(tiny_model), n_ctx=1024, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def ours(tiny_model: Path) -> Iterator[Llama]:
+    llm = Llama(tiny_model, n_ctx=1024, n_threads=1, logits_all=True, verbose=False, retrieval=DENSE)
+    assert llm.engine == "actqkv"
+    yield llm
+    llm.close()
+
+
+def _text(answer: Any) -> Any:
+    """What a caller sees, less the identifiers and times."""
+    return {key: value for key, value in answer.items() if key not in {"id", "created", "model"}}
+
+
+def _assert_close(one: Any, two: Any) -> None:
+    """Equal but for rounding: K and V are stored in F16 by both, the arithmetic has another order."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            _assert_close(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            _assert_close(a, b)
+    elif isinstance(one, (float, np.floating)):
+        assert one == pytest.approx(two, abs=5e-3)
+    else:
+        assert one == two
+
+
+COMPLETIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "seed": {"temperature": 0.9, "seed": 7},
+    "top_k top_p min_p typical_p": {"seed": 1, "top_k": 20, "top_p": 0.8, "min_p": 0.01, "typical_p": 0.9},
+    "penalties": {"temperature": 0.0, "repeat_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
+    "mirostat 1": {"mirostat_mode": 1, "seed": 3},
+    "mirostat 2": {"mirostat_mode": 2, "seed": 3},
+    "stop": {"temperature": 0.0, "stop": ["a", "e"]},
+    "echo": {"temperature": 0.0, "echo": True},
+    "suffix": {"temperature": 0.0, "suffix": " and"},
+    "logit_bias": {"temperature": 0.0, "logit_bias": {300: 50.0}},
+    "logprobs": {"temperature": 0.0, "logprobs": 3},
+    "logprobs echo": {"temperature": 0.0, "logprobs": 2, "echo": True},
+    "empty prompt": {"prompt": "", "temperature": 0.0},
+    "tokens as prompt": {"prompt": [1, 300, 301, 302], "temperature": 0.0},
+    "unlimited": {"temperature": 0.0, "max_tokens": -1, "prompt": PROMPT * 15},
+}
+
+
+@pytest.mark.parametrize("name", COMPLETIONS)
+def test_completion(name: str, base: Base, ours: Llama) -> None:
+    """Breaks when an option of create_completion does something else than in llama_cpp."""
+    options = {"prompt": PROMPT, "max_tokens": 12} | COMPLETIONS[name]
+    expected, found = (_text(llm.create_completion(**options)) for llm in (base, ours))
+    _assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["greedy", "stop", "logprobs", "seed"])
+def test_streaming(name: str, base: Base, ours: Llama) -> None:
+    """Breaks when a stream's pieces differ, or do not add up to the text."""
+    options = {"prompt": PROMPT, "max_tokens": 12, "stream": True} | COMPLETIONS[name]
+    expected, found = ([_text(chunk) for chunk in llm.create_completion(**options)] for llm in (base, ours))
+    _assert_close(found, expected)
+
+
+CHATS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "json": {"response_format": {"type": "json_object"}},
+    "json schema": {
+        "response_format": {
+            "type": "json_object",
+            "schema": {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]},
+        }
+    },
+    "logprobs": {"logprobs": True, "top_logprobs": 2},
+    "tools": {
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "look",
+                    "description": "look somewhere",
+                    "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]},
+                },
+            }
+        ],
+        "tool_choice": {"type": "function", "function": {"name": "look"}},
+    },
+    "max_tokens": {"max_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", CHATS)
+def test_chat_completion(name: str, stream: bool, base: Base, ours: Llama) -> None:
+    """Breaks when an option of create_chat_completion does something else than in llama_cpp."""
+    options = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0.0, "seed": 5, "stream": stream} | CHATS[name]
+
+    def run(llm: Any) -> Any:
+        answer = llm.create_chat_completion(**options)
+        return [_text(chunk) for chunk in answer] if stream else [_text(answer)]
+
+    expected, found = run(base), run(ours)
+    for chunks in (expected, found):
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                for call in (choice.get("message") or choice["delta"]).get("tool_calls") or []:
+                    call["id"] = ""  # random in both
+    _assert_close(found, expected)
+
+
+def test_call_is_create_completion(ours: Llama) -> None:
+    """Breaks when llm(...) and llm.create_completion(...) differ."""
+    one, two = (_text(f(PROMPT, max_tokens=5, temperature=0.0)) for f in (ours, ours.create_completion))
+    assert one == two
+
+
+def test_grammar(ours: Llama) -> None:
+    """Breaks when a grammar does not bind the samples."""
+    grammar = LlamaGrammar.from_string(GRAMMAR, verbose=False)
+    text = ours.create_completion(PROMPT, grammar=grammar, max_tokens=12, seed=1)["choices"][0]["text"]  # type: ignore[index]
+    assert text.startswith("yes ")
+    assert text[4:6].isdigit()
+
+
+def test_logits_processor_and_stopping_criteria(base: Base, ours: Llama) -> None:
+    """Breaks when user functions see other tokens or other logits."""
+    seen: dict[int, list[Any]] = {id(base): [], id(ours): []}
+
+    def run(llm: Any) -> Any:
+        def only_even(tokens: Any, scores: Any) -> Any:
+            seen[id(llm)].append((len(tokens), int(np.argmax(scores))))
+            scores[1::2] = -np.inf
+            return scores
+
+        processors = LogitsProcessorList([only_even])
+        stop = StoppingCriteriaList([lambda tokens, logits: len(tokens) > 25])
+        return _text(
+            llm.create_completion(
+                PROMPT, max_tokens=20, temperature=0.0, logits_processor=processors, stopping_criteria=stop
+            )
+        )
+
+    assert run(ours) == run(base)
+    assert seen[id(ours)] == seen[id(base)]
+
+
+def test_generate_and_send(base: Base, ours: Llama) -> None:
+    """Breaks when tokens sent into the generator are not read."""
+
+    def run(llm: Any) -> list[int]:
+        tokens = llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0)
+        found = [next(tokens), next(tokens), tokens.send([300, 301]), next(tokens)]
+        tokens.close()
+        return [*found, llm.n_tokens, *llm.eval_tokens]
+
+    assert run(ours) == run(base)
+
+
+def test_eval_sample_loop(base: Base, ours: Llama) -> None:
+    """Breaks when the low-level loop of llama_cpp's documentation gives other tokens or logits."""
+
+    def run(llm: Any) -> tuple[list[int], Any]:
+        llm.reset()
+        llm.eval(llm.tokenize(PROMPT.encode()))
+        found = []
+        for _ in range(5):
+            found.append(llm.sample(temp=0.0))
+            llm.eval([found[-1]])
+        return found, np.array(llm.eval_logits)
+
+    (ours_found, ours_logits), (base_found, base_logits) = run(ours), run(base)
+    assert ours_found == base_found
+    assert ours_logits.shape == base_logits.shape
+    assert np.abs(ours_logits - base_logits).max() < 1e-2  # of logits of a few units
+    phases = ours.session.history()[1].tolist()  # type: ignore[union-attr]
+    assert phases == [0] * (len(phases) - 5) + [1] * 5
+
+
+def test_sample_with_index(ours: Llama) -> None:
+    """Breaks when sample(idx=...) takes another row, or makes up logits that were not kept."""
+    ours.reset()
+    ours.eval([1, 300, 301, 302])
+    assert ours.sample(temp=0.0, idx=1) == int(np.argmax(ours.scores[1, :]))
+    ours.reset()
+    with pytest.raises(StateError, match="no logits"):
+        ours.sample()
+
+
+def test_logits_of_completions_are_few(ours: Llama) -> None:
+    """Breaks when a completion keeps n_ctx x n_vocab logits again."""
+    ours.reset()
+    ours.create_completion(PROMPT, max_tokens=4, temperature=0.0, logprobs=1)
+    assert len(ours._rows.view()) <= 5
+    ours.reset()
+    ours.create_completion(PROMPT, max_tokens=4, temperature=0.0)
+    assert len(ours._rows.view()) == 1
+
+
+def test_prefix_reuse(ours: Llama, tiny_model: Path) -> None:
+    """Breaks when a shared prefix is read again, or its reuse changes the result."""
+    ours.reset()
+    ours.create_completion(PROMPT * 4, max_tokens=2, temperature=0.0)
+    assert ours.session is not None
+    ours.session.stats_reset()
+    again = ours.create_completion(PROMPT * 4 + " who", max_tokens=6, temperature=0.0)
+    assert ours.session.stats().n_prefill_tokens < 64
+    with Llama(tiny_model, n_ctx=1024, n_threads=1, verbose=False, retrieval=DENSE) as fresh:
+        expected = fresh.create_completion(PROMPT * 4 + " who", max_tokens=6, temperature=0.0)
+    assert _text(again) == _text(expected)
+
+
+def test_last_token_of_a_prompt_is_prefill(ours: Llama) -> None:
+    """Breaks when a prompt of which one token is left after prefix reuse enters as a decode step."""
+    ours.reset()
+    tokens = ours.tokenize(PROMPT.encode())
+    sampled = next(ours.generate(tokens, temp=0.0))
+    next(ours.generate([*tokens, sampled], temp=0.0))
+    assert ours.session is not None
+    assert not ours.session.history()[1].any()
+
+
+def test_save_and_load_state(ours: Llama) -> None:
+    """Breaks when a state does not continue where it was taken, also after other use and through pickle."""
+    ours.reset()
+    ours.eval(ours.tokenize(PROMPT.encode()))
+    state = pickle.loads(pickle.dumps(ours.save_state()))
+    expected = [ours.sample(temp=0.0)]
+    ours.eval(expected)
+    expected.append(ours.sample(temp=0.0))
+    ours.reset()
+    ours.eval([1, 300])
+    ours.load_state(state)
+    found = [ours.sample(temp=0.0)]
+    ours.eval(found)
+    assert [*found, ours.sample(temp=0.0)] == expected
+
+
+def test_state_of_another_engine(base: Base, ours: Llama) -> None:
+    """Breaks when a state of llama.cpp is taken for one of ours."""
+    base.eval([1, 300, 301])
+    with pytest.raises(StateError):
+        ours.load_state(base.save_state())
+
+
+def test_cache(ours: Llama) -> None:
+    """Breaks when llama_cpp's prompt caches do not work with our states."""
+    ours.set_cache(llama_cpp.LlamaRAMCache())
+    try:
+        one = ours.create_completion(PROMPT, max_tokens=4, temperature=0.0)
+        ours.create_completion("page", max_tokens=4, temperature=0.0)
+        two = ours.create_completion(PROMPT, max_tokens=4, temperature=0.0)
+    finally:
+        ours.set_cache(None)
+    assert _text(one) == _text(two)
+
+
+def test_pickle(tiny_model: Path) -> None:
+    """Breaks when a Llama cannot be sent to another process with its arguments."""
+    with Llama(tiny_model, n_ctx=640, n_batch=99, n_threads=1, verbose=False, retrieval=DENSE, logits_all=True) as llm:
+        copy = pickle.loads(pickle.dumps(llm))
+    assert (copy.n_ctx(), copy.n_batch, copy.retrieval, copy._logits_all) == (640, 99, DENSE, True)
+    assert copy.session.params.n_threads == 1
+    assert copy.engine == "actqkv"
+    copy.close()
+
+
+def _too_long(llm: Any) -> str:
+    with pytest.raises(ValueError, match="exceed context window") as caught:
+        llm.create_completion("key " * 2000, max_tokens=4)
+    return str(caught.value)
+
+
+def test_prompt_too_long(base: Base, ours: Llama) -> None:
+    """Breaks when a prompt beyond n_ctx raises something else than in llama_cpp."""
+    assert _too_long(ours) == _too_long(base)
+    with pytest.raises(ContextError, match="1024"):
+        ours.eval([300] * 1025)
+
+
+def test_context_fills_up(base: Base, ours: Llama) -> None:
+    """Breaks when an answer that fills n_ctx ends otherwise than with finish_reason "length"."""
+    for llm in (base, ours):
+        tokens = llm.tokenize(PROMPT.encode()) * 90
+        answer: Any = llm.create_completion(tokens[:1020], max_tokens=50, temperature=0.0, logit_bias={300: 99.0})
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["total_tokens"] == 1024
+
+
+def test_n_ctx(tiny_model: Path) -> None:
+    """Breaks when n_ctx=0 is not the trained length, or sizes as people write them are refused."""
+    for given, expected in ((0, 2048), ("1k", 1024), (512, 512)):
+        with Llama(tiny_model, n_ctx=given, n_threads=1, verbose=False) as llm:
+            assert llm.n_ctx() == expected == len(llm.input_ids)
+
+
+def test_closed(tiny_model: Path) -> None:
+    """Breaks when a closed Llama reaches freed memory, or closing twice fails."""
+    llm = Llama(tiny_model, n_threads=1, verbose=False)
+    llm.close()
+    llm.close()
+    calls: list[Callable[[], object]] = [lambda: llm.eval([1]), llm.save_state, lambda: llm.create_completion([1, 300])]
+    for call in calls:
+        with pytest.raises(StateError):
+            call()
+
+
+def test_interrupted_eval_keeps_what_was_read(ours: Llama) -> None:
+    """Breaks when n_tokens and the session disagree after an interruption."""
+    ours.reset()
+    assert ours.session is not None
+
+    def stop(done: int, total: int) -> bool:
+        if done >= 100:
+            raise KeyboardInterrupt
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        ours._feed(np.full(500, 300, np.int32), progress=stop)
+    assert 100 <= ours.n_tokens == ours.session.n_past < 500
+    ours.eval([301])
+    assert ours.n_tokens == ours.session.n_past
