@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +48,8 @@ def reported(output: Output) -> Iterator[None]:
         yield
     except typer.Exit:
         raise
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read the answers has left; the flush at exit must not fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         output.note("interrupted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import termios
@@ -12,6 +13,8 @@ from typing import Any
 
 class Interrupt:
     """While entered, Ctrl-C sets `requested`; a second one raises KeyboardInterrupt wherever the work is.
+
+    What is typed meanwhile is not echoed into progress and answers; it waits for the next prompt.
 
     Example:
         >>> with Interrupt() as stop:
@@ -26,29 +29,34 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self.requested = False
         self._before = signal.signal(signal.SIGINT, self._handle)
-        self._hide_caret()
+        self._terminal = _without_echo()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        signal.signal(signal.SIGINT, self._before)
         if self._terminal is not None:
             with suppress(termios.error):
                 termios.tcsetattr(sys.stderr, termios.TCSADRAIN, self._terminal)
+        signal.signal(signal.SIGINT, self._before)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt where a stop was asked for; call it at points where stopping loses nothing."""
         if self.requested:
             raise KeyboardInterrupt
 
-    def _hide_caret(self) -> None:
-        """Keep the terminal from writing ^C into progress and answers."""
-        with suppress(termios.error, OSError, ValueError):  # standard error is no terminal
-            self._terminal = termios.tcgetattr(sys.stderr)
-            quiet = [*self._terminal]
-            quiet[3] &= ~termios.ECHOCTL
-            termios.tcsetattr(sys.stderr, termios.TCSADRAIN, quiet)
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+def _without_echo() -> list[Any] | None:
+    """Turn the terminal's echo off; the settings before, or None where there is no terminal of ours."""
+    with suppress(termios.error, OSError, ValueError):
+        if os.tcgetpgrp(sys.stderr.fileno()) != os.getpgrp():  # in the background this would stop the process
+            return None
+        before = termios.tcgetattr(sys.stderr)
+        silent = [*before]
+        silent[3] &= ~termios.ECHO
+        termios.tcsetattr(sys.stderr, termios.TCSADRAIN, silent)
+        return before
+    return None

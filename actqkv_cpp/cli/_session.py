@@ -15,7 +15,7 @@ import actqkv_cpp
 from actqkv_cpp import reader
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._options import EngineOptions
-from actqkv_cpp.cli._output import Output, Progress, clock
+from actqkv_cpp.cli._output import Output, Progress, clock, human_bytes
 from actqkv_cpp.config import Retrieval
 from actqkv_cpp.errors import Cancelled, DocumentError, MemoryPlanError, unknown_name
 from actqkv_cpp.reader import TextFile
@@ -65,7 +65,7 @@ def open_model(output: Output, options: EngineOptions, texts: Sequence[str], *, 
     with output.waiting(f"loading {path.name}"):
         llm = load(options.ctx) if options.ctx is not None else _load_with_room(load, texts, reserve)
     bundled = "" if options.model else " (bundled, for trying out)"
-    output.note(f"{path.name}{bundled}: {_engine(llm)}, --ctx {llm.n_ctx():,}")
+    output.note(f"{path.name}{bundled}: {_engine(llm)}, --ctx {llm.n_ctx():,}{_memory(llm)}")
     return llm
 
 
@@ -147,4 +147,14 @@ def _retrieval(options: EngineOptions) -> Retrieval:
 def _engine(llm: Llama) -> str:
     if llm.engine_reason:
         return f"densely through llama.cpp: {llm.engine_reason}"
-    return f"method {llm.retrieval.method} attends {llm.retrieval.budget:,} tokens at a time"
+    retrieval = llm.retrieval
+    n_tokens = {
+        "all": "all",
+        "top": f"{retrieval.budget:,}",
+        "none": f"{int(retrieval.n_sink) + int(retrieval.n_local):,}",
+    }[retrieval.decode or actqkv_cpp.methods()[retrieval.method]["decode"]]
+    return f"method {retrieval.method} attends {n_tokens} tokens at a time"
+
+
+def _memory(llm: Llama) -> str:
+    return f" in {human_bytes(llm.session.plan.total_bytes)}" if llm.session else ""

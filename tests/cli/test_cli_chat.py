@@ -88,7 +88,7 @@ def test_ctrl_c_while_answering(terminal: Start, babbler: Path, book: Path) -> N
     person = terminal("chat", babbler, "-d", book, "--max-tokens", "100k")
     person.prompt()
     person.type("Who?")
-    person.wait(r"(?s)Who\?.*Who\?.{40}")  # the line as typed, as entered, then some of the answer
+    person.wait(r"(?s)\x1b\[\?2004l.{60}")  # the line editor has ended, some of the answer is there
     person.press("c")
     assert "stopped" in person.prompt()
     person.type("/save talk.md")
