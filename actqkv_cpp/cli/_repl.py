@@ -183,7 +183,7 @@ class Repl:
 COMMANDS = {
     "/help": Command("/help", "Show this.", Repl.help),
     "/read": Command("/read [FILE]", "Read another document; without FILE, read on where Ctrl-C stopped.", Repl.read),
-    "/ask": Command("/ask QUESTION", "Ask the documents alone: outside the conversation, not remembered.", Repl.ask),
+    "/ask": Command("/ask QUESTION", "Ask aside: the conversation does not remember it.", Repl.ask),
     "/sources": Command("/sources", "Show the passages that the last answer came from.", Repl.sources),
     "/stats": Command("/stats", "Show tokens, memory and speed.", Repl.stats),
     "/reset": Command("/reset", "Forget the conversation; documents stay read.", Repl.reset),

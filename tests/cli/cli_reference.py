@@ -6,8 +6,6 @@ from typer.testing import CliRunner
 
 from actqkv_cpp.cli import app
 
-COMMANDS = ("", "chat", "ask")
-
 _HEAD = """# The command line
 
 Written by `python tests/cli/cli_reference.py > docs/cli.md`: this is what `--help` says.
@@ -21,7 +19,8 @@ def reference() -> str:
     """The page."""
     runner = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     parts = [_HEAD]
-    for command in COMMANDS:
+    names = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+    for command in ["", *names]:
         shown = runner.invoke(app, [*command.split(), "--help"], prog_name="actqkv").stdout
         parts.append(f"## actqkv {command}".rstrip() + f"\n\n```text\n{shown.strip()}\n```\n")
     return "\n".join(parts)

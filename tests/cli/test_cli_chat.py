@@ -103,8 +103,6 @@ def test_read_more(terminal: Start, book: Path) -> None:
     """/read does not add a document to a chat, or its errors end the chat."""
     person = terminal("chat", "--ctx", "8k")
     person.prompt()
-    person.type("/ask Who?")
-    assert "error:" in person.prompt()
     person.type("/read missing.txt")
     assert "no such document: missing.txt" in person.prompt()
     person.type(f"/read {LONG}")
