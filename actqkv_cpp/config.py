@@ -118,14 +118,13 @@ class Retrieval:
     cutoff_temperature: float | None = None
     question_weight: float | None = None
 
-    @classmethod
-    def of(cls, **options: Any) -> Retrieval:
-        """A Retrieval from named options; an unknown name raises ParameterError with the nearest known one."""
+    def __new__(cls, *args: Any, **options: Any) -> Retrieval:
+        """Looks at the names only: an unknown one raises ParameterError with the nearest known one."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
                 raise unknown_name("retrieval option", name, known)
-        return cls(**options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in _SIZES:

@@ -426,6 +426,29 @@ class Chat(_Conversation):
                 self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said.text}]
                 self._place = self._after_answer(place)
 
+    def ask(
+        self,
+        question: str,
+        *,
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        top_k: int = 40,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        on_text: OnText | None = None,
+    ) -> Answer:
+        """An aside: answered from the conversation so far and then forgotten; later turns do not see it.
+
+        Arguments and errors as in `Document.ask`.
+        """
+        sampling = Sampling(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed,
+            stop=stops(stop), on_text=on_text,
+        )  # fmt: skip
+        return self._answer(self._place, question, sampling, Generated(), reading=self._reading)
+
     def _after_answer(self, place: _Place) -> _Place:
         """The place after an answer: nothing of it is open, the next turn brings the template's end of it."""
         llm = self.llm

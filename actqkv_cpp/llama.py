@@ -277,6 +277,11 @@ class Llama(llama_cpp.Llama):
             if progress is not None and progress(min(begin + self.n_batch, n), n) is False:
                 raise Cancelled("the progress callback stopped the reading")
 
+    def _enter(self) -> None:
+        """ThreadError or StateError before anything changes, when another thread is in the session or it is closed."""
+        if self.session is not None:
+            _ = self.session.n_past
+
     def _require_context(self) -> None:
         if self.engine_reason == "vocab_only":
             raise StateError("a Llama with vocab_only=True only tokenises", "load it without vocab_only")
@@ -314,6 +319,7 @@ class Llama(llama_cpp.Llama):
         return token
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
+        self._enter()
         self._sampled = None  # a prompt is prefill, also one that begins with the token sampled last
         yield from super().generate(tokens, *args, **kwargs)
 
@@ -323,6 +329,7 @@ class Llama(llama_cpp.Llama):
         super().reset()  # type: ignore[no-untyped-call]
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        self._enter()
         wanted, logprobs = self._rows_wanted, kwargs.get("logprobs")
         if self.session is not None:
             self._rows_wanted = "last" if logprobs is None else "all" if kwargs.get("echo") else "sampled"

@@ -180,7 +180,6 @@ def test_interrupted_reading(tiny_sparse: Llama, error: type[BaseException], at:
     assert partial.usage.document_tokens <= doc.tokens_read
     told = _told(tiny_sparse)
     assert told.count("<|end|>") == 2
-    tiny_sparse._rewind(doc.tokens_read)
     doc.resume()
     assert doc.tokens_read == doc.tokens_total
     whole = doc.ask("where", max_tokens=6)
@@ -320,6 +319,19 @@ def test_chat_without_documents(tiny_sparse: Llama) -> None:
     assert told.startswith(spelt.replace(" ", ""))
     assert "<|end|>\n<|user|>\nwhere<|end|>\n<|assistant|>" in told
     assert len(said) == 2
+
+
+def test_aside(tiny_sparse: Llama) -> None:
+    """Breaks when an aside stays in the conversation, or does not see it."""
+    chat = tiny_sparse.chat(system="the house")
+    chat.say("who", max_tokens=2)
+    before, n = list(chat.messages), chat.n_tokens
+    plain = chat.say("where", max_tokens=4)
+    chat.undo()
+    aside = chat.ask("where", max_tokens=4)
+    assert (aside.text, aside.usage.prompt_tokens) == (plain.text, plain.usage.prompt_tokens)
+    assert (chat.messages, chat.n_tokens) == (before, n)
+    assert chat.say("where", max_tokens=4).text == plain.text
 
 
 def test_reading_in_a_running_chat(tiny_sparse: Llama) -> None:

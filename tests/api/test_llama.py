@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
 
-from actqkv_cpp import ContextError, Llama, Retrieval, StateError
+from actqkv_cpp import ContextError, Llama, Retrieval, StateError, ThreadError
 
 PROMPT = "the key of the house was found in the green river and the answer"
 DENSE = Retrieval("dense", n_local=64, window=32, n_sink=4, chunk=16, budget=128)
@@ -344,6 +345,29 @@ def test_closed(tiny_model: Path) -> None:
     for call in calls:
         with pytest.raises(StateError):
             call()
+
+
+def test_second_thread_changes_nothing(ours: Llama) -> None:
+    """Breaks when a thread that is refused has already changed what the other thread is doing."""
+    refused: list[str] = []
+
+    def other() -> None:
+        for call in (lambda: ours.create_completion("the", max_tokens=1), lambda: ours.eval([300]), ours.save_state):
+            with pytest.raises(ThreadError) as caught:
+                call()
+            refused.append(str(caught.value))
+
+    def during(done: int, total: int) -> None:
+        thread = threading.Thread(target=other, name="intruder")
+        thread.start()
+        thread.join()
+
+    ours.reset()
+    sampler = ours._sampler
+    ours._feed(np.full(20, 300, np.int32), progress=during)
+    assert len(refused) >= 3
+    assert "intruder" in refused[0]
+    assert (ours.n_tokens, ours._sampler) == (20, sampler)
 
 
 def test_interrupted_eval_keeps_what_was_read(ours: Llama) -> None:

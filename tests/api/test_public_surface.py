@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,16 @@ def test_import_is_cheap() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "only"),
+    [(r"\bos\.(environ|getenv)\b", "_env.py"), (r"import .*\b_actqkv\b|_actqkv import", "_native.py")],
+)
+def test_one_place_for(pattern: str, only: str) -> None:
+    """Breaks when another module reads the environment, or imports the native module past its rules."""
+    package = Path(actqkv_cpp.__file__).parent
+    found = {
+        file.relative_to(package).as_posix() for file in package.rglob("*.py") if re.search(pattern, file.read_text())
+    }
+    assert found == {only}
