@@ -23,6 +23,7 @@ Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 QKV: TypeAlias = tuple[Floats, Floats, Floats]
 Phase: TypeAlias = Literal["prefill", "decode"]
+SummaryKind: TypeAlias = Literal["head", "kv_head", "mean", "bounds"]
 
 N_REPRESENTATIVES = 4  # section 3, published default
 N_ENTROPIES = 100  # section 3.6: h_l is the mean of the last 100 values
@@ -43,17 +44,22 @@ class Params:
     probe: Literal["activation", "mean"] = "activation"  # mean: InfLLM
     statistics: Literal["ours", "published"] = "ours"
     t_max: int = 1000
-    summary: Literal["head", "kv_head", "mean"] = "head"
+    probe_warmup: int = 0  # windows per layer whose probe is the plain mean (section 3.7)
+    summary: SummaryKind = "head"  # bounds: section 4's, over keys without RoPE; wants the dot product
     score: Literal["cosine", "dot"] = "cosine"  # dot: InfLLM
+    refine: int = 1  # answering: the keys of the best refine * budget chunks decide; 1: off
     question_weight: float = 4.0  # lambda of section 3.4
     cutoff: Literal["ours", "published", "none"] = "ours"
     cutoff_temperature: float = 1.0
     scale: float | None = None  # of the attention logits; None: 1/sqrt(d)
+    storage: Literal["f64", "f16"] = "f64"  # of K, V and summaries: f16 as an engine has them
 
     def __post_init__(self) -> None:
         least = self.n_sink + self.n_local + self.n_chunk_tokens
         if self.select == "top_k" and self.budget < least:
             raise ValueError(f"budget {self.budget} is below n_sink + n_local + n_chunk_tokens = {least}")
+        if self.summary == "bounds" and self.score != "dot":
+            raise ValueError("bounds have no direction: their score is a sum of products")
 
     @property
     def top_k(self) -> int:
@@ -62,6 +68,10 @@ class Params:
         Reading: a rest of less than a chunk is not used.
         """
         return (self.budget - self.n_sink - self.n_local) // self.n_chunk_tokens
+
+    def stored(self, x: Floats) -> Floats:
+        """x as it reads back from memory."""
+        return x if self.storage == "f64" else x.astype(np.float16).astype(np.float64)
 
 
 # Section 2: positions
@@ -145,11 +155,11 @@ def attention_logits(
         logits: Floats = np.einsum("ihd,jhd->ihj", rotated_q, np.repeat(rotated_k, n_gqa, axis=1)) * scale
         return logits
 
-    logits = products(rotate(q, q_positions, rope), rotate(k, k_positions, rope))
+    logits = products(rotate(q, q_positions, rope), params.stored(rotate(k, k_positions, rope)))
     distance = (q_positions[:, None] - k_positions[None, :])[:, None, :]
     if params.positions == "clamped":
         # R_0 is not left out: it carries YaRN's magnitude on the rotated dimensions.
-        far = products(rotate(q, params.n_local, rope), rotate(k, 0, rope))
+        far = products(rotate(q, params.n_local, rope), params.stored(rotate(k, 0, rope)))
         logits = np.where(distance < params.n_local, logits, far)
     return np.where(distance >= 0, logits, -np.inf)
 
@@ -188,7 +198,7 @@ def attend(
 ) -> tuple[Floats, Floats]:
     """One softmax over the union of all parts (section 2): output [m, H*d] and weights [m, H, n_keys]."""
     weights = softmax(attention_logits(q, q_positions, k, k_positions, params=params, rope=rope))
-    out = np.einsum("ihj,jhd->ihd", weights, np.repeat(v, q.shape[1] // v.shape[1], axis=1))
+    out = np.einsum("ihj,jhd->ihd", weights, np.repeat(params.stored(v), q.shape[1] // v.shape[1], axis=1))
     return out.reshape(len(q), -1), weights
 
 
@@ -315,6 +325,26 @@ def top_k(scores: Floats, k: int) -> Ints:
     return np.sort(np.argsort(-scores, kind="stable")[:k]).astype(np.int64)
 
 
+def chunk_bounds(keys: Floats) -> Floats:
+    """Least and greatest key per KV head and channel [2, G, d] of a chunk's keys [c, G, d]."""
+    return np.stack([keys.min(axis=0), keys.max(axis=0)])
+
+
+def bound_scores(query: Floats, bounds: Floats) -> Floats:
+    """Section 4's upper bound of q.k in every chunk, summed over query heads: query [H, d], bounds [N, 2, G, d]."""
+    n_gqa = len(query) // bounds.shape[2]
+    per_head = np.repeat(bounds, n_gqa, axis=2)
+    scores: Floats = np.maximum(query * per_head[:, 0], query * per_head[:, 1]).sum(axis=(1, 2))
+    return scores
+
+
+def key_scores(query: Floats, keys: Sequence[Floats]) -> Floats:
+    """Sum over query heads of the largest q.k in each chunk: query [H, d], keys [c, G, d] of N chunks."""
+    n_gqa = len(query) // keys[0].shape[1] if keys else 1
+    products = [np.einsum("hd,jhd->hj", query, np.repeat(chunk, n_gqa, axis=1)) for chunk in keys]
+    return np.array([chunk.max(axis=1).sum() for chunk in products])
+
+
 # Section 3.6: layer-wise cut-off
 
 
@@ -405,12 +435,13 @@ class LayerResult(TypedDict):
     scores: Floats  # [N]
     entropy: float  # NaN for N <= 1
     budget: int  # chunks this layer may take, N at most
+    refined: Floats  # [N] by their keys, where `refine` decides: -inf for what is no candidate; else the scores
     plan: Ints  # ascending chunk ids
     attended: Ints  # ascending positions of the past; the window itself comes on top
     out: Floats  # [m, H*d]
     mean: Floats  # [H*d], after this window's update
     var: Floats  # [H*d]
-    summaries: Floats  # [N, H*d]
+    summaries: Floats  # [N, H*d], or [N, 2, G, d] for bounds
 
 
 @dataclass
@@ -470,8 +501,13 @@ class ReferenceSession:
         for state in self.layers:
             for b in range(len(state.summaries), n_chunks):
                 tokens = slice(self.params.n_sink + b * c, self.params.n_sink + (b + 1) * c)
-                summary = chunk_summary(state.k[tokens], state.received[tokens], self.params.summary)
-                state.summaries.append(summary)
+                # Reading: a key without RoPE is R_0 k, as it is stored.
+                keys = self.params.stored(rotate(state.k[tokens], 0, self.rope))
+                if self.params.summary == "bounds":
+                    state.summaries.append(chunk_bounds(keys))
+                else:
+                    summary = chunk_summary(keys, state.received[tokens], self.params.summary)
+                    state.summaries.append(self.params.stored(summary))
         self._budgets = self._share(n_chunks, phase)
 
     def _share(self, n_chunks: int, phase: Phase) -> list[int]:
@@ -493,23 +529,33 @@ class ReferenceSession:
         h = mean_entropies(history)
         return equal if h is None else layer_budgets(h, k, n_chunks)
 
-    def layer(self, layer: int, q: Floats, k: Floats, v: Floats, phase: Phase) -> LayerResult:
-        """One layer of the window that `begin` started; k and v join the memory, out attends."""
+    def layer(
+        self, layer: int, q: Floats, k: Floats, v: Floats, phase: Phase, *, attended_plan: Ints | None = None
+    ) -> LayerResult:
+        """One layer of the window that `begin` started; k and v join the memory, out attends.
+
+        attended_plan: chunks to attend in place of the plan made here.
+        """
         if phase == "decode" and len(q) != 1:
             raise ValueError(f"a decode window is one token, not {len(q)}")
         state, params = self.layers[layer], self.params
         z = fixed_distance_queries(q, params, self.rope)
         bias, weights = self._weigh(state, z, phase)
         probe = probe_query(z, weights)
-        summaries = np.array(state.summaries).reshape(-1, z.shape[1])
-        question = self.question[layer] if self.question is not None and phase == "prefill" else None
-        scores = chunk_scores(probe, summaries, params.score, question, params.question_weight)
+        if params.summary == "bounds":
+            summaries = np.array(state.summaries).reshape(-1, 2, *k.shape[1:])
+            scores = bound_scores(probe.reshape(q.shape[1:]), summaries)
+        else:
+            summaries = np.array(state.summaries).reshape(-1, z.shape[1])
+            question = self.question[layer] if self.question is not None and phase == "prefill" else None
+            scores = chunk_scores(probe, summaries, params.score, question, params.question_weight)
         entropy = score_entropy(scores, params.cutoff_temperature)
         if not math.isnan(entropy):
             state.entropies.append(entropy)  # Reading: a window without a value (N <= 1) contributes none.
         budget = self._budgets[layer]
-        plan = top_k(scores, budget)
-        attended, out = self._attend(state, q, k, v, plan)
+        refined = self._refine(state, q, scores, budget * params.refine) if phase == "decode" else scores
+        plan = top_k(refined, budget)
+        attended, out = self._attend(state, q, k, v, plan if attended_plan is None else attended_plan)
         return LayerResult(
             bias=bias,
             weights=weights,
@@ -517,6 +563,7 @@ class ReferenceSession:
             scores=scores,
             entropy=entropy,
             budget=budget,
+            refined=refined,
             plan=plan,
             attended=attended,
             out=out,
@@ -540,7 +587,25 @@ class ReferenceSession:
             update = update_statistics if self.params.statistics == "ours" else update_statistics_published
             state.statistics = update(state.statistics, z, self.params.t_max)
         bias = activation_bias(z, state.statistics.mean, state.statistics.var)
+        if phase == "prefill" and state.statistics.n_windows <= self.params.probe_warmup:
+            return bias, np.full(len(z), 1 / len(z))
         return bias, probe_weights(bias)
+
+    def _refine(self, state: _Layer, q: Floats, scores: Floats, n_candidates: int) -> Floats:
+        """Scores [N] of the best chunks by their keys, as the step's query q [1, H, d] meets stored ones."""
+        params = self.params
+        if params.refine == 1:
+            return scores
+        exact = params.positions == "exact"
+        query = rotate(q, self.n_past if exact else params.n_local, self.rope)[0]
+        candidates = top_k(scores, n_candidates)
+        keys = []
+        for b in candidates:
+            tokens = np.arange(params.n_chunk_tokens) + params.n_sink + b * params.n_chunk_tokens
+            keys.append(params.stored(rotate(state.k[tokens], tokens if exact else 0, self.rope)))
+        refined = np.full(len(scores), -np.inf)
+        refined[candidates] = key_scores(query, keys)
+        return refined
 
     def _attend(self, state: _Layer, q: Floats, k: Floats, v: Floats, plan: Ints) -> tuple[Ints, Floats]:
         """Attend, add up what local and the window received, and append k and v."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_gguf as tiny
-from engine_support import Pieces, check, load_model, open_session, random_tokens, read
+from engine_support import Pieces, check, loaded, one_by_one, open_session, random_tokens, read
 from llama_oracle import load_llama
 
 from actqkv_cpp import Retrieval
@@ -72,13 +72,10 @@ def compare(path: Path, bound: str, windows: tuple[int, ...], pieces: Pieces = D
     tokens = random_tokens(sum(n for n, _ in pieces))
     with load_llama(path, flash_attn=True, kv_type="f16") as llama:
         expected = llama.decode([int(token) for token in tokens])
-    model = load_model(path)
-    try:
+    with loaded(path) as model:
         for window in windows:
             with open_session(model, dense(window)) as session:
                 check(bound, read(session, tokens, pieces), expected, f"window {window}")
-    finally:
-        model.close()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -127,38 +124,36 @@ def test_window_independence(tmp_path: Path) -> None:
 
     It is not bit-exact: ggml multiplies one column, a few and many by different loops, which sum in another order.
     """
-    model = load_model(tiny.make_tiny_gguf(tmp_path / "model.gguf"))
     tokens = random_tokens(N_TOKENS)
     logits = []
-    for window in WINDOWS:
-        with open_session(model, dense(window)) as session:
-            logits.append(read(session, tokens, DOCUMENT))
-    model.close()
+    with loaded(tiny.make_tiny_gguf(tmp_path / "model.gguf")) as model:
+        for window in WINDOWS:
+            with open_session(model, dense(window)) as session:
+                logits.append(read(session, tokens, DOCUMENT))
     for window, other in zip(WINDOWS[1:], logits[1:], strict=True):
         check("windows", other, logits[0], f"window {window}")
 
 
 def test_prefill_equals_decode_but_for_rounding(tmp_path: Path) -> None:
     """Breaks when a dense token depends on how it was read."""
-    model = load_model(tiny.make_tiny_gguf(tmp_path / "model.gguf"))
     tokens = random_tokens(60)
+    ways: list[Pieces] = [[(60, "prefill")], one_by_one(60)]
     rows = []
-    for pieces in ([(60, "prefill")], [(1, "decode")] * 60):
-        with open_session(model, dense(64)) as session:
-            rows.append(read(session, tokens, pieces))
-    model.close()
+    with loaded(tiny.make_tiny_gguf(tmp_path / "model.gguf")) as model:
+        for pieces in ways:
+            with open_session(model, dense(64)) as session:
+                rows.append(read(session, tokens, pieces))
     check("windows", rows[1], rows[0])
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 def test_threads(n_threads: int, tmp_path: Path) -> None:
     """Breaks when the number of threads changes more than rounding, or a second run differs at all."""
-    model = load_model(tiny.make_tiny_gguf(tmp_path / "model.gguf"))
     tokens = random_tokens(60)
     rows = []
-    for threads in (1, n_threads, n_threads):
-        with open_session(model, dense(32), n_threads=threads) as session:
-            rows.append(read(session, tokens, [(50, "prefill"), (10, "decode")]))
-    model.close()
+    with loaded(tiny.make_tiny_gguf(tmp_path / "model.gguf")) as model:
+        for threads in (1, n_threads, n_threads):
+            with open_session(model, dense(32), n_threads=threads) as session:
+                rows.append(read(session, tokens, [(50, "prefill"), (10, "decode")]))
     check("windows", rows[1], rows[0])
     np.testing.assert_array_equal(rows[1], rows[2])
