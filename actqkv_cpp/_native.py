@@ -25,8 +25,12 @@ from actqkv_cpp.errors import LibraryError, ParameterError, StateError, ThreadEr
 try:
     from actqkv_cpp._actqkv import ffi, lib
 except ImportError as cause:
+    in_sources = (Path(__file__).parents[1] / "CMakeLists.txt").exists()
     raise LibraryError(
-        f"the native module of actqkv does not load: {cause}", "pip install --force-reinstall --no-cache-dir actqkv"
+        f"the native module of actqkv does not load: {cause}",
+        "this is the source folder, which hides an installed actqkv: run Python elsewhere, or pip install -e ."
+        if in_sources
+        else "pip install --force-reinstall --no-cache-dir actqkv",
     ) from cause
 
 Phase = Literal["prefill", "decode", "question"]

@@ -288,7 +288,7 @@ def find_encode(tokenizer: str) -> Encode | None:
     """
     if tokenizer == "none":
         return None
-    from models import tokenizer as tokenizers  # here, because it needs this module for its corpus
+    from models import tokenizer as tokenizers  # noqa: PLC0415 (it needs this module for its corpus)
 
     path = tokenizers.SHIPPED_GGUF if tokenizer == "auto" else Path(tokenizer)
     if not path.is_file():

@@ -221,7 +221,7 @@ def _wire_previous_tokens(layer: Layer, identity: Tensor, slots: list[Tensor], c
         layer.attn_out.weight[:, head * head_dim : (head + 1) * head_dim] = 1.2 * slots[head % N_BACK].T
 
 
-def _wire_match(
+def _wire_match(  # noqa: PLR0917 (private, one caller)
     layer: Layer, kv_head: int, identity: Tensor, slots: list[Tensor], slot: int | None, copied: Tensor, gain: float
 ) -> None:
     """Heads of one KV head: keys read `slot`, queries the current token; the find is copied unless `slot` is None."""

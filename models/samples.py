@@ -187,7 +187,7 @@ class Sampler:
         sample.cut(n_tokens)
         return sample
 
-    def _first_exchange(
+    def _first_exchange(  # noqa: PLR0917 (private, one caller)
         self, sample: Sample, layout: float, lead: str, text: str, question: Question, n_tokens: int
     ) -> None:
         """Other layouts than a document turn: one user turn with everything, or the question before the document."""

@@ -90,7 +90,7 @@ class GgufTokenizer:
 
     def __init__(self, path: Path) -> None:
         try:
-            import llama_cpp
+            import llama_cpp  # noqa: PLC0415 (optional)
         except ImportError as error:
             raise ImportError("the tokenizer of a GGUF needs llama-cpp-python") from error
         self._llama_cpp: Any = llama_cpp
@@ -125,7 +125,7 @@ def _corpus(config: TokenizerConfig) -> Iterator[str]:
 
 def _sentencepiece() -> Any:
     try:
-        import sentencepiece
+        import sentencepiece  # noqa: PLC0415 (optional)
     except ImportError as error:
         raise ImportError("training needs sentencepiece: install the extra actqkv[train]") from error
     return sentencepiece
