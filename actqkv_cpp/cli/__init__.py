@@ -9,6 +9,7 @@ import typer
 
 from actqkv_cpp import __version__
 from actqkv_cpp.cli.ask import ask
+from actqkv_cpp.cli.bench import bench
 from actqkv_cpp.cli.chat import chat
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ def actqkv(
 
 app.command()(chat)
 app.command()(ask)
+app.command()(bench)
 
 
 def main() -> None:

@@ -1,0 +1,14 @@
+"""Prefill and decode at each depth, beside llama.cpp's dense attention on the same loaded model: `actqkv bench`.
+
+measure.py   what is run, in which order, and how a figure is made of samples
+engines.py   our session and a llama.cpp context as two things that read, answer and go back
+host.py      processor, memory and its read bandwidth
+results.py   what came out: rows, as `bench --json` prints them
+report.py    the same as tables and words
+"""
+
+from __future__ import annotations
+
+from actqkv_cpp.bench.results import MemoryUse, Result, Row, StageUse
+
+__all__ = ["MemoryUse", "Result", "Row", "StageUse"]

@@ -1,0 +1,312 @@
+"""What is run, in which order, and how a figure is made of samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
+from statistics import median
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from actqkv_cpp import Llama, machine
+from actqkv_cpp._native import Session, Stage, Stats
+from actqkv_cpp.bench import host
+from actqkv_cpp.bench.engines import Engine, Ours, Peer, Progress, Tokens
+from actqkv_cpp.bench.results import MemoryUse, Phase, Row, StageUse
+from actqkv_cpp.errors import MemoryPlanError, ParameterError
+
+PREFILL_TOKENS = 512
+_PHASES: tuple[Phase, ...] = ("decode", "prefill")
+_PHASE_LIMIT_S = 60.0  # an engine that has spent this much in one phase at one depth takes no further samples
+_READING_LIMIT_S = 1800.0  # a depth that would take our engine longer to reach is extrapolated
+_FREE_BYTES = 512 << 20  # left to the rest of the machine beside llama.cpp's context
+
+# Yields a function of (done, total), for what is going on.
+ShowProgress = Callable[[str, str], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What to measure.
+
+    Args:
+        lengths: depths in tokens, whole windows.
+        methods: of ours, one after another; the first alternates with llama.cpp.
+        decode_tokens: of one sample; a whole chunk's worth includes the closing of one.
+        repeat: samples of each engine, phase and depth, at most.
+        peer_read: tokens that llama.cpp really reads; deeper contexts are made of copies.
+
+    Raises:
+        ParameterError: there are no lengths, or llama.cpp may read nothing.
+    """
+
+    lengths: tuple[int, ...]
+    methods: tuple[str, ...]
+    decode_tokens: int
+    repeat: int
+    peer_read: int
+    kv_type: str
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ParameterError("no length to measure at", "name some, for example 512,8k")
+        if self.peer_read < 1:
+            raise ParameterError("llama.cpp must read something to copy from", "give --peer-read 8k")
+        object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens a session needs: the greatest length and a sample behind it."""
+        return self.lengths[-1] + max(PREFILL_TOKENS, self.decode_tokens + 1)
+
+
+@dataclass
+class _Samples:
+    """Seconds of each sample, and what our stages took meanwhile."""
+
+    n_tokens: int
+    seconds: list[float] = field(default_factory=list)
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    def add(self, seconds: float, stats: Stats | None) -> None:
+        self.seconds.append(seconds)
+        for name, stage in _stages(stats).items():
+            before = self.stages.get(name, Stage(0.0, 0))
+            self.stages[name] = Stage(before.ms + stage.ms, before.bytes + stage.bytes)
+
+    def row(self, engine: Engine, phase: Phase, memory: MemoryUse | None) -> Row:
+        each = [1000.0 * seconds / self.n_tokens for seconds in self.seconds]
+        n = self.n_tokens * len(each)
+        return Row(
+            engine=engine.name,
+            method=engine.method,
+            kv_type=engine.kv_type,
+            phase=phase,
+            depth=engine.depth,
+            ms_per_token=median(each),
+            measured=True,
+            n=len(each),
+            spread_ms=(min(each), max(each)),
+            context=engine.context,
+            stages={
+                name: StageUse(ms_per_token=stage.ms / n, bytes_per_token=stage.bytes / n)
+                for name, stage in self.stages.items()
+            }
+            or None,
+            memory=memory,
+        )
+
+
+class Benchmark:
+    """One run over one loaded model.
+
+    Args:
+        llm: gives the model and the number of threads; its own session is closed.
+        show: shows progress.
+        note: takes a sentence about what was not measured, and why.
+
+    Raises:
+        ParameterError: a length is not whole windows.
+
+    Example:
+        >>> rows = list(Benchmark(llm, spec, show=output.progress, note=output.note).rows())
+    """
+
+    def __init__(self, llm: Llama, spec: Spec, *, show: ShowProgress, note: Callable[[str], None]) -> None:
+        assert llm.session is not None, "the caller refuses models that run on llama.cpp only"
+        window = llm.session.params.n_window
+        for length in spec.lengths:
+            if length < 1 or length % window:
+                raise ParameterError(
+                    f"a length of {length} tokens is not whole windows of {window}", f"use multiples of {window}"
+                )
+        llm.session.close()
+        self._model = llm._model
+        self._retrieval = llm.retrieval
+        self._n_threads = llm.n_threads
+        self._weights_bytes = int(llama_cpp.llama_model_size(llm._model.model))
+        self._spec = spec
+        self._show, self._note = show, note
+        rng = np.random.default_rng(0)
+        self._tokens: Tokens = rng.integers(0, llm.n_vocab(), spec.n_ctx, dtype=np.int32)
+        self._peer_blob: Any = np.empty(0, np.uint8)  # what llama.cpp read so far, and how many tokens that is
+        self._peer_blob_tokens = 0
+
+    def rows(self) -> Iterator[Row]:
+        """Rows as they are measured, then those that are extrapolated."""
+        for i, method in enumerate(self._spec.methods):
+            with self._session(method) as session:
+                yield from self._method(Ours(session), with_peer=i == 0)
+
+    def _session(self, method: str) -> Session:
+        spec, retrieval = self._spec, replace(self._retrieval, method=method)
+        return Session(self._model, retrieval, n_ctx=spec.n_ctx, n_threads=self._n_threads, kv_type=spec.kv_type)
+
+    def _method(self, ours: Ours, *, with_peer: bool) -> Iterator[Row]:
+        """One method of ours at each depth, alternating with llama.cpp where that is wanted."""
+        measured: dict[str, list[Row]] = {ours.name: [], Peer.name: []}
+        missing: dict[str, list[int]] = {ours.name: [], Peer.name: []}
+        for depth in self._spec.lengths:
+            engines: list[Engine] = []
+            if self._reading_takes(measured[ours.name], ours.depth, depth) > _READING_LIMIT_S:
+                missing[ours.name].append(depth)
+            else:
+                with self._show(f"{ours.method}, reading", "tokens") as progress:
+                    ours.reach(self._tokens[:depth], progress)
+                engines.append(ours)
+            memory = self._memory(ours.session) if engines else None
+            peer = self._peer(ours.session, depth) if with_peer else None
+            if peer is not None:
+                engines.append(peer)
+            elif with_peer:
+                missing[Peer.name].append(depth)
+            try:
+                for row in self._measure(engines, depth, memory):
+                    measured[row.engine].append(row)
+                    yield row
+            finally:
+                if peer is not None:
+                    peer.close()
+        for name, depths in missing.items():
+            yield from self._extrapolate(measured[name], depths, name)
+
+    def _measure(self, engines: Sequence[Engine], depth: int, memory: MemoryUse | None) -> Iterator[Row]:
+        """Rows of all engines at one depth, sample by sample in turn."""
+        spec = self._spec
+        for phase in _PHASES:
+            samples = [_Samples(spec.decode_tokens if phase == "decode" else PREFILL_TOKENS) for _ in engines]
+            with self._show(f"{phase} after {depth:,}", "samples") as progress:
+                for i in range(spec.repeat):
+                    for engine, own in zip(engines, samples, strict=True):
+                        if sum(own.seconds) < _PHASE_LIMIT_S:
+                            own.add(*self._sample(engine, phase))
+                    progress(i + 1, spec.repeat)
+            for engine, own in zip(engines, samples, strict=True):
+                yield own.row(engine, phase, memory if isinstance(engine, Ours) else None)
+
+    def _sample(self, engine: Engine, phase: Phase) -> tuple[float, Stats | None]:
+        """Seconds of one sample, and our stages' share; the engine is back at its depth afterwards."""
+        tokens = self._tokens[engine.depth :][:PREFILL_TOKENS]
+        session = engine.session if isinstance(engine, Ours) else None
+        if phase == "decode":
+            engine.step(int(tokens[0]))  # brings the weights back into the caches
+        if session is not None:
+            session.stats_reset()
+        begin = time.perf_counter()
+        if phase == "decode":
+            for token in tokens[1 : self._spec.decode_tokens + 1].tolist():
+                engine.step(token)
+        else:
+            engine.prefill(tokens)
+        seconds = time.perf_counter() - begin
+        stats = session.stats() if session is not None else None
+        engine.rewind()
+        return seconds, stats
+
+    def _memory(self, session: Session) -> MemoryUse | None:
+        """Of the process now, less what is kept for llama.cpp; no context of llama.cpp exists at this point."""
+        resident = host.resident_bytes()
+        if resident is None:
+            return None
+        plan, params = session.plan, session.params
+        n_chunks = max(params.n_ctx // params.n_chunk_tokens, 1)
+        return MemoryUse(
+            resident_bytes=resident - self._peer_blob.nbytes,
+            weights_bytes=self._weights_bytes,
+            kv_bytes=plan.kv_bytes * session.n_past // params.n_ctx,
+            summary_bytes=plan.summary_bytes * min(session.n_chunks, n_chunks) // n_chunks,
+        )
+
+    # -- llama.cpp
+
+    def _peer(self, session: Session, depth: int) -> Peer | None:
+        """A context of llama.cpp that holds `depth` tokens; None, with a note, where it does not fit in memory."""
+        n_read = min(depth, self._spec.peer_read)
+        n_ctx = depth + n_read + PREFILL_TOKENS  # the last copy may reach beyond the depth before it is cut
+        n_bytes = session.plan.kv_bytes * n_ctx // session.params.n_ctx
+        free = machine.available_memory()
+        if free is not None and n_bytes + _FREE_BYTES > free:
+            self._note(f"llama.cpp's context of {depth:,} tokens needs {n_bytes:,} bytes, {free:,} are free")
+            return None
+        try:
+            peer = Peer(
+                self._model,
+                n_ctx=n_ctx,
+                n_batch=PREFILL_TOKENS,
+                n_threads=self._n_threads,
+                kv_type=self._spec.kv_type,
+            )
+        except MemoryPlanError as error:
+            self._note(str(error))
+            return None
+        try:
+            self._fill(peer, n_read, depth)
+        except BaseException:
+            peer.close()
+            raise
+        return peer
+
+    def _fill(self, peer: Peer, n_read: int, depth: int) -> None:
+        if self._peer_blob_tokens:
+            peer.load(self._peer_blob, self._peer_blob_tokens)
+        if peer.depth < n_read:
+            with self._show("llama.cpp, reading", "tokens") as progress:
+                peer.read(self._tokens[:n_read], progress)
+            if n_read < self._spec.lengths[-1]:
+                self._peer_blob, self._peer_blob_tokens = peer.save(), n_read
+        while peer.depth < depth:
+            peer.append(self._peer_blob, min(n_read, depth - peer.depth))
+        peer.step(int(self._tokens[depth]))  # rotates the copies' keys
+        peer.rewind()
+
+    # -- what was not measured
+
+    def _reading_takes(self, measured: Sequence[Row], depth: int, target: int) -> float:
+        """Seconds it takes to read on from `depth` to `target`, by the prefill rates measured so far."""
+        prefill = [row for row in measured if row.phase == "prefill"]
+        if not prefill:
+            return 0.0
+        rates = [line(prefill, at) if len(prefill) > 1 else prefill[0].ms_per_token for at in (depth, target)]
+        return (target - depth) * sum(rates) / 2 / 1000
+
+    def _extrapolate(self, measured: Sequence[Row], depths: Sequence[int], name: str) -> Iterator[Row]:
+        for depth in depths:
+            for phase in _PHASES:
+                known = [row for row in measured if row.phase == phase]
+                if len(known) < 2:
+                    self._note(f"{name}: no {phase} figure at {depth:,}: two measured depths are needed for a line")
+                    continue
+                ms = line(known, depth)
+                last = known[-1]
+                yield Row(
+                    engine=last.engine,
+                    method=last.method,
+                    kv_type=last.kv_type,
+                    phase=phase,
+                    depth=depth,
+                    ms_per_token=ms,
+                    measured=False,
+                    n=0,
+                    spread_ms=(ms, ms),
+                    context="none",
+                )
+
+
+def line(measured: Sequence[Row], depth: int) -> float:
+    """ms per token at `depth`, on the straight line through the last two of `measured`, never below the last."""
+    a, b = measured[-2:]
+    slope = (b.ms_per_token - a.ms_per_token) / (b.depth - a.depth)
+    return b.ms_per_token + max(slope, 0.0) * (depth - b.depth)
+
+
+def _stages(stats: Stats | None) -> dict[str, Stage]:
+    """The stages by name, and `other`: what the windows took beside them."""
+    if stats is None:
+        return {}
+    stages = {f.name: value for f in fields(stats) if isinstance(value := getattr(stats, f.name), Stage)}
+    rest = stats.prefill_ms + stats.decode_ms - sum(stage.ms for stage in stages.values())
+    return stages | {"other": Stage(max(rest, 0.0), 0)}

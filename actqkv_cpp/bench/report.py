@@ -1,0 +1,150 @@
+"""A result as tables and words, for people."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from actqkv_cpp.bench.measure import PREFILL_TOKENS
+from actqkv_cpp.bench.results import Phase, Result, Row, StageUse
+
+_PHASES: tuple[Phase, ...] = ("prefill", "decode")
+_SMALL_SHARE = 0.005  # of a row's time: a stage that never takes more has no column
+
+
+def render(result: Result, *, width: int) -> str:
+    """Speeds with ratios, stages and memory as tables, then what was measured and what was not, in words."""
+    text = io.StringIO()
+    console = Console(file=text, width=width, highlight=False, markup=False, emoji=False, color_system=None)
+    console.print(_heading(result))
+    for method in _methods(result.rows):
+        console.print(_speeds(result, method))
+        if stages := _stages(result, method):
+            console.print(stages)
+        if memory := _memory(result, method):
+            console.print(memory)
+    for sentence in _words(result):
+        console.print(sentence)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def _heading(result: Result) -> str:
+    machine, model = result.machine, result.model
+    return (
+        f"{model['name']}: {model['description']}, {model['bytes'] / 1e6:,.0f} MB\n"
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['kernels']}, "
+        f"memory reads {machine['read_gb_per_s']} GB/s, load {machine['load_average']} at the start\n"
+    )
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, header_style="")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _speeds(result: Result, method: str) -> Table:
+    """ours / llama.cpp is a ratio of speeds at one depth; ours / first, of ours to itself at the least depth."""
+    rows = [row for row in result.rows if row.engine == "actqkv" and row.method == method]
+    least = min(row.depth for row in rows)
+    columns = ("phase", "depth", "tok/s", "ms/token", "least-most", "llama.cpp tok/s", "ours/llama.cpp")
+    table = _table(f"method {method}, {rows[0].kv_type} KV", (*columns, f"ours/ours at {least:,}"))
+    for phase in _PHASES:
+        first = result.find("actqkv", method, phase, least)
+        for row in sorted((row for row in rows if row.phase == phase), key=lambda row: row.depth):
+            peer = result.find("llama.cpp", "dense", phase, row.depth)
+            table.add_row(
+                row.phase,
+                f"{row.depth:,}",
+                _rate(row),
+                f"{row.ms_per_token:.3g}",
+                f"{row.spread_ms[0]:.3g}-{row.spread_ms[1]:.3g}" if row.measured else "",
+                _rate(peer) if peer else "",
+                f"{peer.ms_per_token / row.ms_per_token:.2f}" if peer else "",
+                f"{first.ms_per_token / row.ms_per_token:.2f}" if first else "",
+            )
+    return table
+
+
+def _stages(result: Result, method: str) -> Table | None:
+    """ms and GB/s of each stage, at each depth."""
+    rows = [row for row in result.rows if row.method == method and row.stages]
+    if not rows:
+        return None
+    used = [row.stages for row in rows if row.stages]
+    names = [name for name in used[0] if any(_share(stages, name) > _SMALL_SHARE for stages in used)]
+    columns = [*names, "rest"]
+    table = _table("where the time goes: microseconds per token (GB/s)", ("phase", "depth", *columns))
+    for phase in _PHASES:
+        for row in rows:
+            if row.phase == phase and row.stages:
+                rest = sum(stage.ms_per_token for name, stage in row.stages.items() if name not in names)
+                cells = [_microseconds(row.stages[name]) for name in names]
+                table.add_row(phase, f"{row.depth:,}", *cells, f"{1000 * rest:,.0f}")
+    return table
+
+
+def _share(stages: dict[str, StageUse], name: str) -> float:
+    return stages[name].ms_per_token / (sum(stage.ms_per_token for stage in stages.values()) or 1.0)
+
+
+def _microseconds(stage: StageUse) -> str:
+    """Bytes over time say something where memory is what a stage waits for."""
+    bandwidth = f" ({stage.gb_per_s:.1f})" if stage.gb_per_s >= 1 else ""
+    return f"{1000 * stage.ms_per_token:,.0f}{bandwidth}"
+
+
+def _memory(result: Result, method: str) -> Table | None:
+    rows = [row for row in result.rows if row.method == method and row.memory and row.phase == "decode"]
+    if not rows:
+        return None
+    table = _table("memory in MB", ("depth", "resident", "weights", "KV", "summaries", "resident/sum"))
+    for row in rows:
+        if use := row.memory:
+            parts = (use.resident_bytes, use.weights_bytes, use.kv_bytes, use.summary_bytes)
+            table.add_row(f"{row.depth:,}", *(f"{part / 1e6:,.0f}" for part in parts), f"{use.ratio:.2f}")
+    return table
+
+
+def _words(result: Result) -> Iterator[str]:
+    settings = result.settings
+    yield (
+        f"Measured: medians of up to {settings['repeat']} samples per engine, in turn, on the same loaded weights: "
+        f"{PREFILL_TOKENS} tokens of prefill, {settings['decode_tokens']} steps of decode. Our session read every "
+        f"token before them{_exception(result.rows, 'actqkv')}."
+    )
+    copied = [row.depth for row in result.rows if row.context == "copied"]
+    read = [row.depth for row in result.rows if row.engine == "llama.cpp" and row.context == "read"]
+    if read:
+        exception = _exception(result.rows, "llama.cpp")
+        yield f"llama.cpp (dense, flash attention) read up to {max(read):,} tokens{exception}."
+    if copied:
+        yield (
+            f"At {_list(copied)} llama.cpp's context is made of copies of the first {settings['peer_read']:,} tokens, "
+            "shifted behind each other: measured over KV of the right size, without reading it for hours."
+        )
+    yield from result.notes
+
+
+def _exception(rows: Sequence[Row], engine: str) -> str:
+    depths = [row.depth for row in rows if row.engine == engine and not row.measured]
+    if not depths:
+        return ""
+    return f"; figures marked ~ ({_list(depths)}) are extrapolated: ms per token on a line through its last two depths"
+
+
+def _list(depths: Sequence[int]) -> str:
+    return ", ".join(f"{depth:,}" for depth in sorted(set(depths)))
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows if row.engine == "actqkv"))
+
+
+def _rate(row: Row) -> str:
+    return ("" if row.measured else "~") + f"{row.tokens_per_s:,.{0 if row.tokens_per_s >= 100 else 1}f}"

@@ -1,0 +1,121 @@
+"""What a benchmark found. Frozen; `to_json()` gives the names of `actqkv bench --json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+EngineName = Literal["actqkv", "llama.cpp"]
+Phase = Literal["prefill", "decode"]
+Context = Literal["read", "copied", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageUse:
+    """What one stage of a window took, per token of the phase. `gb_per_s` is bytes over time; 0 where nothing ran."""
+
+    ms_per_token: float
+    bytes_per_token: float
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes_per_token / self.ms_per_token / 1e6 if self.ms_per_token > 0 else 0.0
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self) | {"gb_per_s": self.gb_per_s}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Bytes of the process at one depth, before llama.cpp's context is made, against what must be held."""
+
+    resident_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    summary_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Resident over weights + KV + summaries."""
+        return self.resident_bytes / (self.weights_bytes + self.kv_bytes + self.summary_bytes)
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self) | {"ratio": self.ratio}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One engine in one phase at one depth.
+
+    Args:
+        engine: "actqkv" or "llama.cpp".
+        method: of retrieval; llama.cpp's is "dense".
+        depth: tokens that stand in the context before the measured ones.
+        ms_per_token: the median of the samples; extrapolated where `measured` is false.
+        measured: false where the figure is a straight line through the two greatest measured depths.
+        n: samples: batches of prefill, or runs of decode steps.
+        spread_ms: least and greatest sample, in ms per token.
+        context: how the tokens before came to be there: all "read"; "copied", the first ones read and copied behind
+            each other (the KV is of the right size, its content repeats); "none" where nothing was measured.
+        stages: where the time of ours went, by stage.
+        memory: of ours.
+    """
+
+    engine: EngineName
+    method: str
+    kv_type: str
+    phase: Phase
+    depth: int
+    ms_per_token: float
+    measured: bool
+    n: int
+    spread_ms: tuple[float, float]
+    context: Context
+    stages: dict[str, StageUse] | None = None
+    memory: MemoryUse | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1000.0 / self.ms_per_token if self.ms_per_token > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "engine": self.engine,
+            "method": self.method,
+            "kv_type": self.kv_type,
+            "phase": self.phase,
+            "depth": self.depth,
+            "tokens_per_s": self.tokens_per_s,
+            "ms_per_token": self.ms_per_token,
+            "measured": self.measured,
+            "n": self.n,
+            "spread_ms": list(self.spread_ms),
+            "context": self.context,
+            "stages": {name: stage.to_json() for name, stage in self.stages.items()} if self.stages else None,
+            "memory": self.memory.to_json() if self.memory else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """All of one run."""
+
+    machine: dict[str, Any]
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "machine": self.machine,
+            "model": self.model,
+            "settings": self.settings,
+            "rows": [row.to_json() for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    def find(self, engine: EngineName, method: str, phase: Phase, depth: int) -> Row | None:
+        """The row of these, if there is one."""
+        wanted = (engine, method, phase, depth)
+        return next((row for row in self.rows if (row.engine, row.method, row.phase, row.depth) == wanted), None)

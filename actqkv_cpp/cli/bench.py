@@ -1,0 +1,182 @@
+"""`actqkv bench`: prefill and decode at each depth, beside llama.cpp on the same weights."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import actqkv_cpp
+from actqkv_cpp.cli import _options as o
+from actqkv_cpp.cli._errors import reported
+from actqkv_cpp.cli._output import Output
+from actqkv_cpp.cli._session import open_model
+from actqkv_cpp.config import parse_size
+from actqkv_cpp.errors import ModelError, ParameterError, unknown_name
+
+if TYPE_CHECKING:
+    from actqkv_cpp import Llama
+    from actqkv_cpp.bench import Result
+
+_DECODE_TOKENS, _QUICK_DECODE_TOKENS = 32, 8  # of one sample
+_TABLE_WIDTH = 120  # where standard output is not a terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    lengths: tuple[int, ...]
+    methods: tuple[str, ...]
+    peer_read: int
+    repeat: int
+    quick: bool
+    json: bool
+
+
+def _parse_list(text: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
+    return tuple(parse(part.strip()) for part in text.split(",") if part.strip())
+
+
+def bench(
+    *,
+    model: o.Model = None,
+    lengths: Annotated[
+        str, o._option("--lengths", metavar="SIZES", help="Depths to measure at.", default="512,8k,32k,128k")
+    ] = "512,8k,32k,128k",
+    methods: Annotated[
+        str, o._option("--methods", metavar="NAMES", help="Methods of ours, one after another.", default="actqkv")
+    ] = "actqkv",
+    peer_read: Annotated[
+        int,
+        o._size("--peer-read", help="Tokens that llama.cpp really reads; deeper contexts are copies.", default="8k"),
+    ] = 8192,
+    repeat: Annotated[int, o._option("--repeat", metavar="N", help="Samples of each figure.", default="5", min=1)] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="One short sample of each figure.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    budget: o.Budget = 2048,
+    kv_type: o.KvType = "f16",
+    threads: o.Threads = None,
+    sink: o.Sink = 64,
+    local: o.Local = 512,
+    chunk: o.Chunk = 32,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Measure reading and answering at each depth, beside llama.cpp.
+
+    Both run in turn on the same loaded weights, with the same threads: our session, and llama.cpp's own context with
+    dense flash attention. A sample is 512 tokens of prefill, or 32 steps of decode.
+
+    \b
+    Examples:
+      actqkv bench --lengths 512,8k
+      actqkv bench model.gguf --json > bench.json
+      actqkv bench model.gguf --lengths 1k,4k,16k --methods actqkv,dense --quick
+    """
+    output = Output(quiet=quiet, verbose=verbose)
+    with reported(output):
+        request = _Request(
+            lengths=_parse_list(lengths, parse_size),
+            methods=_parse_list(methods, str),
+            peer_read=peer_read,
+            repeat=1 if quick else repeat,
+            quick=quick,
+            json=as_json,
+        )
+        engine = o.EngineOptions(
+            model=Path(model) if model else None,
+            ctx=None,
+            budget=budget,
+            sink=sink,
+            local=local,
+            chunk=chunk,
+            method=_first_known(request.methods),
+            kv_type=kv_type,
+            gpu_layers=0,
+            threads=threads,
+            system=None,
+            verbose=verbose,
+        )
+        _bench(output, engine, request)
+
+
+def _first_known(methods: tuple[str, ...]) -> str:
+    """The first of methods that all exist."""
+    known = actqkv_cpp.methods()
+    for name in methods:
+        if name not in known:
+            raise unknown_name("method", name, known)
+    if not methods:
+        raise ParameterError("no method to measure", f"name some of {', '.join(sorted(known))}")
+    return methods[0]
+
+
+def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
+    from actqkv_cpp.bench import Result, Row, host  # noqa: PLC0415 (heavy)
+    from actqkv_cpp.bench.measure import Benchmark, Spec  # noqa: PLC0415 (heavy)
+
+    spec = Spec(
+        lengths=request.lengths,
+        methods=request.methods,
+        decode_tokens=_QUICK_DECODE_TOKENS if request.quick else _DECODE_TOKENS,
+        repeat=request.repeat,
+        peer_read=request.peer_read,
+        kv_type=engine.kv_type,
+    )
+    llm = open_model(output, replace(engine, ctx=spec.n_ctx), [], reserve=0)
+    if llm.session is None:
+        raise ModelError(
+            f"there is nothing to compare: llama.cpp runs this model ({llm.engine_reason})",
+            "measure a model of another architecture, or use llama.cpp's own llama-bench",
+        )
+    settings = asdict(spec) | {"retrieval": asdict(llm.retrieval), "positions": _positions(llm)}
+    rows: list[Row] = []
+    notes: list[str] = []
+    found = Result(
+        machine=host.describe(n_threads=llm.n_threads), model=_model(llm), settings=settings, rows=(), notes=()
+    )
+    benchmark = Benchmark(llm, spec, show=output.progress, note=notes.append)
+    try:
+        for row in benchmark.rows():
+            rows.append(row)
+            output.note(f"{row.engine} {row.method} {row.phase} after {row.depth:,}: {row.tokens_per_s:,.1f} tokens/s")
+    finally:  # an interrupt or an error loses nothing of what was measured
+        if rows:
+            _show(output, replace(found, rows=tuple(rows), notes=tuple(notes)), as_json=request.json)
+
+
+def _positions(llm: Llama) -> str:
+    """Positions of keys that are in force: exact up to the trained length, clamped beyond it."""
+    assert llm.session is not None
+    return str(llm.session.params.columns["positions"])
+
+
+def _model(llm: Llama) -> dict[str, Any]:
+    import llama_cpp  # noqa: PLC0415 (heavy)
+
+    model = llm._model.model
+    description = ctypes.create_string_buffer(128)
+    llama_cpp.llama_model_desc(model, description, len(description))
+    return {
+        "name": Path(llm.model_path).name,
+        "description": description.value.decode("utf-8", "replace"),
+        "bytes": int(llama_cpp.llama_model_size(model)),
+        "parameters": int(llama_cpp.llama_model_n_params(model)),
+        "layers": int(llama_cpp.llama_model_n_layer(model)),
+        "trained_length": int(llama_cpp.llama_model_n_ctx_train(model)),
+    }
+
+
+def _show(output: Output, result: Result, *, as_json: bool) -> None:
+    from actqkv_cpp.bench.report import render  # noqa: PLC0415 (heavy)
+
+    if as_json:
+        output.json(result.to_json())
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _TABLE_WIDTH
+    output.line(render(result, width=width))

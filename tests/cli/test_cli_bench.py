@@ -1,0 +1,104 @@
+"""`actqkv bench`: what it prints and how it fails. Figures are not looked at: a benchmark is never a test."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_support import Actqkv
+from tiny_gguf import make_tiny_gguf
+
+FAST = ("--quick", "--threads", "1")
+KEYS = {"engine", "method", "kv_type", "phase", "depth", "tokens_per_s", "ms_per_token", "measured", "n"}
+STAGES = {"graph", "probe", "score", "refine", "attend", "append", "summarize", "other"}
+
+
+def _assert_failed(found: Any, *words: str) -> None:
+    assert (found.status, found.out) == (1, ""), found.err
+    error, hint = found.err.splitlines()[-2:]
+    assert error.startswith("error: "), found.err
+    assert hint.startswith("hint: "), found.err
+    for word in words:
+        assert word in error + hint, found.err
+
+
+def test_json(actqkv: Actqkv, babbler: Path) -> None:
+    """--json is another object than DESIGN.md promises, an engine is missing, or a copied context is called read."""
+    found = actqkv("bench", babbler, "--lengths", "512,256,768", "--peer-read", "512", "--json", *FAST)
+    assert found.status == 0, found.err
+    result = json.loads(found.out)
+    assert {"machine", "model", "rows"} <= set(result)
+    assert result["machine"]["threads"] == 1
+    assert result["machine"]["read_gb_per_s"] > 0
+    assert result["model"]["bytes"] > 0
+    rows = result["rows"]
+    assert {(row["engine"], row["phase"], row["depth"]) for row in rows} == {
+        (engine, phase, depth)
+        for engine in ("actqkv", "llama.cpp")
+        for phase in ("prefill", "decode")
+        for depth in (256, 512, 768)
+    }
+    for row in rows:
+        assert set(row) >= KEYS
+        assert row["measured"] is True
+        assert row["n"] == 1
+        assert row["kv_type"] == "f16"
+        assert row["tokens_per_s"] * row["ms_per_token"] == pytest.approx(1000)
+        assert row["spread_ms"][0] <= row["ms_per_token"] <= row["spread_ms"][1]
+        peer = row["engine"] == "llama.cpp"
+        assert row["method"] == ("dense" if peer else "actqkv")
+        assert row["context"] == ("copied" if peer and row["depth"] > 512 else "read")
+        assert (row["stages"] is None) == (row["memory"] is None) == peer
+    ours = [row for row in rows if row["engine"] == "actqkv"]
+    for row in ours:
+        assert set(row["stages"]) == STAGES
+        assert sum(stage["ms_per_token"] for stage in row["stages"].values()) <= 1.01 * row["ms_per_token"]
+        memory = row["memory"]
+        assert memory["resident_bytes"] > memory["kv_bytes"] > 0
+    assert math.isclose(2 * ours[0]["memory"]["kv_bytes"], ours[2]["memory"]["kv_bytes"], rel_tol=0.1)
+
+
+def test_tables(actqkv: Actqkv, babbler: Path) -> None:
+    """The tables lack a ratio, or do not say what was copied."""
+    found = actqkv("bench", babbler, "--lengths", "256,512", "--peer-read", "256", "--methods", "actqkv,dense", *FAST)
+    assert found.status == 0, found.err
+    assert len(re.findall(r"^  (?:prefill|decode) +(?:256|512) +[\d,.]+ ", found.out, re.MULTILINE)) == 16
+    assert found.out.count("ours/llama.cpp") == 2
+    assert "At 512 llama.cpp's context is made of copies of the first 256 tokens" in found.out
+    assert "~" not in found.out
+    assert "\x1b" not in found.out + found.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lengths", "5x"], ["5x", "128k"]),
+        (["--lengths", ","], ["no length", "512"]),
+        (["--lengths", "300"], ["300", "256"]),
+        (["--lengths", "0"], ["256"]),
+        (["--lengths", "1000m"], ["bytes"]),
+        (["--methods", "actqvk"], ["actqvk", "actqkv"]),
+        (["--methods", ""], ["no method"]),
+        (["--lengths", "256", "--budget", "128"], ["budget"]),
+        (["--lengths", "256", "--peer-read", "0"], ["--peer-read"]),
+    ],
+)
+def test_wrong_values(actqkv: Actqkv, babbler: Path, arguments: list[str], words: list[str]) -> None:
+    """A value that means nothing ends in a traceback, or in figures."""
+    _assert_failed(actqkv("bench", babbler, *arguments, *FAST), *words)
+
+
+def test_wrong_use(actqkv: Actqkv, babbler: Path) -> None:
+    """An unknown option is ignored."""
+    for arguments in (["--lenghts", "256"], ["--repeat", "0"], ["--threads", "0"]):
+        assert actqkv("bench", babbler, *arguments).status == 2
+
+
+def test_model_that_llama_cpp_runs(actqkv: Actqkv, tmp_path: Path) -> None:
+    """llama.cpp is compared with itself and called ours."""
+    model = make_tiny_gguf(tmp_path / "gemma.gguf", arch="gemma", tied=True)
+    _assert_failed(actqkv("bench", model, "--lengths", "256", *FAST), "llama.cpp")
