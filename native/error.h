@@ -16,7 +16,7 @@ struct error : std::runtime_error {
 };
 
 __attribute__((format(printf, 1, 2))) inline std::string format(const char * fmt, ...) {
-    char    buffer[sizeof(actqkv_error::message)];
+    char buffer[sizeof(actqkv_error::message)];
     va_list args;
     va_start(args, fmt);
     vsnprintf(buffer, sizeof(buffer), fmt, args);

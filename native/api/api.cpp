@@ -57,9 +57,7 @@ int32_t actqkv_method_find(const char * name, actqkv_method * method, actqkv_err
     });
 }
 
-actqkv_params actqkv_default_params(void) {
-    return actqkv::default_params();
-}
+actqkv_params actqkv_default_params(void) { return actqkv::default_params(); }
 
 int32_t actqkv_model_check(const llama_model * model, actqkv_error * err) {
     return guarded(err, [&] {
@@ -80,25 +78,17 @@ int32_t actqkv_session_new(const llama_model * model, const actqkv_params * para
                            actqkv_error * err) {
     return guarded(err, [&] {
         require(model != nullptr && params != nullptr && session != nullptr, "arguments must not be NULL");
-        *session = new actqkv_session{ { model, *params } };
+        *session = new actqkv_session{{model, *params}};
     });
 }
 
-void actqkv_session_free(actqkv_session * session) {
-    delete session;
-}
+void actqkv_session_free(actqkv_session * session) { delete session; }
 
-actqkv_params actqkv_session_params(const actqkv_session * session) {
-    return session->impl.parameters();
-}
+actqkv_params actqkv_session_params(const actqkv_session * session) { return session->impl.parameters(); }
 
-int64_t actqkv_n_past(const actqkv_session * session) {
-    return session->impl.past().size();
-}
+int64_t actqkv_n_past(const actqkv_session * session) { return session->impl.past().size(); }
 
-int64_t actqkv_n_chunks(const actqkv_session * session) {
-    return session->impl.n_chunks();
-}
+int64_t actqkv_n_chunks(const actqkv_session * session) { return session->impl.n_chunks(); }
 
 int32_t actqkv_history(const actqkv_session * session, int64_t from, int64_t n, int32_t * tokens, int8_t * phases,
                        actqkv_error * err) {
@@ -147,18 +137,16 @@ int32_t actqkv_checkpoint(actqkv_session * session, actqkv_error * err) {
 }
 
 void actqkv_set_progress(actqkv_session * session, actqkv_progress_fn fn, void * user) {
-    session->impl.progress      = fn;
+    session->impl.progress = fn;
     session->impl.progress_user = user;
 }
 
 void actqkv_set_observer(actqkv_session * session, actqkv_observe_fn fn, void * user) {
-    session->impl.watcher      = fn;
+    session->impl.watcher = fn;
     session->impl.watcher_user = user;
 }
 
-uint64_t actqkv_state_size(const actqkv_session * session) {
-    return session->impl.state_size();
-}
+uint64_t actqkv_state_size(const actqkv_session * session) { return session->impl.state_size(); }
 
 int32_t actqkv_state_get(const actqkv_session * session, uint8_t * data, uint64_t size, actqkv_error * err) {
     return guarded(err, [&] {
@@ -174,9 +162,7 @@ int32_t actqkv_state_set(actqkv_session * session, const uint8_t * data, uint64_
     });
 }
 
-void actqkv_sources_begin(actqkv_session * session) {
-    session->impl.begin_sources();
-}
+void actqkv_sources_begin(actqkv_session * session) { session->impl.begin_sources(); }
 
 int64_t actqkv_sources_end(actqkv_session * session, double * mass, int64_t n) {
     const std::vector<double> blocks = session->impl.end_sources();
@@ -184,13 +170,9 @@ int64_t actqkv_sources_end(actqkv_session * session, double * mass, int64_t n) {
     return (int64_t) blocks.size();
 }
 
-actqkv_stats actqkv_stats_get(const actqkv_session * session) {
-    return session->impl.stats();
-}
+actqkv_stats actqkv_stats_get(const actqkv_session * session) { return session->impl.stats(); }
 
-void actqkv_stats_reset(actqkv_session * session) {
-    session->impl.reset_stats();
-}
+void actqkv_stats_reset(actqkv_session * session) { session->impl.reset_stats(); }
 
 int32_t actqkv_try_extra_buffers(actqkv_error * err) {
     return guarded(err, [] { actqkv::try_extra_buffers(); });
@@ -198,9 +180,13 @@ int32_t actqkv_try_extra_buffers(actqkv_error * err) {
 
 const char * actqkv_kernel_name(void) {
     switch (actqkv_impl_best()) {
-        case ACTQKV_IMPL_AVX512: return "avx512";
-        case ACTQKV_IMPL_AVX2: return "avx2";
-        case ACTQKV_IMPL_NEON: return "neon";
-        default: return "scalar";
+    case ACTQKV_IMPL_AVX512:
+        return "avx512";
+    case ACTQKV_IMPL_AVX2:
+        return "avx2";
+    case ACTQKV_IMPL_NEON:
+        return "neon";
+    default:
+        return "scalar";
     }
 }

@@ -4,13 +4,13 @@ namespace actqkv {
 namespace {
 
 struct builder {
-    ggml_context *         ctx;
-    const hparams &        hp;
-    const weights &        w;
+    ggml_context * ctx;
+    const hparams & hp;
+    const weights & w;
     const window_tensors & io;
-    ggml_backend_buffer_t  io_buffer;
-    ggml_cgraph *          graph;
-    int                    m;
+    ggml_backend_buffer_t io_buffer;
+    ggml_cgraph * graph;
+    int m;
 
     ggml_tensor * bind(ggml_tensor * tensor, void * data) const {
         ggml_backend_tensor_alloc(io_buffer, tensor, data);
@@ -50,8 +50,8 @@ struct builder {
 
     void qkv(const layer_weights & l, ggml_tensor * x) const {
         ggml_tensor * cur = norm(x, l.attn_norm);
-        ggml_tensor * q   = heads(linear(l.wq, l.bq, cur), hp.n_head);
-        ggml_tensor * k   = heads(linear(l.wk, l.bk, cur), hp.n_head_kv);
+        ggml_tensor * q = heads(linear(l.wq, l.bq, cur), hp.n_head);
+        ggml_tensor * k = heads(linear(l.wk, l.bk, cur), hp.n_head_kv);
         if (l.q_norm != nullptr) {
             q = norm(q, l.q_norm);
             k = norm(k, l.k_norm);
@@ -59,9 +59,9 @@ struct builder {
         output(q, io.q);
         output(k, io.k);
         output(linear(l.wv, l.bv, cur), io.v);
-        ggml_tensor * position     = positions(io.position);
+        ggml_tensor * position = positions(io.position);
         ggml_tensor * far_position = positions(io.far_position);
-        ggml_tensor * zero         = positions(io.zero);
+        ggml_tensor * zero = positions(io.zero);
         output(rope(q, position), io.q_near);
         output(rope(q, far_position), io.q_far);
         output(rope(k, position), io.k_near);
@@ -70,16 +70,16 @@ struct builder {
 
     // Rest of a layer after attention, for the last n tokens of the window. Returns the new residual stream.
     ggml_tensor * finish_layer(const layer_weights & l, int n) const {
-        const int64_t E     = hp.n_channels();
-        float *       attn  = io.attn + (m - n) * E;
-        float *       x     = io.x + (int64_t) (m - n) * hp.n_embd;
-        ggml_tensor * inp   = input(GGML_TYPE_F32, hp.n_embd, n, x);
-        ggml_tensor * cur   = linear(l.wo, l.bo, input(GGML_TYPE_F32, E, n, attn));
+        const int64_t E = hp.n_channels();
+        float * attn = io.attn + (m - n) * E;
+        float * x = io.x + (int64_t) (m - n) * hp.n_embd;
+        ggml_tensor * inp = input(GGML_TYPE_F32, hp.n_embd, n, x);
+        ggml_tensor * cur = linear(l.wo, l.bo, input(GGML_TYPE_F32, E, n, attn));
         ggml_tensor * inner = ggml_add(ctx, cur, inp);
-        cur                 = norm(inner, l.ffn_norm);
-        ggml_tensor * up    = linear(l.up, l.up_b, cur);
-        ggml_tensor * gate  = linear(l.gate, l.gate_b, cur);
-        cur                 = linear(l.down, l.down_b, ggml_swiglu_split(ctx, gate, up));
+        cur = norm(inner, l.ffn_norm);
+        ggml_tensor * up = linear(l.up, l.up_b, cur);
+        ggml_tensor * gate = linear(l.gate, l.gate_b, cur);
+        cur = linear(l.down, l.down_b, ggml_swiglu_split(ctx, gate, up));
         return ggml_add(ctx, cur, inner);
     }
 };
@@ -89,21 +89,21 @@ struct builder {
 segment build_segment(ggml_context * ctx, const hparams & hp, const weights & w, const window_tensors & io,
                       ggml_backend_buffer_t io_buffer, int il, int m, int n_out) {
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, N_TENSORS_PER_SEGMENT, false);
-    const builder b     = { ctx, hp, w, io, io_buffer, graph, m };
+    const builder b = {ctx, hp, w, io, io_buffer, graph, m};
     if (il == 0) {
         ggml_tensor * tokens = b.bind(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, m), io.token);
         b.qkv(w.layers[0], b.output(ggml_get_rows(ctx, w.token_embd, tokens), io.x));
-        return { graph, nullptr };
+        return {graph, nullptr};
     }
     if (il < hp.n_layer) {
         b.qkv(w.layers[il], b.output(b.finish_layer(w.layers[il - 1], m), io.x));
-        return { graph, nullptr };
+        return {graph, nullptr};
     }
-    ggml_tensor * x      = b.finish_layer(w.layers[hp.n_layer - 1], n_out);
+    ggml_tensor * x = b.finish_layer(w.layers[hp.n_layer - 1], n_out);
     ggml_tensor * logits = b.linear(w.output, w.output_b, b.norm(x, w.output_norm));
     ggml_set_output(logits);
     ggml_build_forward_expand(graph, logits);
-    return { graph, logits };
+    return {graph, logits};
 }
 
 } // namespace actqkv

@@ -22,15 +22,15 @@ struct window_tensors {
     int32_t * position;     // [m] true position
     int32_t * far_position; // [m] the fixed distance n_local
     int32_t * zero;         // [m] zeros
-    float *   x;            // [m][n_embd] residual stream between segments
-    float *   attn;         // [m][H][d] attention output of the previous layer
-    float *   q;            // [m][H][d] before RoPE
-    float *   q_near;       // [m][H][d] RoPE at the true position
-    float *   q_far;        // [m][H][d] RoPE at the fixed distance
-    float *   k;            // [m][G][d] before RoPE
-    float *   k_near;       // [m][G][d]
-    float *   k_far;        // [m][G][d] RoPE at 0: the key itself but for YaRN's magnitude
-    float *   v;            // [m][G][d]
+    float * x;              // [m][n_embd] residual stream between segments
+    float * attn;           // [m][H][d] attention output of the previous layer
+    float * q;              // [m][H][d] before RoPE
+    float * q_near;         // [m][H][d] RoPE at the true position
+    float * q_far;          // [m][H][d] RoPE at the fixed distance
+    float * k;              // [m][G][d] before RoPE
+    float * k_near;         // [m][G][d]
+    float * k_far;          // [m][G][d] RoPE at 0: the key itself but for YaRN's magnitude
+    float * v;              // [m][G][d]
 };
 
 struct segment {

@@ -24,14 +24,14 @@ struct arena {
 
 void lay_out(arena & a, window_tensors & t, const hparams & hp, int64_t m) {
     const int64_t E = hp.n_channels(), K = hp.n_kv_channels();
-    for (int32_t ** array : { &t.token, &t.position, &t.far_position, &t.zero }) {
+    for (int32_t ** array : {&t.token, &t.position, &t.far_position, &t.zero}) {
         a.take(*array, m);
     }
     a.take(t.x, m * hp.n_embd);
-    for (float ** array : { &t.attn, &t.q, &t.q_near, &t.q_far }) {
+    for (float ** array : {&t.attn, &t.q, &t.q_near, &t.q_far}) {
         a.take(*array, m * E);
     }
-    for (float ** array : { &t.k, &t.k_near, &t.k_far, &t.v }) {
+    for (float ** array : {&t.k, &t.k_near, &t.k_far, &t.v}) {
         a.take(*array, m * K);
     }
 }
@@ -45,14 +45,14 @@ runner::runner(const hparams & hp, const weights & w, int n_window, int n_far, i
     }
     ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
 
-    arena measure = { nullptr };
+    arena measure = {nullptr};
     lay_out(measure, tensors, hp, n_window);
     io_buffer.reset(ggml_backend_alloc_buffer(backend.get(), measure.used + 64));
     if (!io_buffer) {
         throw error(ACTQKV_ERR_MEMORY, format("cannot allocate %zu bytes for the window's tensors", measure.used));
     }
     ggml_backend_buffer_clear(io_buffer.get(), 0);
-    arena place = { (char *) ggml_backend_buffer_get_base(io_buffer.get()) };
+    arena place = {(char *) ggml_backend_buffer_get_base(io_buffer.get())};
     lay_out(place, tensors, hp, n_window);
     std::fill_n(tensors.far_position, n_window, n_far);
 
@@ -61,11 +61,10 @@ runner::runner(const hparams & hp, const weights & w, int n_window, int n_far, i
 }
 
 runner::built runner::build(int m, int n_out) const {
-    const size_t bytes = (hp.n_layer + 1) *
-                         (N_TENSORS_PER_SEGMENT * ggml_tensor_overhead() +
-                          ggml_graph_overhead_custom(N_TENSORS_PER_SEGMENT, false));
-    built        b     = { m, n_out, ggml_context_ptr(ggml_init({ bytes, nullptr, true })), {} };
-    const int    n     = hp.n_layer + (n_out > 0 ? 1 : 0);
+    const size_t bytes = (hp.n_layer + 1) * (N_TENSORS_PER_SEGMENT * ggml_tensor_overhead() +
+                                             ggml_graph_overhead_custom(N_TENSORS_PER_SEGMENT, false));
+    built b = {m, n_out, ggml_context_ptr(ggml_init({bytes, nullptr, true})), {}};
+    const int n = hp.n_layer + (n_out > 0 ? 1 : 0);
     for (int il = 0; il < n; il++) {
         b.segments.push_back(build_segment(b.ctx.get(), hp, w, tensors, io_buffer.get(), il, m, n_out));
     }
@@ -117,7 +116,7 @@ void runner::read_logits(float * out) const {
 
 uint64_t runner::segment_bytes(int il) const {
     const auto bytes = [](const ggml_tensor * t) { return t == nullptr ? 0 : (uint64_t) ggml_nbytes(t); };
-    uint64_t   total = 0;
+    uint64_t total = 0;
     if (il > 0) {
         const layer_weights & l = w.layers[il - 1];
         total += bytes(l.wo) + bytes(l.gate) + bytes(l.up) + bytes(l.down);

@@ -11,7 +11,7 @@
 namespace actqkv {
 
 class runner {
-  public:
+public:
     // Room for windows of up to n_window tokens.
     runner(const hparams & hp, const weights & w, int n_window, int n_far, int n_threads);
 
@@ -31,24 +31,24 @@ class runner {
 
     uint64_t buffer_bytes() const;
 
-  private:
+private:
     struct built {
-        int                  m, n_out;
-        ggml_context_ptr     ctx;
+        int m, n_out;
+        ggml_context_ptr ctx;
         std::vector<segment> segments; // n_layer + 1; the last is empty for n_out == 0
     };
 
     built build(int m, int n_out) const;
-    void  allocate(built & b);
+    void allocate(built & b);
 
-    const hparams &         hp;
-    const weights &         w;
-    int                     n_window;
-    ggml_backend_ptr        backend;
+    const hparams & hp;
+    const weights & w;
+    int n_window;
+    ggml_backend_ptr backend;
     ggml_backend_buffer_ptr io_buffer;
-    ggml_gallocr_ptr        allocator;
-    window_tensors          tensors = {};
-    std::list<built>        cache; // most recently used first
+    ggml_gallocr_ptr allocator;
+    window_tensors tensors = {};
+    std::list<built> cache; // most recently used first
 };
 
 } // namespace actqkv

@@ -23,6 +23,7 @@ extern "C" {
 #endif
 
 // [cdef begin] bindings/build_ffi.py hands everything between these marks to cffi as it stands
+// clang-format off: columns
 
 struct llama_model;
 typedef struct actqkv_session actqkv_session;
@@ -202,6 +203,7 @@ ACTQKV_API int32_t actqkv_try_extra_buffers(struct actqkv_error * err);
 // Name of the instruction set the kernels dispatch to here: "avx512", "avx2", "neon" or "scalar".
 ACTQKV_API const char * actqkv_kernel_name(void);
 
+// clang-format on
 // [cdef end]
 
 #ifdef __cplusplus

@@ -10,7 +10,7 @@
 namespace actqkv {
 
 template <typename T> class reservation {
-  public:
+public:
     reservation() = default;
 
     explicit reservation(uint64_t n) : n_bytes(n * sizeof(T)) {
@@ -44,11 +44,11 @@ template <typename T> class reservation {
         }
     }
 
-    T *       data() { return array; }
+    T * data() { return array; }
     const T * data() const { return array; }
 
-  private:
-    T *      array   = nullptr;
+private:
+    T * array = nullptr;
     uint64_t n_bytes = 0;
 };
 

@@ -8,9 +8,12 @@ namespace actqkv {
 
 int64_t summary_width(int32_t kind, const hparams & hp) {
     switch (kind) {
-        case ACTQKV_SUMMARY_HEAD: return hp.n_channels();
-        case ACTQKV_SUMMARY_BOUNDS: return 2 * hp.n_kv_channels();
-        default: return hp.n_kv_channels();
+    case ACTQKV_SUMMARY_HEAD:
+        return hp.n_channels();
+    case ACTQKV_SUMMARY_BOUNDS:
+        return 2 * hp.n_kv_channels();
+    default:
+        return hp.n_kv_channels();
     }
 }
 
@@ -30,14 +33,14 @@ int64_t sums_per_layer(const hparams & hp, const kv_layout & shape) {
 kv_layout kv_store::layout_for(const hparams & hp, const actqkv_params & p) {
     // The ring must hold every chunk that is not closed when a window ends, and no slot may be shared.
     const int n_recent = (p.n_local + p.n_window) / p.n_chunk_tokens + 3;
-    return { hp.n_head_kv, hp.d_head, p.n_sink, p.n_chunk_tokens, n_recent };
+    return {hp.n_head_kv, hp.d_head, p.n_sink, p.n_chunk_tokens, n_recent};
 }
 
 void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_memory & memory) {
-    const kv_layout shape  = layout_for(hp, p);
-    const uint64_t  tokens = shape.padded_tokens(p.n_ctx), layers = hp.n_layer;
-    const uint64_t  recent = shape.recent_tokens() * shape.token_stride() * sizeof(actqkv_f16) +
-                            sums_per_layer(hp, shape) * sizeof(float);
+    const kv_layout shape = layout_for(hp, p);
+    const uint64_t tokens = shape.padded_tokens(p.n_ctx), layers = hp.n_layer;
+    const uint64_t recent =
+        shape.recent_tokens() * shape.token_stride() * sizeof(actqkv_f16) + sums_per_layer(hp, shape) * sizeof(float);
     memory.kv_bytes += layers * (tokens * shape.token_stride() * 2 * sizeof(actqkv_f16) + recent);
     const int64_t width = width_for(hp, p);
     if (width > 0) {
@@ -50,11 +53,11 @@ kv_store::kv_store(const hparams & hp, const actqkv_params & p)
       n_representatives(p.method.n_representatives), n_width(width_for(hp, p)),
       stores_near(p.method.positions == ACTQKV_POSITIONS_EXACT), layers(hp.n_layer) {
     const uint64_t n_elements = shape.padded_tokens(p.n_ctx) * shape.token_stride();
-    const uint64_t n_chunks   = n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0;
+    const uint64_t n_chunks = n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0;
     for (layer & l : layers) {
-        l.k     = reservation<actqkv_f16>(n_elements);
-        l.v     = reservation<actqkv_f16>(n_elements);
-        l.reps  = reservation<actqkv_f16>(n_chunks * n_width);
+        l.k = reservation<actqkv_f16>(n_elements);
+        l.v = reservation<actqkv_f16>(n_elements);
+        l.reps = reservation<actqkv_f16>(n_chunks * n_width);
         l.norms = reservation<float>(n_chunks);
         l.recent.resize(shape.recent_tokens() * shape.token_stride());
         l.sums.resize(n_width > 0 ? sums_per_layer(hp, shape) : 0);
@@ -63,16 +66,16 @@ kv_store::kv_store(const hparams & hp, const actqkv_params & p)
 
 void kv_store::append(int il, int64_t n_past, int m, const actqkv_f16 * near, const actqkv_f16 * far,
                       const actqkv_f16 * v, int64_t stride) {
-    layer &            l      = layers[il];
+    layer & l = layers[il];
     const actqkv_f16 * stored = stores_near ? near : far;
-    const actqkv_f16 * other  = stores_near ? far : near;
-    const int          d      = shape.d_head;
+    const actqkv_f16 * other = stores_near ? far : near;
+    const int d = shape.d_head;
     for (int i = 0; i < m;) {
         const int64_t token = n_past + i, block = shape.block_of(token), offset = token - shape.block_first(block);
-        const int     n      = (int) std::min<int64_t>(m - i, shape.block_tokens(block) - offset);
-        const size_t  bytes  = (size_t) n * d * sizeof(actqkv_f16);
+        const int n = (int) std::min<int64_t>(m - i, shape.block_tokens(block) - offset);
+        const size_t bytes = (size_t) n * d * sizeof(actqkv_f16);
         for (int g = 0; g < shape.n_head_kv; g++) {
-            const int64_t to   = g * shape.head_stride(block) + offset * d;
+            const int64_t to = g * shape.head_stride(block) + offset * d;
             const int64_t from = g * stride + (int64_t) i * d;
             memcpy(l.k.data() + shape.block_offset(block) + to, stored + from, bytes);
             memcpy(l.v.data() + shape.block_offset(block) + to, v + from, bytes);
@@ -83,20 +86,20 @@ void kv_store::append(int il, int64_t n_past, int m, const actqkv_f16 * near, co
 }
 
 actqkv_span kv_store::span(int il, int64_t block, int64_t first, int64_t last, bool with_recent) const {
-    const layer &      l      = layers[il];
-    const int64_t      stride = shape.head_stride(block);
-    const int64_t      skip   = (first - shape.block_first(block)) * shape.d_head;
+    const layer & l = layers[il];
+    const int64_t stride = shape.head_stride(block);
+    const int64_t skip = (first - shape.block_first(block)) * shape.d_head;
     const actqkv_f16 * stored = l.k.data() + shape.block_offset(block) + skip;
     const actqkv_f16 * recent = l.recent.data() + shape.recent_offset(block) + skip;
-    actqkv_span        s      = {};
-    s.v                       = l.v.data() + shape.block_offset(block) + skip;
+    actqkv_span s = {};
+    s.v = l.v.data() + shape.block_offset(block) + skip;
     s.v_stride = s.far_stride = s.near_stride = stride;
-    s.first                                   = first;
-    s.n_tok                                   = (int32_t) (last - first);
+    s.first = first;
+    s.n_tok = (int32_t) (last - first);
     if (stores_near) {
         s.near = stored;
     } else {
-        s.far  = stored;
+        s.far = stored;
         s.near = with_recent ? recent : nullptr;
     }
     return s;
@@ -116,7 +119,7 @@ void kv_store::add_sums(int il, int64_t first, int64_t n, const float * sums, in
         const int64_t chunk = shape.block_of(first + j) - 1, at = first + j - shape.block_first(chunk + 1);
         const int64_t run = std::min<int64_t>(n - j, shape.n_chunk_tokens - at);
         for (int h = 0; h < n_head; h++) {
-            float *       to   = sums_of(il, chunk) + h * shape.n_chunk_tokens + at;
+            float * to = sums_of(il, chunk) + h * shape.n_chunk_tokens + at;
             const float * from = sums + h * stride + j;
             for (int64_t i = 0; i < run; i++) {
                 to[i] += from[i];
@@ -157,7 +160,7 @@ recent_state kv_store::save_recent() const {
 
 void kv_store::restore_recent(const recent_state & state, int64_t n_closed) {
     const actqkv_f16 * keys = state.keys.data();
-    const float *      sums = state.sums.data();
+    const float * sums = state.sums.data();
     for (layer & l : layers) {
         std::copy_n(keys, l.recent.size(), l.recent.data());
         std::copy_n(sums, l.sums.size(), l.sums.data());
@@ -168,18 +171,18 @@ void kv_store::restore_recent(const recent_state & state, int64_t n_closed) {
 }
 
 std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int64_t n_closed) const {
-    const layer &      l = layers[il];
+    const layer & l = layers[il];
     std::vector<range> ranges;
     if (n_tokens > 0) {
-        const int64_t  last  = shape.block_of(n_tokens - 1);
-        const uint64_t bytes = (shape.block_first(last) + shape.block_tokens(last)) * shape.token_stride() *
-                               sizeof(actqkv_f16);
-        ranges.push_back({ l.k.data(), bytes });
-        ranges.push_back({ l.v.data(), bytes });
+        const int64_t last = shape.block_of(n_tokens - 1);
+        const uint64_t bytes =
+            (shape.block_first(last) + shape.block_tokens(last)) * shape.token_stride() * sizeof(actqkv_f16);
+        ranges.push_back({l.k.data(), bytes});
+        ranges.push_back({l.v.data(), bytes});
     }
     if (n_width > 0 && n_closed > 0) {
-        ranges.push_back({ l.reps.data(), n_closed * n_width * sizeof(actqkv_f16) });
-        ranges.push_back({ l.norms.data(), n_closed * sizeof(float) });
+        ranges.push_back({l.reps.data(), n_closed * n_width * sizeof(actqkv_f16)});
+        ranges.push_back({l.norms.data(), n_closed * sizeof(float)});
     }
     return ranges;
 }

@@ -20,18 +20,18 @@ int64_t summary_width(int32_t kind, const hparams & hp);
 // What a rewind needs of the recent past, beside K and V, which stay where they are.
 struct recent_state {
     std::vector<actqkv_f16> keys; // all layers' rings
-    std::vector<float>      sums; // all layers' attention sums
+    std::vector<float> sums;      // all layers' attention sums
 };
 
 class kv_store {
-  public:
+public:
     kv_store(const hparams & hp, const actqkv_params & params);
 
     static kv_layout layout_for(const hparams & hp, const actqkv_params & params);
-    static void      add_memory(const hparams & hp, const actqkv_params & params, actqkv_memory & memory);
+    static void add_memory(const hparams & hp, const actqkv_params & params, actqkv_memory & memory);
 
     const kv_layout & layout() const { return shape; }
-    int64_t           n_closed() const { return n_closed_chunks; }
+    int64_t n_closed() const { return n_closed_chunks; }
 
     // Copies a window's keys and values, f16 [G][m][d] with KV heads `stride` apart, behind token n_past.
     void append(int il, int64_t n_past, int m, const actqkv_f16 * near, const actqkv_f16 * far, const actqkv_f16 * v,
@@ -51,44 +51,44 @@ class kv_store {
 
     // Stored keys of chunk 0; chunk b lies b * chunk_stride() further, [G][c][d].
     const actqkv_f16 * chunk_keys(int il) const { return layers[il].k.data() + shape.block_offset(1); }
-    int64_t            chunk_stride() const { return shape.n_chunk_tokens * shape.token_stride(); }
+    int64_t chunk_stride() const { return shape.n_chunk_tokens * shape.token_stride(); }
 
     const actqkv_f16 * summaries(int il) const { return layers[il].reps.data(); }
-    const float *      norms(int il) const { return layers[il].norms.data(); }
-    int64_t            width() const { return n_width; }
-    bool               summarises() const { return n_width > 0; }
+    const float * norms(int il) const { return layers[il].norms.data(); }
+    int64_t width() const { return n_width; }
+    bool summarises() const { return n_width > 0; }
 
     recent_state save_recent() const;
-    void         restore_recent(const recent_state & state, int64_t n_closed);
+    void restore_recent(const recent_state & state, int64_t n_closed);
 
     // K, V and summaries of one layer as byte ranges in use for so many tokens and closed chunks: state blobs are made
     // of them.
     struct range {
         const void * data;
-        uint64_t     bytes;
+        uint64_t bytes;
     };
     std::vector<range> used_ranges(int il, int64_t n_tokens, int64_t n_closed) const;
-    void               set_closed(int64_t n) { n_closed_chunks = n; }
+    void set_closed(int64_t n) { n_closed_chunks = n; }
 
-  private:
+private:
     struct layer {
         reservation<actqkv_f16> k, v;
-        reservation<actqkv_f16> reps;  // [chunk][width]
-        reservation<float>      norms; // [chunk]
+        reservation<actqkv_f16> reps;   // [chunk][width]
+        reservation<float> norms;       // [chunk]
         std::vector<actqkv_f16> recent; // ring of the other form of the keys
-        std::vector<float>      sums;   // ring of [block][H][c]
+        std::vector<float> sums;        // ring of [block][H][c]
     };
 
     float * sums_of(int il, int64_t chunk) {
         return layers[il].sums.data() + (chunk % shape.n_recent_blocks) * n_head * shape.n_chunk_tokens;
     }
 
-    kv_layout          shape;
-    int32_t            n_head;
-    int32_t            summary_kind, n_representatives;
-    int64_t            n_width; // 0: the method never retrieves, nothing is summarised
-    bool               stores_near;
-    int64_t            n_closed_chunks = 0;
+    kv_layout shape;
+    int32_t n_head;
+    int32_t summary_kind, n_representatives;
+    int64_t n_width; // 0: the method never retrieves, nothing is summarised
+    bool stores_near;
+    int64_t n_closed_chunks = 0;
     std::vector<layer> layers;
 };
 

@@ -17,29 +17,28 @@ constexpr int64_t N = 256; // rows and columns of the weight: one block of every
 // Weight [N, N] of `type` times activations [N, m]. tensors carry no data yet.
 struct product {
     ggml_context_ptr ctx;
-    ggml_tensor *    weight;
-    ggml_tensor *    input;
-    ggml_tensor *    output;
+    ggml_tensor * weight;
+    ggml_tensor * input;
+    ggml_tensor * output;
 
     product(ggml_type type, int m)
-        : ctx(ggml_init({ 16 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true })),
-          weight(ggml_new_tensor_2d(ctx.get(), type, N, N)),
-          input(ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, N, m)),
+        : ctx(ggml_init({16 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true})),
+          weight(ggml_new_tensor_2d(ctx.get(), type, N, N)), input(ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, N, m)),
           output(ggml_mul_mat(ctx.get(), weight, input)) {}
 };
 
 // As libllama asks before it puts a tensor into a buffer type.
 bool supports(ggml_backend_dev_t device, ggml_backend_buffer_type_t buft, ggml_type type) {
-    const product           p(type, 64);
+    const product p(type, 64);
     ggml_backend_buffer_ptr dummy(ggml_backend_buft_alloc_buffer(buft, 0));
-    p.weight->buffer  = dummy.get();
+    p.weight->buffer = dummy.get();
     const bool result = ggml_backend_dev_supports_op(device, p.output);
-    p.weight->buffer  = nullptr;
+    p.weight->buffer = nullptr;
     return result;
 }
 
 std::vector<float> multiply(ggml_backend_t backend, ggml_backend_buffer_type_t buft, ggml_type type, int m) {
-    product                 p(type, m);
+    product p(type, m);
     ggml_backend_buffer_ptr weights(
         ggml_backend_buft_alloc_buffer(buft, ggml_backend_buft_get_alloc_size(buft, p.weight)));
     ggml_backend_buffer_set_usage(weights.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
@@ -75,30 +74,30 @@ constexpr double MAX_NMSE = 1e-3;
 
 void compare(ggml_backend_t backend, ggml_backend_buffer_type_t extra, ggml_type type, int m) {
     const std::vector<float> expected = multiply(backend, ggml_backend_cpu_buffer_type(), type, m);
-    const std::vector<float> actual   = multiply(backend, extra, type, m);
-    double                   diff = 0.0, norm = 0.0;
+    const std::vector<float> actual = multiply(backend, extra, type, m);
+    double diff = 0.0, norm = 0.0;
     for (size_t i = 0; i < expected.size(); i++) {
         diff += std::pow(expected[i] - actual[i], 2);
         norm += std::pow(expected[i], 2);
     }
     if (!(diff <= MAX_NMSE * norm)) {
-        throw error(ACTQKV_ERR_COMPUTE, format("%s buffers compute %s products wrongly: NMSE %g, expected at most %g",
-                                               ggml_backend_buft_name(extra), ggml_type_name(type), diff / norm,
-                                               MAX_NMSE));
+        throw error(ACTQKV_ERR_COMPUTE,
+                    format("%s buffers compute %s products wrongly: NMSE %g, expected at most %g",
+                           ggml_backend_buft_name(extra), ggml_type_name(type), diff / norm, MAX_NMSE));
     }
 }
 
 } // namespace
 
 void try_extra_buffers() {
-    ggml_backend_ptr   backend(ggml_backend_cpu_init());
+    ggml_backend_ptr backend(ggml_backend_cpu_init());
     ggml_backend_dev_t device = ggml_backend_get_device(backend.get());
-    const auto         list   = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+    const auto list = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
         ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts");
     ggml_backend_cpu_set_n_threads(backend.get(), 2);
     for (ggml_backend_buffer_type_t * buft = list ? list(device) : nullptr; buft != nullptr && *buft; buft++) {
-        for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K,
-                                      GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS, GGML_TYPE_IQ4_NL }) {
+        for (const ggml_type type : {GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K,
+                                     GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS, GGML_TYPE_IQ4_NL}) {
             if (supports(device, *buft, type)) {
                 compare(backend.get(), *buft, type, 1);
                 compare(backend.get(), *buft, type, 64);

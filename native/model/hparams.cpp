@@ -15,7 +15,7 @@ namespace {
 
 struct metadata {
     const llama_model * model;
-    std::string         prefix; // "llama."
+    std::string prefix; // "llama."
 
     bool has(const std::string & key) const { return llama_model_meta_val_str(model, key.c_str(), nullptr, 0) >= 0; }
 
@@ -30,7 +30,7 @@ struct metadata {
         if (value.empty()) {
             return fallback;
         }
-        char *       end    = nullptr;
+        char * end = nullptr;
         const double parsed = strtod(value.c_str(), &end);
         if (*end != '\0' || !std::isfinite(parsed)) {
             throw error(ACTQKV_ERR_MODEL, format("metadata %s%s is '%s', expected one number for all layers",
@@ -45,7 +45,7 @@ float yarn_attn_factor(const metadata & meta, const rope_params & rope) {
     float attn = 1.0f;
     if (rope.ext_factor != 0.0f) {
         const float magnitude = 1.0f + 0.1f * logf(1.0f / rope.freq_scale);
-        attn                  = std::max(1.0f, magnitude) / magnitude;
+        attn = std::max(1.0f, magnitude) / magnitude;
     }
     return attn * (float) meta.number("rope.scaling.attn_factor", 1.0);
 }
@@ -53,26 +53,31 @@ float yarn_attn_factor(const metadata & meta, const rope_params & rope) {
 rope_params read_rope(const metadata & meta, const hparams & hp) {
     rope_params rope = {};
     switch (llama_model_rope_type(meta.model)) {
-        case LLAMA_ROPE_TYPE_NORM: rope.type = GGML_ROPE_TYPE_NORMAL; break;
-        case LLAMA_ROPE_TYPE_NEOX: rope.type = GGML_ROPE_TYPE_NEOX; break;
-        default: throw error(ACTQKV_ERR_MODEL, "rope type is neither normal nor neox");
+    case LLAMA_ROPE_TYPE_NORM:
+        rope.type = GGML_ROPE_TYPE_NORMAL;
+        break;
+    case LLAMA_ROPE_TYPE_NEOX:
+        rope.type = GGML_ROPE_TYPE_NEOX;
+        break;
+    default:
+        throw error(ACTQKV_ERR_MODEL, "rope type is neither normal nor neox");
     }
-    rope.n_dims            = (int) meta.number("rope.dimension_count", hp.d_head);
-    rope.freq_base         = (float) meta.number("rope.freq_base", 10000.0);
+    rope.n_dims = (int) meta.number("rope.dimension_count", hp.d_head);
+    rope.freq_base = (float) meta.number("rope.freq_base", 10000.0);
     const std::string type = meta.text(meta.prefix + "rope.scaling.type", "linear");
     if (type != "none" && type != "linear" && type != "yarn") {
         throw error(ACTQKV_ERR_MODEL, format("rope scaling '%s' is not one of none, linear, yarn", type.c_str()));
     }
     const double factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 0.0));
-    rope.freq_scale     = factor == 0.0 || type == "none" ? 1.0f : 1.0f / (float) factor;
-    rope.n_ctx_orig     = (int) meta.number("rope.scaling.original_context_length", 0);
+    rope.freq_scale = factor == 0.0 || type == "none" ? 1.0f : 1.0f / (float) factor;
+    rope.n_ctx_orig = (int) meta.number("rope.scaling.original_context_length", 0);
     if (rope.n_ctx_orig == 0) {
         rope.n_ctx_orig = hp.n_ctx_train;
     }
     // libllama reads yarn_ext_factor, yarn_attn_factor, yarn_beta_* and yarn_log_multiplier for other architectures.
-    rope.ext_factor  = type == "yarn" ? 1.0f : 0.0f;
-    rope.beta_fast   = 32.0f;
-    rope.beta_slow   = 1.0f;
+    rope.ext_factor = type == "yarn" ? 1.0f : 0.0f;
+    rope.beta_fast = 32.0f;
+    rope.beta_slow = 1.0f;
     rope.attn_factor = yarn_attn_factor(meta, rope);
     return rope;
 }
@@ -86,19 +91,18 @@ void require(bool holds, const char * what) {
 } // namespace
 
 hparams read_hparams(const llama_model * model) {
-    metadata meta = { model, "" };
-    hparams  hp   = {};
-    hp.arch       = meta.text("general.architecture", "");
+    metadata meta = {model, ""};
+    hparams hp = {};
+    hp.arch = meta.text("general.architecture", "");
     if (hp.arch != "llama" && hp.arch != "qwen2" && hp.arch != "qwen3") {
-        throw error(ACTQKV_ERR_MODEL,
-                    format("architecture '%s' is not one of llama, qwen2, qwen3", hp.arch.c_str()));
+        throw error(ACTQKV_ERR_MODEL, format("architecture '%s' is not one of llama, qwen2, qwen3", hp.arch.c_str()));
     }
-    meta.prefix    = hp.arch + ".";
-    hp.n_layer     = llama_model_n_layer(model);
-    hp.n_embd      = llama_model_n_embd(model);
-    hp.n_head      = llama_model_n_head(model);
-    hp.n_head_kv   = llama_model_n_head_kv(model);
-    hp.n_vocab     = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    meta.prefix = hp.arch + ".";
+    hp.n_layer = llama_model_n_layer(model);
+    hp.n_embd = llama_model_n_embd(model);
+    hp.n_head = llama_model_n_head(model);
+    hp.n_head_kv = llama_model_n_head_kv(model);
+    hp.n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     hp.n_ctx_train = llama_model_n_ctx_train(model);
 
     require(hp.n_layer > 0 && hp.n_embd > 0 && hp.n_vocab > 0, "the model holds no layers (a vocabulary-only file?)");
@@ -112,8 +116,8 @@ hparams read_hparams(const llama_model * model) {
     hp.d_head = (int32_t) meta.number("attention.key_length", hp.n_embd / hp.n_head);
     require(meta.number("attention.value_length", hp.d_head) == hp.d_head, "key and value heads differ in size");
     require(hp.d_head > 0 && hp.d_head % 2 == 0, "the head size is odd");
-    hp.rms_eps    = (float) meta.number("attention.layer_norm_rms_epsilon", 0.0);
-    hp.rope       = read_rope(meta, hp);
+    hp.rms_eps = (float) meta.number("attention.layer_norm_rms_epsilon", 0.0);
+    hp.rope = read_rope(meta, hp);
     hp.attn_scale = 1.0f / sqrtf((float) hp.d_head);
     return hp;
 }

@@ -15,7 +15,7 @@ namespace actqkv {
 namespace {
 
 class tensor_source {
-  public:
+public:
     explicit tensor_source(const llama_model * model) {
         for (const auto & [name, tensor] : llama_internal_get_tensor_map(model)) {
             named[name].push_back(tensor);
@@ -51,7 +51,7 @@ class tensor_source {
         }
     }
 
-  private:
+private:
     static void check_shape(const ggml_tensor * tensor, const std::string & name,
                             std::initializer_list<int64_t> shape) {
         int i = 0;
@@ -76,34 +76,34 @@ class tensor_source {
     }
 
     std::map<std::string, std::vector<ggml_tensor *>> named;
-    std::set<std::string>                             used;
+    std::set<std::string> used;
 };
 
 layer_weights read_layer(tensor_source & source, const hparams & hp, int il) {
-    const int64_t     E = hp.n_channels(), K = hp.n_kv_channels(), n_embd = hp.n_embd;
+    const int64_t E = hp.n_channels(), K = hp.n_kv_channels(), n_embd = hp.n_embd;
     const std::string p = "blk." + std::to_string(il) + ".";
-    layer_weights     w = {};
-    w.attn_norm         = source.take(p + "attn_norm.weight", { n_embd });
-    w.wq                = source.take(p + "attn_q.weight", { n_embd, E });
-    w.wk                = source.take(p + "attn_k.weight", { n_embd, K });
-    w.wv                = source.take(p + "attn_v.weight", { n_embd, K });
-    w.bq                = source.optional(p + "attn_q.bias", { E });
-    w.bk                = source.optional(p + "attn_k.bias", { K });
-    w.bv                = source.optional(p + "attn_v.bias", { K });
+    layer_weights w = {};
+    w.attn_norm = source.take(p + "attn_norm.weight", {n_embd});
+    w.wq = source.take(p + "attn_q.weight", {n_embd, E});
+    w.wk = source.take(p + "attn_k.weight", {n_embd, K});
+    w.wv = source.take(p + "attn_v.weight", {n_embd, K});
+    w.bq = source.optional(p + "attn_q.bias", {E});
+    w.bk = source.optional(p + "attn_k.bias", {K});
+    w.bv = source.optional(p + "attn_v.bias", {K});
     if (hp.arch == "qwen3") {
-        w.q_norm = source.take(p + "attn_q_norm.weight", { hp.d_head });
-        w.k_norm = source.take(p + "attn_k_norm.weight", { hp.d_head });
+        w.q_norm = source.take(p + "attn_q_norm.weight", {hp.d_head});
+        w.k_norm = source.take(p + "attn_k_norm.weight", {hp.d_head});
     }
-    w.wo               = source.take(p + "attn_output.weight", { E, n_embd });
-    w.bo               = source.optional(p + "attn_output.bias", { n_embd });
-    w.ffn_norm         = source.take(p + "ffn_norm.weight", { n_embd });
-    w.up               = source.take(p + "ffn_up.weight", { n_embd });
+    w.wo = source.take(p + "attn_output.weight", {E, n_embd});
+    w.bo = source.optional(p + "attn_output.bias", {n_embd});
+    w.ffn_norm = source.take(p + "ffn_norm.weight", {n_embd});
+    w.up = source.take(p + "ffn_up.weight", {n_embd});
     const int64_t n_ff = w.up->ne[1];
-    w.gate             = source.take(p + "ffn_gate.weight", { n_embd, n_ff });
-    w.down             = source.take(p + "ffn_down.weight", { n_ff, n_embd });
-    w.up_b             = source.optional(p + "ffn_up.bias", { n_ff });
-    w.gate_b           = source.optional(p + "ffn_gate.bias", { n_ff });
-    w.down_b           = source.optional(p + "ffn_down.bias", { n_embd });
+    w.gate = source.take(p + "ffn_gate.weight", {n_embd, n_ff});
+    w.down = source.take(p + "ffn_down.weight", {n_ff, n_embd});
+    w.up_b = source.optional(p + "ffn_up.bias", {n_ff});
+    w.gate_b = source.optional(p + "ffn_gate.bias", {n_ff});
+    w.down_b = source.optional(p + "ffn_down.bias", {n_embd});
     return w;
 }
 
@@ -111,16 +111,16 @@ layer_weights read_layer(tensor_source & source, const hparams & hp, int il) {
 
 weights read_weights(const llama_model * model, const hparams & hp) {
     tensor_source source(model);
-    weights       w = {};
-    w.token_embd    = source.take("token_embd.weight", { hp.n_embd, hp.n_vocab });
-    w.output_norm   = source.take("output_norm.weight", { hp.n_embd });
-    w.output        = source.optional("output.weight", { hp.n_embd, hp.n_vocab });
+    weights w = {};
+    w.token_embd = source.take("token_embd.weight", {hp.n_embd, hp.n_vocab});
+    w.output_norm = source.take("output_norm.weight", {hp.n_embd});
+    w.output = source.optional("output.weight", {hp.n_embd, hp.n_vocab});
     if (w.output == nullptr) {
-        w.output = source.take("token_embd.weight", { hp.n_embd, hp.n_vocab }, true, true);
+        w.output = source.take("token_embd.weight", {hp.n_embd, hp.n_vocab}, true, true);
     }
-    w.output_b = source.optional("output.bias", { hp.n_vocab });
+    w.output_b = source.optional("output.bias", {hp.n_vocab});
     if (hp.arch == "llama") {
-        w.rope_freqs = source.optional("rope_freqs.weight", { hp.rope.n_dims / 2 });
+        w.rope_freqs = source.optional("rope_freqs.weight", {hp.rope.n_dims / 2});
     }
     for (int il = 0; il < hp.n_layer; il++) {
         w.layers.push_back(read_layer(source, hp, il));

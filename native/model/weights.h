@@ -11,14 +11,14 @@ namespace actqkv {
 
 // Shapes in ggml order, ne[0] first. E = n_head * d_head, K = n_head_kv * d_head. NULL where a model has none.
 struct layer_weights {
-    ggml_tensor * attn_norm;         // [n_embd]
-    ggml_tensor * wq, * wk, * wv;    // [n_embd, E], [n_embd, K], [n_embd, K]
-    ggml_tensor * bq, * bk, * bv;    // [E], [K], [K]; qwen2, some llama
-    ggml_tensor * q_norm, * k_norm;  // [d_head]; qwen3
-    ggml_tensor * wo, * bo;          // [E, n_embd], [n_embd]
-    ggml_tensor * ffn_norm;          // [n_embd]
-    ggml_tensor * gate, * up, * down; // [n_embd, n_ff], [n_embd, n_ff], [n_ff, n_embd]
-    ggml_tensor * gate_b, * up_b, * down_b;
+    ggml_tensor * attn_norm;       // [n_embd]
+    ggml_tensor *wq, *wk, *wv;     // [n_embd, E], [n_embd, K], [n_embd, K]
+    ggml_tensor *bq, *bk, *bv;     // [E], [K], [K]; qwen2, some llama
+    ggml_tensor *q_norm, *k_norm;  // [d_head]; qwen3
+    ggml_tensor *wo, *bo;          // [E, n_embd], [n_embd]
+    ggml_tensor * ffn_norm;        // [n_embd]
+    ggml_tensor *gate, *up, *down; // [n_embd, n_ff], [n_embd, n_ff], [n_ff, n_embd]
+    ggml_tensor *gate_b, *up_b, *down_b;
 };
 
 struct weights {

@@ -39,15 +39,15 @@ const actqkv_method & find_method(const char * name) {
 }
 
 actqkv_params default_params() {
-    actqkv_params p  = {};
-    p.method         = method_table().front();
-    p.n_threads      = 1;
-    p.n_window       = 256;
-    p.n_sink         = 64;
-    p.n_local        = 512;
+    actqkv_params p = {};
+    p.method = method_table().front();
+    p.n_threads = 1;
+    p.n_window = 256;
+    p.n_sink = 64;
+    p.n_local = 512;
     p.n_chunk_tokens = 32;
-    p.budget         = 2048;
-    p.kv_type        = GGML_TYPE_F16;
+    p.budget = 2048;
+    p.kv_type = GGML_TYPE_F16;
     return p;
 }
 

@@ -11,14 +11,14 @@ namespace actqkv {
 namespace {
 
 class stopwatch {
-  public:
+public:
     explicit stopwatch(planner_stage & stage) : stage(stage), start(std::chrono::steady_clock::now()) {}
     ~stopwatch() {
         stage.ms += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
     }
 
-  private:
-    planner_stage &                       stage;
+private:
+    planner_stage & stage;
     std::chrono::steady_clock::time_point start;
 };
 
@@ -35,8 +35,8 @@ void fold(const hparams & hp, int32_t kind, const float * query, std::vector<flo
     float * upper = folded.data() + (bounds ? hp.n_kv_channels() : 0);
     for (int h = 0; h < hp.n_head; h++) {
         for (int e = 0; e < d; e++) {
-            const float q  = query[h * d + e];
-            const int   at = (h / r) * d + e;
+            const float q = query[h * d + e];
+            const int at = (h / r) * d + e;
             if (bounds && q < 0.0f) {
                 folded[at] += q;
             } else {
@@ -50,15 +50,15 @@ void fold(const hparams & hp, int32_t kind, const float * query, std::vector<flo
 
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published) {
     const int64_t rest = n_layers_left - 1;
-    const double  sum  = std::accumulate(h, h + n_layers_left, 0.0);
-    const double  part = sum > 0.0 ? pool * h[0] / sum : (double) pool / n_layers_left;
+    const double sum = std::accumulate(h, h + n_layers_left, 0.0);
+    const double part = sum > 0.0 ? pool * h[0] / sum : (double) pool / n_layers_left;
     if (published) {
         return std::clamp<int64_t>(std::llround(part), std::min<int64_t>(32, 2 * k), 2 * k);
     }
-    const int64_t low  = std::min<int64_t>(n_chunks, (7 * k + 9) / 10); // ceil(0.7 k)
+    const int64_t low = std::min<int64_t>(n_chunks, (7 * k + 9) / 10); // ceil(0.7 k)
     const int64_t high = std::min<int64_t>(n_chunks, 2 * k);
     const int64_t at_least = std::max<int64_t>(low, pool - rest * high);
-    const int64_t at_most  = std::min<int64_t>(high, pool - rest * low);
+    const int64_t at_most = std::min<int64_t>(high, pool - rest * low);
     return std::clamp<int64_t>(std::llround(part), std::min(at_least, at_most), at_most);
 }
 
@@ -67,16 +67,16 @@ planner::planner(const hparams & hp, const actqkv_params & params)
       probe(hp.n_channels()) {}
 
 void planner::begin_window(const std::vector<layer_memory> & memory, int64_t n, bool decode) {
-    const bool    published = params.method.cutoff == ACTQKV_CUTOFF_PUBLISHED;
-    const int64_t k         = n_retrieved(params);
-    n_chunks                = n;
-    is_decode               = decode;
-    pool                    = hp.n_layer * (published ? k : std::min(k, n_chunks));
-    bool full               = true; // published: entropies count once every layer has N_ENTROPIES of them
+    const bool published = params.method.cutoff == ACTQKV_CUTOFF_PUBLISHED;
+    const int64_t k = n_retrieved(params);
+    n_chunks = n;
+    is_decode = decode;
+    pool = hp.n_layer * (published ? k : std::min(k, n_chunks));
+    bool full = true; // published: entropies count once every layer has N_ENTROPIES of them
     for (int il = 0; il < hp.n_layer; il++) {
         const std::vector<double> & h = memory[il].entropies;
-        mean_entropy[il]              = h.empty() ? 0.0 : std::accumulate(h.begin(), h.end(), 0.0) / h.size();
-        full                          = full && h.size() >= N_ENTROPIES;
+        mean_entropy[il] = h.empty() ? 0.0 : std::accumulate(h.begin(), h.end(), 0.0) / h.size();
+        full = full && h.size() >= N_ENTROPIES;
     }
     if (n_chunks <= 1) {
         std::fill(mean_entropy.begin(), mean_entropy.end(), 0.0); // equal shares
@@ -86,8 +86,8 @@ void planner::begin_window(const std::vector<layer_memory> & memory, int64_t n, 
 
 void planner::make_probe(layer_memory & memory, const float * q_far, int m, const observer & observe) {
     const stopwatch watch(probe_stage);
-    const int64_t   E    = hp.n_channels();
-    const int       impl = actqkv_impl_best(), threads = params.n_threads;
+    const int64_t E = hp.n_channels();
+    const int impl = actqkv_impl_best(), threads = params.n_threads;
     probe_stage.bytes += (uint64_t) m * E * sizeof(float);
     if (is_decode) {
         std::copy_n(q_far, E, probe.data());
@@ -100,7 +100,7 @@ void planner::make_probe(layer_memory & memory, const float * q_far, int m, cons
         actqkv_running running = memory.running();
         actqkv_probe_update(impl, &running, q_far, m, E, published, params.method.statistics_cap, threads);
         actqkv_probe_weights(impl, &running, q_far, m, E, bias.data(), weights.data(), threads);
-        memory.n_tokens  = running.n_tokens;
+        memory.n_tokens = running.n_tokens;
         memory.n_windows = running.n_windows;
         if (observe) {
             observe("mean", memory.mean.data(), E, 1, 1);
@@ -119,7 +119,7 @@ void planner::make_probe(layer_memory & memory, const float * q_far, int m, cons
 
 void planner::make_scores(int il, const layer_memory & memory, const kv_store & store) {
     const stopwatch watch(score_stage);
-    const auto      against = [&](const std::vector<float> & query, bool cosine, std::vector<float> & out) {
+    const auto against = [&](const std::vector<float> & query, bool cosine, std::vector<float> & out) {
         fold(hp, params.method.summary, query.data(), folded);
         const float norm = std::sqrt(std::inner_product(query.begin(), query.end(), query.begin(), 0.0f));
         out.resize(n_chunks);
@@ -138,8 +138,7 @@ void planner::make_scores(int il, const layer_memory & memory, const kv_store & 
 
 int64_t planner::n_granted(int il, layer_memory & memory, const observer & observe) {
     if (n_chunks > 1 && params.method.cutoff != ACTQKV_CUTOFF_NONE) {
-        const float h =
-            actqkv_entropy(actqkv_impl_best(), scores.data(), n_chunks, params.method.cutoff_temperature);
+        const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_chunks, params.method.cutoff_temperature);
         memory.entropies.push_back(h);
         if (memory.entropies.size() > N_ENTROPIES) {
             memory.entropies.erase(memory.entropies.begin());
@@ -162,7 +161,7 @@ int64_t planner::n_granted(int il, layer_memory & memory, const observer & obser
 // stored keys meet it.
 void planner::choose(int il, int64_t k, const kv_store & store, const float * stored_query) {
     const stopwatch watch(refine_stage);
-    const int64_t   n = is_decode ? std::min<int64_t>(n_chunks, k * params.method.refine) : k;
+    const int64_t n = is_decode ? std::min<int64_t>(n_chunks, k * params.method.refine) : k;
     candidates.resize(n);
     scratch.resize(n_chunks);
     actqkv_top_k(scores.data(), n_chunks, (int32_t) n, candidates.data(), scratch.data());
@@ -197,7 +196,7 @@ const std::vector<int32_t> & planner::plan(int il, layer_memory & memory, const 
         const int64_t k = n_granted(il, memory, observe);
         choose(il, k, store, params.method.positions == ACTQKV_POSITIONS_EXACT ? q_near : q_far);
         if (observe) {
-            const float              share = (float) k;
+            const float share = (float) k;
             const std::vector<float> ids(chosen.begin(), chosen.end());
             observe("probe", probe.data(), (int64_t) probe.size(), 1, 1);
             observe("scores", scores.data(), n_chunks, 1, 1);

@@ -11,15 +11,15 @@ namespace actqkv {
 
 // What a layer has learnt from the history; part of every checkpoint and state.
 struct layer_memory {
-    std::vector<float>  mean, var;       // [E] running statistics of far queries
-    double              n_tokens  = 0;   // seen by them, capped
-    int64_t             n_windows = 0;
-    std::vector<double> entropies;       // of the last N_ENTROPIES windows, oldest first
-    std::vector<float>  question;        // [E] mean of the most attended question queries; empty: none
-    std::vector<float>  asked_queries;   // [n][E] far queries of the question's tokens ...
-    std::vector<float>  asked_attention; // [n] ... and the attention they received in their window
+    std::vector<float> mean, var; // [E] running statistics of far queries
+    double n_tokens = 0;          // seen by them, capped
+    int64_t n_windows = 0;
+    std::vector<double> entropies;      // of the last N_ENTROPIES windows, oldest first
+    std::vector<float> question;        // [E] mean of the most attended question queries; empty: none
+    std::vector<float> asked_queries;   // [n][E] far queries of the question's tokens ...
+    std::vector<float> asked_attention; // [n] ... and the attention they received in their window
 
-    actqkv_running running() { return { mean.data(), var.data(), n_tokens, n_windows }; }
+    actqkv_running running() { return {mean.data(), var.data(), n_tokens, n_windows}; }
 };
 
 constexpr size_t N_ENTROPIES = 100; // windows over which a layer's entropy is averaged
@@ -31,10 +31,13 @@ using observer = std::function<void(const char * name, const float * data, int64
 // one on. published: clamp to [32, 2k] whatever the pool and the chunks say.
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published);
 
-struct planner_stage { double ms; uint64_t bytes; };
+struct planner_stage {
+    double ms;
+    uint64_t bytes;
+};
 
 class planner {
-  public:
+public:
     planner(const hparams & hp, const actqkv_params & params);
 
     // Before the first layer of a window.
@@ -46,22 +49,22 @@ class planner {
 
     planner_stage probe_stage = {}, score_stage = {}, refine_stage = {};
 
-  private:
-    void    make_probe(layer_memory & memory, const float * q_far, int m, const observer & observe);
-    void    make_scores(int il, const layer_memory & memory, const kv_store & store);
-    void    choose(int il, int64_t k, const kv_store & store, const float * stored_query);
+private:
+    void make_probe(layer_memory & memory, const float * q_far, int m, const observer & observe);
+    void make_scores(int il, const layer_memory & memory, const kv_store & store);
+    void choose(int il, int64_t k, const kv_store & store, const float * stored_query);
     int64_t n_granted(int il, layer_memory & memory, const observer & observe);
 
-    const hparams &       hp;
+    const hparams & hp;
     const actqkv_params & params;
-    int64_t               n_chunks     = 0;
-    bool                  is_decode    = false;
-    bool                  equal_shares = true; // of this window's layers, whatever their entropies
-    int64_t               pool         = 0;
-    std::vector<double>   mean_entropy; // [n_layer]
-    std::vector<float>    bias, weights, probe, folded, scores, question_scores;
-    std::vector<float>    refined;
-    std::vector<int32_t>  chosen, candidates, scratch;
+    int64_t n_chunks = 0;
+    bool is_decode = false;
+    bool equal_shares = true; // of this window's layers, whatever their entropies
+    int64_t pool = 0;
+    std::vector<double> mean_entropy; // [n_layer]
+    std::vector<float> bias, weights, probe, folded, scores, question_scores;
+    std::vector<float> refined;
+    std::vector<int32_t> chosen, candidates, scratch;
 };
 
 } // namespace actqkv

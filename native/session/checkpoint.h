@@ -10,24 +10,24 @@
 namespace actqkv {
 
 struct checkpoint {
-    int64_t                   n_past   = 0;
-    int64_t                   n_closed = 0;
-    bool                      pinned   = false; // asked for by the caller
+    int64_t n_past = 0;
+    int64_t n_closed = 0;
+    bool pinned = false; // asked for by the caller
     std::vector<layer_memory> memory;
-    recent_state              recent;
+    recent_state recent;
 };
 
-constexpr size_t N_CHECKPOINTS        = 8;
+constexpr size_t N_CHECKPOINTS = 8;
 constexpr size_t N_PINNED_CHECKPOINTS = 4;
 
 class checkpoints {
-  public:
+public:
     void add(checkpoint && c) {
         const auto at = std::lower_bound(all.begin(), all.end(), c.n_past,
                                          [](const checkpoint & x, int64_t n) { return x.n_past < n; });
         if (at != all.end() && at->n_past == c.n_past) {
             c.pinned = c.pinned || at->pinned;
-            *at      = std::move(c);
+            *at = std::move(c);
         } else {
             all.insert(at, std::move(c));
         }
@@ -50,7 +50,7 @@ class checkpoints {
 
     const std::vector<checkpoint> & list() const { return all; }
 
-  private:
+private:
     // Keeps the last two, the newest pinned ones, and the others the denser the nearer to the end.
     void thin() {
         size_t n_pinned = 0;
@@ -61,14 +61,14 @@ class checkpoints {
         if (all.size() <= N_CHECKPOINTS) {
             return;
         }
-        const double end    = (double) all.back().n_past;
-        size_t       victim = 0;
-        double       least  = 1e300;
+        const double end = (double) all.back().n_past;
+        size_t victim = 0;
+        double least = 1e300;
         for (size_t i = 0; i + 2 < all.size(); i++) {
             const double before = i == 0 ? 0.0 : (double) all[i - 1].n_past;
-            const double worth  = (all[i + 1].n_past - before) / (end - all[i].n_past + 1.0);
+            const double worth = (all[i + 1].n_past - before) / (end - all[i].n_past + 1.0);
             if (!all[i].pinned && worth < least) {
-                least  = worth;
+                least = worth;
                 victim = i;
             }
         }

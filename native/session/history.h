@@ -13,7 +13,7 @@ namespace actqkv {
 
 struct history {
     std::vector<int32_t> tokens;
-    std::vector<int8_t>  phases; // enum actqkv_phase
+    std::vector<int8_t> phases; // enum actqkv_phase
 
     int64_t size() const { return (int64_t) tokens.size(); }
 

@@ -20,10 +20,10 @@ double now_ms() {
 
 // Long readings keep a checkpoint at window boundaries this many tokens apart, before thinning.
 constexpr int64_t CHECKPOINT_TOKENS = 4096;
-constexpr int     N_QUESTION_QUERIES = 4; // ALGORITHMS.md 3.4
+constexpr int N_QUESTION_QUERIES = 4; // ALGORITHMS.md 3.4
 
 uint64_t scratch_bytes(const hparams & hp, const actqkv_params & p) {
-    const bool    all  = p.method.prefill == ACTQKV_RETRIEVE_ALL || p.method.decode == ACTQKV_RETRIEVE_ALL;
+    const bool all = p.method.prefill == ACTQKV_RETRIEVE_ALL || p.method.decode == ACTQKV_RETRIEVE_ALL;
     const int64_t some = 2 * (int64_t) p.budget + 2 * p.n_chunk_tokens + p.n_window;
     const int64_t keys = all ? p.n_ctx : std::min<int64_t>(p.n_ctx, some);
     return actqkv_attend_scratch(hp.n_head, hp.n_head_kv, hp.d_head, p.n_window, keys + p.n_window, p.n_threads);
@@ -36,7 +36,7 @@ session::session(const llama_model * model, const actqkv_params & wanted)
       store(hp, params), plans(hp, params), graph(hp, tensors, params.n_window, params.n_local, params.n_threads),
       memory(hp.n_layer) {
     const size_t kv = (size_t) params.n_window * hp.n_kv_channels();
-    for (auto * buffer : { &k_near, &k_far, &v }) {
+    for (auto * buffer : {&k_near, &k_far, &v}) {
         buffer->resize(kv);
     }
     sums.resize(store.summarises() ? (size_t) hp.n_head * (params.n_local + params.n_window) : 0);
@@ -44,17 +44,18 @@ session::session(const llama_model * model, const actqkv_params & wanted)
 }
 
 actqkv_memory session::memory_plan(const llama_model * model, const actqkv_params & wanted) {
-    const hparams       hp     = read_hparams(model);
+    const hparams hp = read_hparams(model);
     const actqkv_params params = resolve_params(wanted, hp);
-    const weights       w      = read_weights(model, hp);
-    actqkv_memory       plan   = {};
+    const weights w = read_weights(model, hp);
+    actqkv_memory plan = {};
     kv_store::add_memory(hp, params, plan);
-    const kv_layout shape  = kv_store::layout_for(hp, params);
-    const uint64_t  recent = shape.recent_tokens() * (shape.token_stride() * sizeof(actqkv_f16) +
-                                                     hp.n_head * sizeof(float)) + 2 * hp.n_channels() * sizeof(float);
-    const uint64_t  n_ff   = w.layers[0].up->ne[1];
-    plan.checkpoint_bytes  = N_CHECKPOINTS * hp.n_layer * recent;
-    plan.compute_bytes     = scratch_bytes(hp, params) +
+    const kv_layout shape = kv_store::layout_for(hp, params);
+    const uint64_t recent =
+        shape.recent_tokens() * (shape.token_stride() * sizeof(actqkv_f16) + hp.n_head * sizeof(float)) +
+        2 * hp.n_channels() * sizeof(float);
+    const uint64_t n_ff = w.layers[0].up->ne[1];
+    plan.checkpoint_bytes = N_CHECKPOINTS * hp.n_layer * recent;
+    plan.compute_bytes = scratch_bytes(hp, params) +
                          params.n_window * sizeof(float) * (6 * hp.n_channels() + 3 * hp.n_embd + 4 * n_ff) +
                          sizeof(float) * hp.n_vocab;
     return plan;
@@ -65,8 +66,8 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
 void session::check_tokens(const int32_t * more, int64_t n) const {
     for (int64_t i = 0; i < n; i++) {
         if (more[i] < 0 || more[i] >= hp.n_vocab) {
-            throw error(ACTQKV_ERR_ARGUMENT, format("token %lld is %d, expected 0 to %d", (long long) i, more[i],
-                                                    hp.n_vocab - 1));
+            throw error(ACTQKV_ERR_ARGUMENT,
+                        format("token %lld is %d, expected 0 to %d", (long long) i, more[i], hp.n_vocab - 1));
         }
     }
     if (tokens.size() + n > params.n_ctx) {
@@ -80,7 +81,8 @@ bool session::decode(const int32_t * more, int64_t n, int32_t phase, float * log
     const int64_t before = tokens.size();
     tokens.append(more, n, phase);
     try {
-        if (before < tokens.size() && n_done == before && before > 0 && !tokens.starts_window(before, params.n_window)) {
+        if (before < tokens.size() && n_done == before && before > 0 &&
+            !tokens.starts_window(before, params.n_window)) {
             restore(before - 1); // the unfinished window is read again, together with the new tokens
         }
         if (run_pending(logits, n_logits)) {
@@ -98,11 +100,11 @@ bool session::decode(const int32_t * more, int64_t n, int32_t phase, float * log
 bool session::run_pending(float * logits, int64_t n_logits) {
     const int64_t start = n_done, total = tokens.size(), first_out = total - n_logits;
     while (n_done < total) {
-        const int64_t end    = tokens.window_end(n_done, params.n_window);
-        const int8_t  phase  = tokens.phases[n_done];
-        const window  w      = { n_done, (int) (end - n_done), phase == ACTQKV_DECODE, phase == ACTQKV_QUESTION,
-                                 (int) std::max<int64_t>(0, end - std::max(first_out, n_done)) };
-        const double  before = now_ms();
+        const int64_t end = tokens.window_end(n_done, params.n_window);
+        const int8_t phase = tokens.phases[n_done];
+        const window w = {n_done, (int) (end - n_done), phase == ACTQKV_DECODE, phase == ACTQKV_QUESTION,
+                          (int) std::max<int64_t>(0, end - std::max(first_out, n_done))};
+        const double before = now_ms();
         before_window(w);
         run_window(w);
         n_done = end;
@@ -127,7 +129,7 @@ void session::run_window(const window & w) {
     counts.summarize.ms += now_ms() - start;
     const window_tensors & io = graph.io();
     for (int i = 0; i < w.m; i++) {
-        io.token[i]    = tokens.tokens[w.first + i];
+        io.token[i] = tokens.tokens[w.first + i];
         io.position[i] = (int32_t) (w.first + i);
     }
     graph.prepare(w.m, w.n_out);
@@ -145,7 +147,7 @@ void session::run_window(const window & w) {
 
 void session::run_layer(const window & w, int il) {
     const window_tensors & io = graph.io();
-    double                 t0 = now_ms();
+    double t0 = now_ms();
     graph.run(il);
     counts.graph.ms += now_ms() - t0;
     counts.graph.bytes += graph.segment_bytes(il);
@@ -167,13 +169,13 @@ void session::run_layer(const window & w, int il) {
         observe("out", io.attn, hp.n_channels(), w.m, 1);
     }
 
-    t0                   = now_ms();
+    t0 = now_ms();
     const int64_t stride = (int64_t) w.m * hp.d_head;
     store.append(il, w.first, w.m, k_near.data(), k_far.data(), v.data(), stride);
     if (store.summarises()) {
         store.clear_sums(il, w.first, w.first + w.m);
         const int64_t from = std::max<int64_t>(summed_from, params.n_sink); // a window may begin among the sinks
-        const int64_t n    = w.first + w.m - from;
+        const int64_t n = w.first + w.m - from;
         if (n > 0) {
             store.add_sums(il, from, n, sums.data() + (from - summed_from), params.n_local + params.n_window);
         }
@@ -188,8 +190,8 @@ void session::run_layer(const window & w, int il) {
 // The window's keys and values as the store holds them: f16, [G][m][d].
 void session::convert_window(int m) {
     const window_tensors & io = graph.io();
-    const int              d = hp.d_head, G = hp.n_head_kv, impl = actqkv_impl_best();
-    const auto             convert = [&](const float * from, actqkv_f16 * to) {
+    const int d = hp.d_head, G = hp.n_head_kv, impl = actqkv_impl_best();
+    const auto convert = [&](const float * from, actqkv_f16 * to) {
         for (int g = 0; g < G; g++) {
             for (int i = 0; i < m; i++) {
                 actqkv_to_f16(impl, from + ((int64_t) i * G + g) * d, to + ((int64_t) g * m + i) * d, d);
@@ -204,8 +206,8 @@ void session::convert_window(int m) {
 // Sinks, the plan's chunks, then every token that is in no closed chunk: remainder up to local, and local.
 void session::make_spans(const window & w, int il, const std::vector<int32_t> & plan) {
     const kv_layout & shape = store.layout();
-    const int64_t     local = std::max<int64_t>(0, w.first - params.n_local);
-    const int64_t     open  = shape.block_first(store.n_closed() + 1);
+    const int64_t local = std::max<int64_t>(0, w.first - params.n_local);
+    const int64_t open = shape.block_first(store.n_closed() + 1);
     spans.clear();
     const auto add = [&](int64_t block, int64_t first, int64_t last) {
         if (first < last) {
@@ -216,11 +218,11 @@ void session::make_spans(const window & w, int il, const std::vector<int32_t> & 
     for (const int32_t chunk : plan) {
         add(chunk + 1, shape.block_first(chunk + 1), shape.block_first(chunk + 2));
     }
-    summed_from  = std::max(open, local);
+    summed_from = std::max(open, local);
     first_summed = -1;
     for (int64_t first = open; first < w.first;) {
         const int64_t block = shape.block_of(first);
-        int64_t       last  = std::min(w.first, shape.block_first(block + 1));
+        int64_t last = std::min(w.first, shape.block_first(block + 1));
         if (first < local && local < last) {
             last = local; // the remainder has left local: its weights are no longer summed
         }
@@ -232,33 +234,33 @@ void session::make_spans(const window & w, int il, const std::vector<int32_t> & 
     }
     if (first_summed < 0) { // nothing but the window itself
         first_summed = (int) spans.size();
-        summed_from  = w.first;
+        summed_from = w.first;
     }
 }
 
 void session::attend(const window & w) {
-    const window_tensors & io   = graph.io();
-    actqkv_attend_args     args = {};
-    args.n_head                 = hp.n_head;
-    args.n_head_kv              = hp.n_head_kv;
-    args.d_head                 = hp.d_head;
-    args.m                      = w.m;
-    args.n_past                 = w.first;
-    args.n_clamp                = params.n_local;
-    args.scale                  = hp.attn_scale;
-    args.q_near                 = io.q_near;
-    args.q_far                  = io.q_far;
-    args.spans                  = spans.data();
-    args.n_spans                = (int32_t) spans.size();
-    args.k_window               = k_near.data();
-    args.v_window               = v.data();
-    args.window_stride          = (int64_t) w.m * hp.d_head;
-    args.out                    = io.attn;
-    args.first_summed           = first_summed;
-    args.weight_sums            = store.summarises() ? sums.data() : nullptr;
-    args.sum_stride             = params.n_local + params.n_window;
-    args.n_threads              = params.n_threads;
-    args.scratch                = scratch.data() + (64 - (uintptr_t) scratch.data() % 64) % 64;
+    const window_tensors & io = graph.io();
+    actqkv_attend_args args = {};
+    args.n_head = hp.n_head;
+    args.n_head_kv = hp.n_head_kv;
+    args.d_head = hp.d_head;
+    args.m = w.m;
+    args.n_past = w.first;
+    args.n_clamp = params.n_local;
+    args.scale = hp.attn_scale;
+    args.q_near = io.q_near;
+    args.q_far = io.q_far;
+    args.spans = spans.data();
+    args.n_spans = (int32_t) spans.size();
+    args.k_window = k_near.data();
+    args.v_window = v.data();
+    args.window_stride = (int64_t) w.m * hp.d_head;
+    args.out = io.attn;
+    args.first_summed = first_summed;
+    args.weight_sums = store.summarises() ? sums.data() : nullptr;
+    args.sum_stride = params.n_local + params.n_window;
+    args.n_threads = params.n_threads;
+    args.scratch = scratch.data() + (64 - (uintptr_t) scratch.data() % 64) % 64;
     if (recording) {
         span_mass.resize(spans.size());
         args.span_mass = span_mass.data();
@@ -320,25 +322,23 @@ observer session::observer_of(int il, int64_t n_past) const {
         return {};
     }
     return [this, il, n_past](const char * name, const float * data, int64_t ne0, int64_t ne1, int64_t ne2) {
-        const int64_t ne[3] = { ne0, ne1, ne2 };
+        const int64_t ne[3] = {ne0, ne1, ne2};
         watcher(watcher_user, name, il, n_past, data, ne);
     };
 }
 
 // ---- checkpoints and rewind
 
-checkpoint session::make_checkpoint() const {
-    return { n_done, store.n_closed(), false, memory, store.save_recent() };
-}
+checkpoint session::make_checkpoint() const { return {n_done, store.n_closed(), false, memory, store.save_recent()}; }
 
 // Before a window that may have to be read again (an unfinished one), and now and then in a long reading.
 void session::before_window(const window & w) {
     if (w.decode) {
         return;
     }
-    const int64_t end        = w.first + w.m;
-    const bool    unfinished = end == tokens.size() && end % params.n_window != 0;
-    const bool    due        = w.first / CHECKPOINT_TOKENS != (w.first - params.n_window) / CHECKPOINT_TOKENS;
+    const int64_t end = w.first + w.m;
+    const bool unfinished = end == tokens.size() && end % params.n_window != 0;
+    const bool due = w.first / CHECKPOINT_TOKENS != (w.first - params.n_window) / CHECKPOINT_TOKENS;
     if (w.first > 0 && (unfinished || due)) {
         saved.add(make_checkpoint());
     }
@@ -346,7 +346,7 @@ void session::before_window(const window & w) {
 
 void session::keep_checkpoint() {
     checkpoint c = make_checkpoint();
-    c.pinned     = true;
+    c.pinned = true;
     saved.add(std::move(c));
 }
 
@@ -394,17 +394,17 @@ std::vector<double> session::end_sources() {
 }
 
 actqkv_stats session::stats() const {
-    actqkv_stats s         = counts;
+    actqkv_stats s = counts;
     s.attended_tokens_mean = attended_n > 0 ? counts.attended_tokens_mean / attended_n : 0.0;
-    s.probe                = { plans.probe_stage.ms, plans.probe_stage.bytes };
-    s.score                = { plans.score_stage.ms, plans.score_stage.bytes };
-    s.refine               = { plans.refine_stage.ms, plans.refine_stage.bytes };
+    s.probe = {plans.probe_stage.ms, plans.probe_stage.bytes};
+    s.score = {plans.score_stage.ms, plans.score_stage.bytes};
+    s.refine = {plans.refine_stage.ms, plans.refine_stage.bytes};
     return s;
 }
 
 void session::reset_stats() {
-    counts            = {};
-    attended_n        = 0;
+    counts = {};
+    attended_n = 0;
     plans.probe_stage = plans.score_stage = plans.refine_stage = {};
 }
 

@@ -14,88 +14,88 @@
 namespace actqkv {
 
 class session {
-  public:
+public:
     session(const llama_model * model, const actqkv_params & params);
 
     static actqkv_memory memory_plan(const llama_model * model, const actqkv_params & params);
 
     const actqkv_params & parameters() const { return params; }
-    const history &       past() const { return tokens; }
-    int64_t               n_chunks() const { return store.n_closed(); }
-    int64_t               n_vocab() const { return hp.n_vocab; }
+    const history & past() const { return tokens; }
+    int64_t n_chunks() const { return store.n_closed(); }
+    int64_t n_vocab() const { return hp.n_vocab; }
 
     // Appends tokens and computes; see actqkv_decode. Returns false when the progress callback said stop.
     bool decode(const int32_t * more, int64_t n, int32_t phase, float * logits, int64_t n_logits);
     void rewind(int64_t n_past);
     void keep_checkpoint();
 
-    void              begin_sources();
+    void begin_sources();
     std::vector<double> end_sources();
 
     actqkv_stats stats() const;
-    void         reset_stats();
+    void reset_stats();
 
     // state.cpp
     uint64_t state_size() const;
-    void     state_get(uint8_t * data, uint64_t size) const;
-    void     state_set(const uint8_t * data, uint64_t size);
+    void state_get(uint8_t * data, uint64_t size) const;
+    void state_set(const uint8_t * data, uint64_t size);
 
-    actqkv_progress_fn progress      = nullptr;
-    void *             progress_user = nullptr;
-    actqkv_observe_fn  watcher       = nullptr;
-    void *             watcher_user  = nullptr;
+    actqkv_progress_fn progress = nullptr;
+    void * progress_user = nullptr;
+    actqkv_observe_fn watcher = nullptr;
+    void * watcher_user = nullptr;
 
-  private:
+private:
     struct window {
         int64_t first;
-        int     m;
-        bool    decode;
-        bool    question;
-        int     n_out; // logits of the last n_out tokens
+        int m;
+        bool decode;
+        bool question;
+        int n_out; // logits of the last n_out tokens
     };
 
-    void     check_tokens(const int32_t * more, int64_t n) const;
-    bool     run_pending(float * logits, int64_t n_logits);
-    void     run_window(const window & w);
-    void     run_layer(const window & w, int il);
-    void     make_spans(const window & w, int il, const std::vector<int32_t> & plan);
-    void     attend(const window & w);
-    void     count_attended(const window & w);
-    void     convert_window(int m);
-    void     learn_question(const window & w, int il);
+    void check_tokens(const int32_t * more, int64_t n) const;
+    bool run_pending(float * logits, int64_t n_logits);
+    void run_window(const window & w);
+    void run_layer(const window & w, int il);
+    void make_spans(const window & w, int il, const std::vector<int32_t> & plan);
+    void attend(const window & w);
+    void count_attended(const window & w);
+    void convert_window(int m);
+    void learn_question(const window & w, int il);
     observer observer_of(int il, int64_t n_past) const;
 
     checkpoint make_checkpoint() const;
-    void       restore(int64_t limit);
-    void       before_window(const window & w);
+    void restore(int64_t limit);
+    void before_window(const window & w);
 
-    const llama_model *       model;
-    hparams                   hp;
-    actqkv_params             params;
-    weights                   tensors;
-    kv_store                  store;
-    planner                   plans;
-    runner                    graph;
+    const llama_model * model;
+    hparams hp;
+    actqkv_params params;
+    weights tensors;
+    kv_store store;
+    planner plans;
+    runner graph;
     std::vector<layer_memory> memory; // [n_layer]
-    checkpoints               saved;
+    checkpoints saved;
 
     history tokens;
     int64_t n_done = 0; // tokens whose KV and statistics are in place; the rest of the history is pending
 
     // Buffers of the current window.
-    std::vector<actqkv_f16>  k_near, k_far, v;  // [G][n_window][d]
+    std::vector<actqkv_f16> k_near, k_far, v; // [G][n_window][d]
     std::vector<actqkv_span> spans;
-    int                      first_summed = 0;  // first of the spans whose weights are summed
-    int64_t                  summed_from  = 0;  // its first token
-    std::vector<float>       sums;              // [H][n_local + n_window]
-    std::vector<double>      span_mass;
-    std::vector<uint8_t>     scratch;
+    int first_summed = 0;    // first of the spans whose weights are summed
+    int64_t summed_from = 0; // its first token
+    std::vector<float> sums; // [H][n_local + n_window]
+    std::vector<double> span_mass;
+    std::vector<uint8_t> scratch;
 
-    bool                recording = false;
+    bool recording = false;
     std::vector<double> source_mass; // [block]
 
-    actqkv_stats counts     = {};
-    double       attended_n = 0; // queries x layers behind attended_tokens_mean
+    actqkv_stats counts = {};
+    double attended_n = 0; // queries x layers behind attended_tokens_mean
 };
 
 } // namespace actqkv

@@ -22,7 +22,7 @@
 namespace actqkv {
 namespace {
 
-constexpr uint64_t MAGIC   = 0x4554415453564B41; // "AKVSTATE"
+constexpr uint64_t MAGIC = 0x4554415453564B41; // "AKVSTATE"
 constexpr uint32_t VERSION = 1;
 
 uint64_t mix(uint64_t hash, uint64_t word) {
@@ -32,7 +32,7 @@ uint64_t mix(uint64_t hash, uint64_t word) {
 
 uint64_t checksum(const uint8_t * data, uint64_t size) {
     uint64_t hash = size;
-    uint64_t i    = 0;
+    uint64_t i = 0;
     for (; i + 8 <= size; i += 8) {
         uint64_t word;
         memcpy(&word, data + i, 8);
@@ -46,7 +46,7 @@ uint64_t checksum(const uint8_t * data, uint64_t size) {
 
 uint64_t fingerprint(const llama_model * model, const hparams & hp) {
     uint64_t hash = checksum((const uint8_t *) hp.arch.data(), hp.arch.size());
-    for (const int64_t n : { hp.n_layer, hp.n_embd, hp.n_head, hp.n_head_kv, hp.d_head, hp.n_vocab, hp.n_ctx_train }) {
+    for (const int64_t n : {hp.n_layer, hp.n_embd, hp.n_head, hp.n_head_kv, hp.d_head, hp.n_vocab, hp.n_ctx_train}) {
         hash = mix(hash, (uint64_t) n);
     }
     return mix(mix(hash, llama_model_size(model)), llama_model_n_params(model));
@@ -55,7 +55,7 @@ uint64_t fingerprint(const llama_model * model, const hparams & hp) {
 // Counts bytes when `to` is NULL, else writes them.
 struct writer {
     uint8_t * to;
-    uint64_t  used = 0;
+    uint64_t used = 0;
 
     void raw(const void * data, uint64_t bytes) {
         if (to != nullptr && bytes > 0) {
@@ -72,8 +72,8 @@ struct writer {
 
 struct reader {
     const uint8_t * from;
-    uint64_t        size;
-    uint64_t        used = 0;
+    uint64_t size;
+    uint64_t used = 0;
 
     void require(uint64_t bytes) const {
         if (bytes > size - used) {
@@ -128,11 +128,11 @@ void write_memory(writer & out, const std::vector<layer_memory> & memory) {
 
 std::vector<layer_memory> read_memory(reader & in, const hparams & hp, int64_t n_tokens) {
     std::vector<layer_memory> memory(hp.n_layer);
-    const uint64_t            E = hp.n_channels();
+    const uint64_t E = hp.n_channels();
     for (layer_memory & l : memory) {
         in.array(l.mean, E, true);
         in.array(l.var, E, true);
-        l.n_tokens  = in.value<double>();
+        l.n_tokens = in.value<double>();
         l.n_windows = in.value<int64_t>();
         in.array_up_to(l.entropies, N_ENTROPIES);
         in.array(l.question, E, true);
@@ -155,7 +155,7 @@ recent_state read_recent(reader & in, const recent_state & like) {
 }
 
 bool same_method(actqkv_params a, const actqkv_params & b) {
-    a.n_ctx     = b.n_ctx;
+    a.n_ctx = b.n_ctx;
     a.n_threads = b.n_threads;
     return memcmp(&a, &b, sizeof(a)) == 0;
 }
@@ -210,7 +210,7 @@ void check_blob(const uint8_t * data, uint64_t size) {
 } // namespace
 
 uint64_t session::state_size() const {
-    writer out = { nullptr };
+    writer out = {nullptr};
     write_state(out, model, hp, params, tokens, n_done, store, memory, saved);
     return out.used;
 }
@@ -221,14 +221,14 @@ void session::state_get(uint8_t * data, uint64_t size) const {
         throw error(ACTQKV_ERR_ARGUMENT, format("the buffer has %llu bytes, expected %llu", (unsigned long long) size,
                                                 (unsigned long long) needed));
     }
-    writer out = { data };
+    writer out = {data};
     write_state(out, model, hp, params, tokens, n_done, store, memory, saved);
 }
 
 void session::state_set(const uint8_t * data, uint64_t size) {
     check_blob(data, size);
-    reader in = { data, size - 8 };
-    in.used   = 16;
+    reader in = {data, size - 8};
+    in.used = 16;
     if (in.value<uint64_t>() != fingerprint(model, hp)) {
         throw error(ACTQKV_ERR_STATE, "state is of another model");
     }
@@ -254,16 +254,16 @@ void session::state_set(const uint8_t * data, uint64_t size) {
             throw error(ACTQKV_ERR_STATE, format("state is inconsistent at token %lld", (long long) i));
         }
     }
-    const recent_state        like       = store.save_recent();
+    const recent_state like = store.save_recent();
     std::vector<layer_memory> new_memory = read_memory(in, hp, n);
-    const recent_state        new_recent = read_recent(in, like);
-    checkpoints               new_saved;
-    const uint64_t            n_saved = in.value<uint64_t>();
+    const recent_state new_recent = read_recent(in, like);
+    checkpoints new_saved;
+    const uint64_t n_saved = in.value<uint64_t>();
     for (uint64_t i = 0; i < n_saved; i++) {
         checkpoint c;
-        c.n_past   = in.value<int64_t>();
+        c.n_past = in.value<int64_t>();
         c.n_closed = in.value<int64_t>();
-        c.pinned   = in.value<uint8_t>() != 0;
+        c.pinned = in.value<uint8_t>() != 0;
         if (c.n_past < 0 || c.n_past > done || c.n_closed < 0 || c.n_closed > closed ||
             c.n_closed > store.layout().n_chunks_max(c.n_past)) {
             throw error(ACTQKV_ERR_STATE, "state is inconsistent: a checkpoint lies behind its end");
@@ -286,7 +286,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
 
     tokens = std::move(read);
     memory = std::move(new_memory);
-    saved  = std::move(new_saved);
+    saved = std::move(new_saved);
     n_done = done;
     store.restore_recent(new_recent, closed);
     for (int il = 0; il < hp.n_layer; il++) {
