@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 FAILED = 1
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
-# First row that matches wins. "{}" is the exception's own text; a hint of None means the exception's own hint.
+# First row that matches wins. "{}" is the exception's own text; a hint of None is the exception's own, or _HINT.
+_HINT = "--help lists the options and their defaults"
 _TABLE: tuple[tuple[type[BaseException], str, str | None], ...] = (
     (ContextError, "{}", "use a larger --ctx, a shorter document or a smaller --max-tokens"),
     (MemoryPlanError, "{}", "use a smaller --ctx or a shorter document, or free some memory"),
@@ -31,13 +33,23 @@ _TABLE: tuple[tuple[type[BaseException], str, str | None], ...] = (
     (Exception, "unexpected {kind}: {}", "this is a defect of actqkv: please report it with the output of --verbose"),
 )
 
+_OPTIONS = {
+    "n_ctx": "--ctx",
+    "budget": "--budget",
+    "n_sink": "--sink",
+    "n_local": "--local",
+    "n_chunk_tokens": "--chunk",
+    "kv_type": "--kv-type",
+    "max_tokens": "--max-tokens",
+}
 
-def explain(error: BaseException) -> tuple[str, str | None]:
+
+def explain(error: BaseException) -> tuple[str, str]:
     """Message and hint of an exception, each one line."""
     for kind, message, hint in _TABLE:
         if isinstance(error, kind):
             text = message.format(_text(error), kind=type(error).__name__)
-            return _one_line(text), _one_line(hint or getattr(error, "hint", None) or "") or None
+            return _one_line(_as_options(text)), _one_line(hint or _as_options(getattr(error, "hint", None) or _HINT))
     raise error
 
 
@@ -72,6 +84,11 @@ def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def _as_options(text: str) -> str:
+    """Parameters of the library by the names that they have on the command line."""
+    return re.sub(r"\b(" + "|".join(_OPTIONS) + r")\b", lambda found: _OPTIONS[found[0]], text)
 
 
 def _one_line(text: str) -> str:

@@ -101,10 +101,9 @@ class Output:
         elif answer.finish_reason == "cancelled":
             self.note("stopped")
 
-    def error(self, message: str, hint: str | None) -> None:
+    def error(self, message: str, hint: str) -> None:
         self._err.print(Text.assemble(("error: ", "bold red"), message.translate(_NO_CONTROL)))
-        if hint:
-            self._err.print(Text.assemble(("hint: ", "bold"), hint.translate(_NO_CONTROL)))
+        self._err.print(Text.assemble(("hint: ", "bold"), hint.translate(_NO_CONTROL)))
 
     def raw_error(self, text: str) -> None:
         self._err.print(Text(text))

@@ -142,7 +142,7 @@ class Repl:
     def sources(self, rest: str) -> None:
         answer = self._last_answer()
         if not answer.sources:
-            self._output.note("no passages: no document was read before the answer")
+            self._output.note("no passages are known of the last answer")
         self._output.sources(answer.sources)
 
     def stats(self, rest: str) -> None:

@@ -17,7 +17,7 @@ from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._options import EngineOptions
 from actqkv_cpp.cli._output import Output, Progress, clock, human_bytes
 from actqkv_cpp.config import Retrieval
-from actqkv_cpp.errors import Cancelled, DocumentError, MemoryPlanError, unknown_name
+from actqkv_cpp.errors import Cancelled, DocumentError, MemoryPlanError, ParameterError, unknown_name
 from actqkv_cpp.reader import TextFile
 
 if TYPE_CHECKING:
@@ -134,6 +134,13 @@ def _silence_llama_cpp() -> Any:
 def _retrieval(options: EngineOptions) -> Retrieval:
     if options.method not in (known := actqkv_cpp.methods()):
         raise unknown_name("method", options.method, known)
+    least = options.sink + options.local + options.chunk
+    if options.budget < least:
+        raise ParameterError(
+            f"budget {options.budget:,} is less than n_sink {options.sink:,} + n_local {options.local:,} "
+            f"+ one chunk of {options.chunk:,}",
+            f"use a budget of {least:,} or more, or lower the others",
+        )
     return Retrieval(
         method=options.method,
         budget=options.budget,

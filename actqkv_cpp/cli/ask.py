@@ -75,36 +75,46 @@ def ask(
       actqkv ask model.gguf -d book.txt --questions questions.txt --json > answers.json
     """
     output = Output(quiet=quiet, verbose=verbose)
-    path, asked = _split(([model] if model is not None else []) + (questions or []))
-    if not asked and questions_file is None:
-        raise typer.BadParameter("ask at least one question")
-    engine = o.EngineOptions(
-        model=path,
-        ctx=ctx,
-        budget=budget,
-        sink=sink,
-        local=local,
-        chunk=chunk,
-        method=method,
-        kv_type=kv_type,
-        gpu_layers=gpu_layers,
-        threads=threads,
-        system=system,
-        verbose=verbose,
-    )
-    sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
     with reported(output):
+        path, asked = _split(([model] if model is not None else []) + (questions or []))
         if questions_file is not None:
             asked += _load_questions(questions_file)
+        if not asked:
+            raise typer.BadParameter("ask at least one question")
+        engine = o.EngineOptions(
+            model=path,
+            ctx=ctx,
+            budget=budget,
+            sink=sink,
+            local=local,
+            chunk=chunk,
+            method=method,
+            kv_type=kv_type,
+            gpu_layers=gpu_layers,
+            threads=threads,
+            system=system,
+            verbose=verbose,
+        )
+        sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
         request = _Request(documents=documents, questions=asked, json=as_json, sources=sources)
         _ask(output, engine, sampling, request)
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """MODEL, or None, and questions."""
-    if arguments and (arguments[0].endswith(".gguf") or Path(arguments[0]).is_file()):
-        return Path(arguments[0]), arguments[1:]
-    return None, arguments
+    first = Path(arguments[0]) if arguments else None
+    if first is None or not (first.suffix == ".gguf" or _is_file(first)):
+        return None, arguments
+    if first.suffix != ".gguf" and first.read_bytes()[:4] != b"GGUF":
+        raise ParameterError(f"{first} is a file, but no GGUF model", "give each document a -d of its own")
+    return first, arguments[1:]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a question may be no possible name at all
+        return False
 
 
 def _load_questions(path: Path) -> list[str]:

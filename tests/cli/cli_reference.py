@@ -5,6 +5,7 @@ from __future__ import annotations
 from typer.testing import CliRunner
 
 from actqkv_cpp.cli import app
+from actqkv_cpp.cli._repl import COMMANDS
 
 _HEAD = """# The command line
 
@@ -23,7 +24,9 @@ def reference() -> str:
     for command in ["", *names]:
         shown = runner.invoke(app, [*command.split(), "--help"], prog_name="actqkv").stdout
         parts.append(f"## actqkv {command}".rstrip() + f"\n\n```text\n{shown.strip()}\n```\n")
-    return "\n".join(parts)
+    parts.append("## In a chat\n\n| command | what it does |\n|---|---|")
+    parts += [f"| `{command.usage}` | {command.help} |" for command in COMMANDS.values()]
+    return "\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -95,23 +95,36 @@ def test_ctx_larger_than_ram(actqkv: Actqkv, book: Path) -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize(
-    "options",
+    ("options", "word"),
     [
-        ["--budget", "100"],
-        ["--budget", "2k", "--local", "4k"],
-        ["--budget", "2k", "--sink", "3k"],
-        ["--chunk", "0"],
-        ["--local", "0"],
-        ["--method", "actqk"],
-        ["--kv-type", "f64"],
+        ("--budget 100", "608"),
+        ("--local 4k", "--budget 2,048 is less than"),
+        ("--budget 2k --sink 3k", "--sink 3,072"),
+        ("--chunk 0", "--chunk"),
+        ("--local 0", ""),
+        ("--method actqk", "did you mean 'actqkv'?"),
+        ("--kv-type f64", "did you mean 'f16'?"),
+        ("--ctx 1000000m", "--ctx"),
     ],
-    ids=" ".join,
 )
-def test_values_that_contradict(actqkv: Actqkv, book: Path, options: list[str]) -> None:
+def test_values_that_contradict(actqkv: Actqkv, book: Path, options: str, word: str) -> None:
     """A wrong retrieval option is ignored, or refused after the document was read."""
-    found = actqkv("ask", "-d", book, QUESTION, *options)
-    assert (found.status, found.out) == (1, "")
-    assert found.err.splitlines()[0].startswith("error: "), found.err
+    found = actqkv("ask", "-d", book, QUESTION, *options.split())
+    _assert_failed(found, word)
+    assert "read " not in found.err
+
+
+def test_document_without_its_option(actqkv: Actqkv, book: Path, tmp_path: Path) -> None:
+    """-d *.txt takes the second document for a model, or for a question."""
+    (tmp_path / "b.txt").write_text("more", encoding="utf-8")
+    _assert_failed(actqkv("ask", "-d", book, "b.txt", QUESTION), "b.txt", "-d of its own")
+
+
+@pytest.mark.parametrize("question", ["word " * 100, "nul \ufffd / a/b?"])
+@pytest.mark.model
+def test_questions_that_are_no_names(actqkv: Actqkv, book: Path, question: str) -> None:
+    """A long question fails as a file name."""
+    assert actqkv("ask", "-d", book, question, "--max-tokens", "1").status == 0
 
 
 @pytest.mark.parametrize(
