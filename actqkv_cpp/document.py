@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int, int], object]  # (tokens done, tokens in all); returning False stops
 PathLike: TypeAlias = str | Path
 Source: TypeAlias = PathLike | TextFile | Sequence[PathLike | TextFile] | None  # what `Llama.read` reads
-
-# How a question enters the history: "prefill" as one text, or "decode" token by token, as answers do.
-_QUESTION_PHASE: Literal["prefill", "decode"] = "prefill"
 
 _RESERVE = 1024  # tokens kept free for question and answer while reading, at most an eighth of n_ctx
 _QUESTION = -1  # in place of a document's number: the question of question-aware prefill
@@ -177,7 +174,7 @@ class _Conversation:
         llm._rewind(step.keep)
         if llm.session is not None:
             llm.session.stats_reset()
-        llm._feed(step.tokens, phase=_QUESTION_PHASE)
+        llm._feed_prompt(step.tokens)
         return step
 
     def _plan(

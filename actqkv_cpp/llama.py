@@ -128,6 +128,7 @@ class Llama(llama_cpp.Llama):
         self.retrieval = retrieval if retrieval is not None else Retrieval()
         self.session = self.document = None
         self.kv_type = _kv_type(kv_type, given)
+        self._prompting = False  # generate() is about to read its prompt
         self._sampled: int | None = None  # what sample() returned, until it is read back: that is a decode step
         self._rows_wanted: Literal["last", "sampled", "all"] = "last"
         given["n_ctx"] = parse_size(given.get("n_ctx", compat.base_defaults()["n_ctx"]))
@@ -226,8 +227,8 @@ class Llama(llama_cpp.Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         """Read tokens into the history, after its first `n_tokens`.
 
-        A token that sample() just returned enters as a decode step, all others as prefill: their results differ
-        (ALGORITHMS.md), and both equal a fresh run over the same history.
+        A token that sample() just returned enters as a decode step, and so does the last token of generate()'s prompt;
+        all others are prefill. Their results differ (ALGORITHMS.md), and both equal a fresh run over the same history.
 
         Raises:
             ContextError: they do not fit n_ctx; nothing was read.
@@ -241,7 +242,15 @@ class Llama(llama_cpp.Llama):
         array = np.asarray(tokens, np.int32)
         n_decode = 1 if array.size and sampled is not None and int(array[0]) == sampled else 0
         self._feed(array[:n_decode], phase="decode")
-        self._feed(array[n_decode:])
+        prompting, self._prompting = self._prompting, False
+        (self._feed_prompt if prompting else self._feed)(array[n_decode:])
+
+    def _feed_prompt(self, tokens: NDArray[np.int32]) -> None:
+        """Append a prompt [n] that is to be answered. Its last token is a decode step: the first token of the answer
+        then comes from a plan made for it alone, not for the average of the question's tokens.
+        """
+        self._feed(tokens[:-1])
+        self._feed(tokens[-1:], phase="decode")
 
     def _feed(self, tokens: NDArray[np.int32], *, phase: Phase = "prefill", progress: Progress | None = None) -> None:
         """Append tokens [n] to the history in one phase, on either engine."""
@@ -321,6 +330,7 @@ class Llama(llama_cpp.Llama):
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
         self._enter()
         self._sampled = None  # a prompt is prefill, also one that begins with the token sampled last
+        self._prompting = True
         yield from super().generate(tokens, *args, **kwargs)
 
     def reset(self) -> None:

@@ -252,14 +252,15 @@ def test_prefix_reuse(ours: Llama, tiny_model: Path) -> None:
     assert _text(again) == _text(expected)
 
 
-def test_last_token_of_a_prompt_is_prefill(ours: Llama) -> None:
-    """Breaks when a prompt of which one token is left after prefix reuse enters as a decode step."""
+def test_last_token_of_a_prompt_is_a_decode_step(ours: Llama) -> None:
+    """Breaks when the answer's first token shares its plan with the prompt, or a reused token changes its phase."""
     ours.reset()
     tokens = ours.tokenize(PROMPT.encode())
     sampled = next(ours.generate(tokens, temp=0.0))
     next(ours.generate([*tokens, sampled], temp=0.0))
     assert ours.session is not None
-    assert not ours.session.history()[1].any()
+    phases = ours.session.history()[1].tolist()
+    assert phases == [0] * (len(phases) - 2) + [1, 1]  # the last of the first prompt, reused, and of the second
 
 
 def test_save_and_load_state(ours: Llama) -> None:
