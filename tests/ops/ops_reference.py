@@ -93,6 +93,13 @@ def score(probe: Array, reps: Array, norms: Array | None, probe_norm: float, sca
     return np.where(usable, dot / np.where(usable, divisor, 1), 0)
 
 
+def refine(query: Array, keys: Array) -> Array:
+    """Sum over heads of the best q.k per chunk: query [H, d], keys [n, G, c, d] -> [n]."""
+    n_group = len(query) // keys.shape[1]
+    dots = np.einsum("hd,nhcd->nhc", query, np.repeat(keys, n_group, axis=1))
+    return np.asarray(dots.max(axis=2).sum(axis=1))
+
+
 def entropy(scores: Array, temperature: float) -> float:
     if len(scores) <= 1 or temperature <= 0 or not np.all(np.isfinite(scores)):
         return 0.0
