@@ -1,7 +1,7 @@
 // The state of a session as one blob.
 //
 //   u64 magic "AKVSTATE"   u32 version   u32 zero
-//   u64 fingerprint of the model's shape and size
+//   u64 fingerprint of the model: shape, size, and the weights of its norms
 //   actqkv_params (n_ctx and n_threads may differ when it is set)
 //   i64 n_tokens   i64 n_done   i64 n_closed
 //   i32 tokens[n_tokens]   i8 phases[n_tokens]
@@ -15,6 +15,7 @@
 
 #include "../error.h"
 
+#include "ggml.h"
 #include "llama.h"
 
 #include <cstring>
@@ -44,12 +45,22 @@ uint64_t checksum(const uint8_t * data, uint64_t size) {
     return hash;
 }
 
-uint64_t fingerprint(const llama_model * model, const hparams & hp) {
+// Norms tell apart models of one shape; they are small, and never repacked for a processor as matrices are.
+uint64_t fingerprint(const llama_model * model, const hparams & hp, const weights & w) {
     uint64_t hash = checksum((const uint8_t *) hp.arch.data(), hp.arch.size());
     for (const int64_t n : {hp.n_layer, hp.n_embd, hp.n_head, hp.n_head_kv, hp.d_head, hp.n_vocab, hp.n_ctx_train}) {
         hash = mix(hash, (uint64_t) n);
     }
-    return mix(mix(hash, llama_model_size(model)), llama_model_n_params(model));
+    hash = mix(mix(hash, llama_model_size(model)), llama_model_n_params(model));
+    const auto add = [&](const ggml_tensor * t) {
+        hash = mix(hash, checksum((const uint8_t *) t->data, ggml_nbytes(t)));
+    };
+    add(w.output_norm);
+    for (const layer_weights & l : w.layers) {
+        add(l.attn_norm);
+        add(l.ffn_norm);
+    }
+    return hash;
 }
 
 // Counts bytes when `to` is NULL, else writes them.
@@ -160,13 +171,13 @@ bool same_method(actqkv_params a, const actqkv_params & b) {
     return memcmp(&a, &b, sizeof(a)) == 0;
 }
 
-void write_state(writer & out, const llama_model * model, const hparams & hp, const actqkv_params & params,
-                 const history & tokens, int64_t n_done, const kv_store & store,
-                 const std::vector<layer_memory> & memory, const checkpoints & saved) {
+void write_state(writer & out, uint64_t model, const hparams & hp, const actqkv_params & params, const history & tokens,
+                 int64_t n_done, const kv_store & store, const std::vector<layer_memory> & memory,
+                 const checkpoints & saved) {
     out.value(MAGIC);
     out.value(VERSION);
     out.value((uint32_t) 0);
-    out.value(fingerprint(model, hp));
+    out.value(model);
     out.value(params);
     out.value(tokens.size());
     out.value(n_done);
@@ -211,7 +222,7 @@ void check_blob(const uint8_t * data, uint64_t size) {
 
 uint64_t session::state_size() const {
     writer out = {nullptr};
-    write_state(out, model, hp, params, tokens, n_done, store, memory, saved);
+    write_state(out, 0, hp, params, tokens, n_done, store, memory, saved);
     return out.used;
 }
 
@@ -222,14 +233,14 @@ void session::state_get(uint8_t * data, uint64_t size) const {
                                                 (unsigned long long) needed));
     }
     writer out = {data};
-    write_state(out, model, hp, params, tokens, n_done, store, memory, saved);
+    write_state(out, fingerprint(model, hp, tensors), hp, params, tokens, n_done, store, memory, saved);
 }
 
 void session::state_set(const uint8_t * data, uint64_t size) {
     check_blob(data, size);
     reader in = {data, size - 8};
     in.used = 16;
-    if (in.value<uint64_t>() != fingerprint(model, hp)) {
+    if (in.value<uint64_t>() != fingerprint(model, hp, tensors)) {
         throw error(ACTQKV_ERR_STATE, "state is of another model");
     }
     if (!same_method(in.value<actqkv_params>(), params)) {
