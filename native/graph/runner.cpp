@@ -36,6 +36,12 @@ void lay_out(arena & a, window_tensors & t, const hparams & hp, int64_t m) {
     }
 }
 
+// Of the segments of one size of window.
+size_t context_bytes(const hparams & hp) {
+    return (hp.n_layer + 1) *
+           (N_TENSORS_PER_SEGMENT * ggml_tensor_overhead() + ggml_graph_overhead_custom(N_TENSORS_PER_SEGMENT, false));
+}
+
 } // namespace
 
 runner::runner(const hparams & hp, const weights & w, int n_window, int n_far, int n_threads)
@@ -60,10 +66,19 @@ runner::runner(const hparams & hp, const weights & w, int n_window, int n_far, i
     prepare(n_window, 1); // the largest window first, so that later ones fit its buffer
 }
 
+uint64_t runner::memory_plan(const hparams & hp, int64_t n_ff, int n_window) {
+    const int64_t E = hp.n_channels(), K = hp.n_kv_channels();
+    window_tensors tensors = {};
+    arena measure = {nullptr};
+    lay_out(measure, tensors, hp, n_window);
+    // Beside those: a segment's intermediate results, and the input of a product as ggml converts it.
+    const int64_t row = 4 * hp.n_embd + 4 * n_ff + E + K;
+    return measure.used + sizeof(float) * (n_window * row + 2 * hp.n_vocab) +
+           (N_CACHED_WINDOWS + 1) * context_bytes(hp);
+}
+
 runner::built runner::build(int m, int n_out) const {
-    const size_t bytes = (hp.n_layer + 1) * (N_TENSORS_PER_SEGMENT * ggml_tensor_overhead() +
-                                             ggml_graph_overhead_custom(N_TENSORS_PER_SEGMENT, false));
-    built b = {m, n_out, ggml_context_ptr(ggml_init({bytes, nullptr, true})), {}};
+    built b = {m, n_out, ggml_context_ptr(ggml_init({context_bytes(hp), nullptr, true})), {}};
     const int n = hp.n_layer + (n_out > 0 ? 1 : 0);
     for (int il = 0; il < n; il++) {
         b.segments.push_back(build_segment(b.ctx.get(), hp, w, tensors, io_buffer.get(), il, m, n_out));
@@ -126,10 +141,6 @@ uint64_t runner::segment_bytes(int il) const {
         return total + bytes(l.wq) + bytes(l.wk) + bytes(l.wv);
     }
     return total + bytes(w.output);
-}
-
-uint64_t runner::buffer_bytes() const {
-    return ggml_backend_buffer_get_size(io_buffer.get()) + ggml_gallocr_get_buffer_size(allocator.get(), 0);
 }
 
 } // namespace actqkv

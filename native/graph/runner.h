@@ -29,7 +29,8 @@ public:
     // Bytes of weights that segment il reads, for statistics.
     uint64_t segment_bytes(int il) const;
 
-    uint64_t buffer_bytes() const;
+    // Bytes that a runner allocates at most, with logits of one token per window.
+    static uint64_t memory_plan(const hparams & hp, int64_t n_ff, int n_window);
 
 private:
     struct built {

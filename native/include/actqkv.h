@@ -102,7 +102,7 @@ struct actqkv_memory {
     uint64_t kv_bytes;         // K and V of n_ctx tokens
     uint64_t summary_bytes;    // summaries of all chunks
     uint64_t checkpoint_bytes; // what rewind keeps
-    uint64_t compute_bytes;    // graph and attention buffers, logits, statistics
+    uint64_t compute_bytes;    // graph and attention buffers, logits of one token, statistics
 };
 
 // Time and traffic since the last reset, summed over windows. A stage's bytes are what its inner loop must read.

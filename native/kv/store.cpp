@@ -24,8 +24,10 @@ int64_t width_for(const hparams & hp, const actqkv_params & p) {
     return retrieves ? summary_width(p.method.summary, hp) : 0;
 }
 
-int64_t sums_per_layer(const hparams & hp, const kv_layout & shape) {
-    return (int64_t) shape.n_recent_blocks * hp.n_head * shape.n_chunk_tokens;
+int64_t sums_per_layer(const hparams & hp, const actqkv_params & p) {
+    const bool most_attended = p.method.summary == ACTQKV_SUMMARY_HEAD || p.method.summary == ACTQKV_SUMMARY_KV_HEAD;
+    const bool needed = width_for(hp, p) > 0 && (most_attended || p.method.question_weight > 0.0f);
+    return needed ? (int64_t) kv_store::layout_for(hp, p).n_recent_blocks * hp.n_head * p.n_chunk_tokens : 0;
 }
 
 } // namespace
@@ -40,7 +42,7 @@ void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_me
     const kv_layout shape = layout_for(hp, p);
     const uint64_t tokens = shape.padded_tokens(p.n_ctx), layers = hp.n_layer;
     const uint64_t recent =
-        shape.recent_tokens() * shape.token_stride() * sizeof(actqkv_f16) + sums_per_layer(hp, shape) * sizeof(float);
+        shape.recent_tokens() * shape.token_stride() * sizeof(actqkv_f16) + sums_per_layer(hp, p) * sizeof(float);
     memory.kv_bytes += layers * (tokens * shape.token_stride() * 2 * sizeof(actqkv_f16) + recent);
     const int64_t width = width_for(hp, p);
     if (width > 0) {
@@ -50,7 +52,7 @@ void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_me
 
 kv_store::kv_store(const hparams & hp, const actqkv_params & p)
     : shape(layout_for(hp, p)), n_head(hp.n_head), summary_kind(p.method.summary),
-      n_representatives(p.method.n_representatives), n_width(width_for(hp, p)),
+      n_representatives(p.method.n_representatives), n_sums(sums_per_layer(hp, p)), n_width(width_for(hp, p)),
       stores_near(p.method.positions == ACTQKV_POSITIONS_EXACT), layers(hp.n_layer) {
     const uint64_t n_elements = shape.padded_tokens(p.n_ctx) * shape.token_stride();
     const uint64_t n_chunks = n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0;
@@ -60,7 +62,7 @@ kv_store::kv_store(const hparams & hp, const actqkv_params & p)
         l.reps = reservation<actqkv_f16>(n_chunks * n_width);
         l.norms = reservation<float>(n_chunks);
         l.recent.resize(shape.recent_tokens() * shape.token_stride());
-        l.sums.resize(n_width > 0 ? sums_per_layer(hp, shape) : 0);
+        l.sums.resize(n_sums);
     }
 }
 
@@ -136,11 +138,12 @@ void kv_store::close_until(int64_t limit, int n_threads) {
             for (size_t il = ith; il < layers.size(); il += nth) {
                 layer & l = layers[il];
                 for (int64_t b = n_closed_chunks; b < last; b++) {
+                    const float * sums = n_sums > 0 ? sums_of((int) il, b) : nullptr;
                     const actqkv_f16 * keys = stores_near ? l.recent.data() + shape.recent_offset(b + 1)
                                                           : l.k.data() + shape.block_offset(b + 1);
                     actqkv_summarize(actqkv_impl_best(), summary_kind, n_representatives, keys,
-                                     shape.head_stride(b + 1), sums_of((int) il, b), shape.n_chunk_tokens, n_head,
-                                     shape.n_head_kv, shape.d_head, shape.n_chunk_tokens, l.reps.data() + b * n_width,
+                                     shape.head_stride(b + 1), sums, shape.n_chunk_tokens, n_head, shape.n_head_kv,
+                                     shape.d_head, shape.n_chunk_tokens, l.reps.data() + b * n_width,
                                      l.norms.data() + b);
                 }
             }

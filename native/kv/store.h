@@ -57,6 +57,8 @@ public:
     const float * norms(int il) const { return layers[il].norms.data(); }
     int64_t width() const { return n_width; }
     bool summarises() const { return n_width > 0; }
+    // Whether summaries, or the question, need the attention that recent keys receive.
+    bool sums_attention() const { return n_sums > 0; }
 
     recent_state save_recent() const;
     void restore_recent(const recent_state & state, int64_t n_closed);
@@ -86,6 +88,7 @@ private:
     kv_layout shape;
     int32_t n_head;
     int32_t summary_kind, n_representatives;
+    int64_t n_sums;  // attention sums of a layer's ring; 0: nobody needs them
     int64_t n_width; // 0: the method never retrieves, nothing is summarised
     bool stores_near;
     int64_t n_closed_chunks = 0;

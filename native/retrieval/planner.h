@@ -16,13 +16,14 @@ struct layer_memory {
     int64_t n_windows = 0;
     std::vector<double> entropies;      // of the last N_ENTROPIES windows, oldest first
     std::vector<float> question;        // [E] mean of the most attended question queries; empty: none
-    std::vector<float> asked_queries;   // [n][E] far queries of the question's tokens ...
+    std::vector<float> asked_queries;   // [n][E] far queries of the question's most attended tokens ...
     std::vector<float> asked_attention; // [n] ... and the attention they received in their window
 
     actqkv_running running() { return {mean.data(), var.data(), n_tokens, n_windows}; }
 };
 
-constexpr size_t N_ENTROPIES = 100; // windows over which a layer's entropy is averaged
+constexpr size_t N_ENTROPIES = 100;      // windows over which a layer's entropy is averaged
+constexpr size_t N_QUESTION_QUERIES = 4; // averaged into a question (ALGORITHMS.md 3.4)
 
 // Called with an array of the current layer; see actqkv_observe_fn. Empty when nobody watches.
 using observer = std::function<void(const char * name, const float * data, int64_t ne0, int64_t ne1, int64_t ne2)>;

@@ -20,7 +20,6 @@ double now_ms() {
 
 // Long readings keep a checkpoint at window boundaries this many tokens apart, before thinning.
 constexpr int64_t CHECKPOINT_TOKENS = 4096;
-constexpr int N_QUESTION_QUERIES = 4; // ALGORITHMS.md 3.4
 
 uint64_t scratch_bytes(const hparams & hp, const actqkv_params & p) {
     const bool all = p.method.prefill == ACTQKV_RETRIEVE_ALL || p.method.decode == ACTQKV_RETRIEVE_ALL;
@@ -39,7 +38,7 @@ session::session(const llama_model * model, const actqkv_params & wanted)
     for (auto * buffer : {&k_near, &k_far, &v}) {
         buffer->resize(kv);
     }
-    sums.resize(store.summarises() ? (size_t) hp.n_head * (params.n_local + params.n_window) : 0);
+    sums.resize(store.sums_attention() ? (size_t) hp.n_head * (params.n_local + params.n_window) : 0);
     scratch.resize(scratch_bytes(hp, params) + 64);
 }
 
@@ -51,13 +50,17 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
     kv_store::add_memory(hp, params, plan);
     const kv_layout shape = kv_store::layout_for(hp, params);
     const uint64_t recent =
-        shape.recent_tokens() * (shape.token_stride() * sizeof(actqkv_f16) + hp.n_head * sizeof(float)) +
-        2 * hp.n_channels() * sizeof(float);
-    const uint64_t n_ff = w.layers[0].up->ne[1];
-    plan.checkpoint_bytes = N_CHECKPOINTS * hp.n_layer * recent;
-    plan.compute_bytes = scratch_bytes(hp, params) +
-                         params.n_window * sizeof(float) * (6 * hp.n_channels() + 3 * hp.n_embd + 4 * n_ff) +
-                         sizeof(float) * hp.n_vocab;
+        shape.recent_tokens() * (shape.token_stride() * sizeof(actqkv_f16) + hp.n_head * sizeof(float));
+    // mean, variance, the question and its queries; entropies
+    const uint64_t learnt = (3 + N_QUESTION_QUERIES) * hp.n_channels() * sizeof(float) + N_ENTROPIES * sizeof(double);
+    const uint64_t window = params.n_window * 3 * hp.n_kv_channels() * sizeof(actqkv_f16) + // k_near, k_far, v
+                            (params.n_local + params.n_window) * hp.n_head * sizeof(float); // sums
+    const uint64_t per_token = 2 * (sizeof(int32_t) + sizeof(int8_t));            // the history, with room to grow
+    const uint64_t per_chunk = 6 * sizeof(float) + sizeof(double);                // the planner's lists, the sources
+    plan.checkpoint_bytes = (N_CHECKPOINTS + 1) * hp.n_layer * (recent + learnt); // one more while it is made
+    plan.compute_bytes = scratch_bytes(hp, params) + window + hp.n_layer * learnt +
+                         runner::memory_plan(hp, w.layers[0].up->ne[1], params.n_window) + per_token * params.n_ctx +
+                         per_chunk * shape.n_chunks_max(params.n_ctx);
     return plan;
 }
 
@@ -172,7 +175,7 @@ void session::run_layer(const window & w, int il) {
     t0 = now_ms();
     const int64_t stride = (int64_t) w.m * hp.d_head;
     store.append(il, w.first, w.m, k_near.data(), k_far.data(), v.data(), stride);
-    if (store.summarises()) {
+    if (store.sums_attention()) {
         store.clear_sums(il, w.first, w.first + w.m);
         const int64_t from = std::max<int64_t>(summed_from, params.n_sink); // a window may begin among the sinks
         const int64_t n = w.first + w.m - from;
@@ -257,7 +260,7 @@ void session::attend(const window & w) {
     args.window_stride = (int64_t) w.m * hp.d_head;
     args.out = io.attn;
     args.first_summed = first_summed;
-    args.weight_sums = store.summarises() ? sums.data() : nullptr;
+    args.weight_sums = store.sums_attention() ? sums.data() : nullptr;
     args.sum_stride = params.n_local + params.n_window;
     args.n_threads = params.n_threads;
     args.scratch = scratch.data() + (64 - (uintptr_t) scratch.data() % 64) % 64;
@@ -304,17 +307,22 @@ void session::learn_question(const window & w, int il) {
         a.asked_attention.push_back(attention);
         a.asked_queries.insert(a.asked_queries.end(), q_far + i * E, q_far + (i + 1) * E);
     }
-    std::vector<int32_t> order(a.asked_attention.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
+    std::vector<int32_t> best(a.asked_attention.size());
+    std::iota(best.begin(), best.end(), 0);
+    std::stable_sort(best.begin(), best.end(),
                      [&](int x, int y) { return a.asked_attention[x] > a.asked_attention[y]; });
-    order.resize(std::min<size_t>(order.size(), N_QUESTION_QUERIES));
+    best.resize(std::min<size_t>(best.size(), N_QUESTION_QUERIES));
+    std::sort(best.begin(), best.end()); // in their order, so that they can move to the front one by one
     a.question.assign(E, 0.0f);
-    for (const int32_t i : order) {
+    for (size_t to = 0; to < best.size(); to++) {
+        a.asked_attention[to] = a.asked_attention[best[to]];
+        std::copy_n(a.asked_queries.begin() + best[to] * E, E, a.asked_queries.begin() + to * E);
         for (int64_t e = 0; e < E; e++) {
-            a.question[e] += a.asked_queries[i * E + e] / order.size();
+            a.question[e] += a.asked_queries[to * E + e] / best.size();
         }
     }
+    a.asked_attention.resize(best.size()); // no other query can be among the best of a longer question
+    a.asked_queries.resize(best.size() * E);
 }
 
 observer session::observer_of(int il, int64_t n_past) const {

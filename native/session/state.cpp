@@ -137,7 +137,7 @@ void write_memory(writer & out, const std::vector<layer_memory> & memory) {
     }
 }
 
-std::vector<layer_memory> read_memory(reader & in, const hparams & hp, int64_t n_tokens) {
+std::vector<layer_memory> read_memory(reader & in, const hparams & hp) {
     std::vector<layer_memory> memory(hp.n_layer);
     const uint64_t E = hp.n_channels();
     for (layer_memory & l : memory) {
@@ -147,7 +147,7 @@ std::vector<layer_memory> read_memory(reader & in, const hparams & hp, int64_t n
         l.n_windows = in.value<int64_t>();
         in.array_up_to(l.entropies, N_ENTROPIES);
         in.array(l.question, E, true);
-        in.array_up_to(l.asked_queries, n_tokens * E);
+        in.array_up_to(l.asked_queries, N_QUESTION_QUERIES * E);
         in.array(l.asked_attention, l.asked_queries.size() / E);
     }
     return memory;
@@ -266,7 +266,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
         }
     }
     const recent_state like = store.save_recent();
-    std::vector<layer_memory> new_memory = read_memory(in, hp, n);
+    std::vector<layer_memory> new_memory = read_memory(in, hp);
     const recent_state new_recent = read_recent(in, like);
     checkpoints new_saved;
     const uint64_t n_saved = in.value<uint64_t>();
@@ -279,7 +279,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
             c.n_closed > store.layout().n_chunks_max(c.n_past)) {
             throw error(ACTQKV_ERR_STATE, "state is inconsistent: a checkpoint lies behind its end");
         }
-        c.memory = read_memory(in, hp, n);
+        c.memory = read_memory(in, hp);
         c.recent = read_recent(in, like);
         new_saved.add(std::move(c));
     }
