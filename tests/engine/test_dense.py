@@ -25,6 +25,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-6-to-3": {"n_embd": 192, "n_head": 6, "n_head_kv": 3},
     "llama-wide-heads": {"d_head": 64},
     "llama-narrow-heads": {"d_head": 16},
+    "llama-heads-of-24": {"d_head": 24},
+    "llama-heads-of-96": {"d_head": 96, "n_head": 2, "n_head_kv": 1},
     "llama-tied": {"tied": True},
     "llama-bias": {"qkv_bias": True},
     "llama-one-layer": {"n_layer": 1},
@@ -49,6 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
 # Keys of other architectures, which libllama 0.3.36 does not read for ours (test_reference.py has it from libllama).
 IGNORED_KEYS = {
     "attention.scale": 0.5,
+    "attention.sliding_window": 32,
     "logit_scale": 0.5,
     "rope.scaling.yarn_ext_factor": 0.5,
     "rope.scaling.yarn_attn_factor": 1.5,

@@ -1,0 +1,242 @@
+"""Breaks when wrong use of the engine is not refused in one clear line, or a refusal changes something."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_gguf as tiny
+from engine_support import SMALL, loaded, one_by_one, open_session, random_tokens, read, small
+from llama_cpp._internals import LlamaModel
+
+from actqkv_cpp import ContextError, ModelError, ParameterError, Retrieval
+from actqkv_cpp._native import memory_plan, model_check
+
+N_VOCAB = 512
+
+# Columns of Retrieval -> what the message says: the parameter, its value, what is allowed.
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"n_local": 0}, "n_local is 0, expected 1 to"),
+    ({"n_sink": 1 << 21}, "n_sink is 2097152, expected 0 to"),
+    ({"chunk": 0}, "n_chunk_tokens is 0, expected 1 to 1024"),
+    ({"chunk": 1025, "budget": 4000}, "n_chunk_tokens is 1025, expected 1 to 1024"),
+    ({"window": 0}, r"n_window .* is 0, expected 1 to 32"),
+    ({"window": 33}, r"n_window \(at most n_local\) is 33, expected 1 to 32"),
+    ({"budget": 43}, r"budget \(at least n_sink \+ n_local \+ n_chunk_tokens\) is 43, expected 44 to"),
+    ({"budget": 1 << 30}, "budget .* is 1073741824, expected 44 to 1073741823"),
+    ({"budget": 1 << 40}, "budget is out of range: 1099511627776"),
+    ({"representatives": 0}, "n_representatives is 0, expected 1 to 8"),
+    ({"representatives": 9}, "n_representatives is 9, expected 1 to 8"),
+    ({"probe_warmup": -2}, "probe_warmup is -2, expected -1 to"),
+    ({"statistics_cap": 0}, "statistics_cap is 0, expected 1 to"),
+    ({"refine": 0}, "refine is 0, expected 1 to 1024"),
+    ({"refine": 1025}, "refine is 1025, expected 1 to 1024"),
+    ({"cutoff_temperature": 0.0}, "cutoff_temperature is 0, expected > 0"),
+    ({"cutoff_temperature": -1.0}, "cutoff_temperature is -1, expected > 0"),
+    ({"cutoff_temperature": float("nan")}, "cutoff_temperature is nan, expected > 0"),
+    ({"cutoff_temperature": float("inf")}, "cutoff_temperature is inf, expected > 0"),
+    ({"question_weight": -1.0}, "question_weight is -1, expected >= 0"),
+    ({"question_weight": float("inf")}, "question_weight is inf, expected >= 0"),
+    ({"summary": "bounds", "score": "cosine"}, "summary 'bounds' goes with score 'dot'"),
+    ({"summary": "bounds", "question_weight": 1.0}, "'head', 'kv_head' and 'mean', not with 'bounds'"),
+    ({"method": "nope"}, "unknown method 'nope'"),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), WRONG, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_contradictions_are_refused(columns: dict[str, Any], message: str, tiny_llama: LlamaModel) -> None:
+    """Breaks when a contradiction is taken, or its message does not name the value and what is allowed."""
+    with pytest.raises(ParameterError, match=message) as caught:
+        open_session(tiny_llama, small(**columns))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ParameterError, match=message):
+        memory_plan(tiny_llama, small(**columns), n_ctx=1024)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_ctx": 0}, "n_ctx is 0, expected 1 to"),
+        ({"n_ctx": -1}, "n_ctx is -1, expected 1 to"),
+        ({"n_ctx": 1 << 30}, "n_ctx is 1073741824, expected 1 to 1073741823"),
+        ({"n_ctx": 1 << 31}, "n_ctx is out of range"),
+        ({"n_threads": 0}, "n_threads is 0, expected 1 to 512"),
+        ({"n_threads": 513}, "n_threads is 513, expected 1 to 512"),
+    ],
+    ids=str,
+)
+def test_sizes_of_a_session(options: dict[str, int], message: str, tiny_llama: LlamaModel) -> None:
+    """Breaks when an impossible n_ctx or number of threads reaches an allocation."""
+    with pytest.raises(ParameterError, match=message):
+        open_session(tiny_llama, SMALL, **options)
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_kv_types(kv_type: str, tiny_llama: LlamaModel) -> None:
+    """Breaks when a type of the store that is not there yet is taken for f16."""
+    with pytest.raises(ParameterError, match=f"kv_type {kv_type} .* expected f16"):
+        memory_plan(tiny_llama, SMALL, n_ctx=100, kv_type=kv_type)
+
+
+def test_auto_positions_follow_the_trained_length(tiny_llama: LlamaModel) -> None:
+    """Breaks when "auto" is not exact within the trained 2048 tokens and clamped beyond."""
+    for n_ctx, expected in ((2048, "exact"), (2049, "clamped")):
+        with open_session(tiny_llama, small(positions=None), n_ctx=n_ctx) as session:
+            assert session.params.columns["positions"] == expected
+
+
+def test_published_warmup_follows_the_layers(tiny_llama: LlamaModel) -> None:
+    """Breaks when -1 is not the published 1000 layer calls."""
+    with open_session(tiny_llama, small(method="published")) as session:
+        assert session.params.columns["probe_warmup"] == 1000 // 3
+
+
+# ---- calls
+
+
+CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "token too large": (
+        lambda s: s.decode(np.array([5, N_VOCAB])),
+        ParameterError,
+        "token 1 is 512, expected 0 to 511",
+    ),
+    "token negative": (lambda s: s.decode(np.array([-1])), ParameterError, "token 0 is -1, expected 0 to 511"),
+    "too many logits": (lambda s: s.decode(np.array([5]), n_logits=2), ParameterError, "n_logits must be 0 to n"),
+    "negative logits": (lambda s: s.decode(np.array([5]), n_logits=-1), ParameterError, "n_logits must be 0 to n"),
+    "rewind behind 0": (lambda s: s.rewind(-1), ParameterError, "rewind to -1, the history has 60 tokens"),
+    "rewind ahead": (lambda s: s.rewind(61), ParameterError, "rewind to 61, the history has 60 tokens"),
+    "no room": (
+        lambda s: s.decode(np.full(41, 5)),
+        ContextError,
+        "41 tokens after 60 do not fit n_ctx 100",
+    ),
+    "no room to answer": (
+        lambda s: s.decode(np.full(41, 5), phase="decode"),
+        ContextError,
+        "41 tokens after 60 do not fit n_ctx 100",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_refused_calls_change_nothing(name: str, tiny_llama: LlamaModel) -> None:
+    """Breaks when a refused call leaves tokens behind, or a message does not say what was expected."""
+    call, kind, message = CALLS[name]
+    tokens = random_tokens(60)
+    with open_session(tiny_llama, n_ctx=100) as session, open_session(tiny_llama, n_ctx=100) as other:
+        for s in (session, other):
+            s.decode(tokens)
+        before = session.state_get()
+        with pytest.raises(kind, match=message):
+            call(session)
+        assert session.state_get() == before
+        further = (tokens[:5], tokens[5:40])
+        for part in further:
+            found, expected = session.decode(part, n_logits=1), other.decode(part, n_logits=1)
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_full_to_the_last_token(tiny_llama: LlamaModel) -> None:
+    """Breaks when the last token of n_ctx does not fit, or one more does."""
+    for retrieval in (SMALL, small(positions="exact"), small(chunk=64, budget=200)):
+        with open_session(tiny_llama, retrieval, n_ctx=101) as session:
+            read(session, random_tokens(101), [(90, "prefill"), *one_by_one(11)], n_logits=1)
+            with pytest.raises(ContextError):
+                session.decode(np.array([5]), phase="decode")
+            session.rewind(100)
+            session.decode(np.array([5]), phase="decode")
+            assert session.n_past == 101
+
+
+def test_nothing_to_read(tiny_llama: LlamaModel) -> None:
+    """Breaks when a call without tokens does more than nothing."""
+    with open_session(tiny_llama) as session:
+        for phase in ("prefill", "decode", "question"):
+            assert session.decode(np.array([], np.int32), phase=phase).shape == (0, N_VOCAB)
+        session.checkpoint()
+        session.rewind(0)
+        assert session.n_past == session.n_chunks == 0
+        assert session.sources_end().size == 0
+
+
+# ---- models that our graph does not compute
+
+FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "mixture of experts": (tiny.make_moe_gguf, "mixture of experts"),
+    "gemma": (tiny.make_gemma_gguf, "architecture 'gemma' is not one of llama, qwen2, qwen3"),
+    "mistral3": (lambda path: tiny.make_tiny_gguf(path, arch="mistral3"), "architecture 'mistral3'"),
+    "rope scaling": (
+        lambda path: tiny.make_tiny_gguf(path, metadata={"rope.scaling.type": "longrope"}),
+        "rope scaling 'longrope' is not one of none, linear, yarn",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_models_are_refused(name: str, tmp_path: Path) -> None:
+    """Breaks when a model that libllama loads and our graph would compute wrongly is taken."""
+    make, message = FOREIGN[name]
+    with loaded(make(tmp_path / "model.gguf")) as model:
+        for call in (model_check, open_session):
+            with pytest.raises(ModelError, match=message) as caught:
+                call(model)
+            assert caught.value.hint == "this model runs densely through llama.cpp"
+
+
+# ---- memory
+
+MEMORY: dict[str, Retrieval] = {
+    "small windows": SMALL,
+    "default sizes": Retrieval(n_sink=64, n_local=512, budget=1024, positions="clamped"),
+    "head": Retrieval(n_local=256, budget=512, summary="head", score="cosine", question_weight=1.0),
+    "dense": Retrieval("dense", n_local=256),
+}
+MEMORY_N_CTX = 12_000
+PYTHON_BYTES = 1 << 20  # what the interpreter and NumPy may take meanwhile
+
+
+def rss_of_a_full_session(path: str, name: str) -> None:
+    """Fill a session to its n_ctx, with checkpoints on the way; print its plan and what it took. Runs in a child."""
+
+    def anonymous_bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    tokens = np.tile(random_tokens(4000), MEMORY_N_CTX // 4000 + 1)
+    with loaded(Path(path)) as model:
+        before = anonymous_bytes()
+        with open_session(model, MEMORY[name], n_ctx=MEMORY_N_CTX) as session:
+            while session.n_past + 1500 < MEMORY_N_CTX:
+                session.decode(tokens[:1211], n_logits=1)
+                session.decode(tokens[:40], phase="question", n_logits=1)
+                session.decode(tokens[:3], phase="decode", n_logits=1)
+                session.checkpoint()
+            session.decode(tokens[: MEMORY_N_CTX - session.n_past], n_logits=1)
+            assert session.n_past == MEMORY_N_CTX
+            print(session.plan.total_bytes, anonymous_bytes() - before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+@pytest.mark.parametrize("name", MEMORY)
+def test_the_plan_is_an_upper_bound(name: str, tmp_path: Path) -> None:
+    """Breaks when a full session takes more than its plan said, or the plan is far from the truth."""
+    path = tiny.make_tiny_gguf(tmp_path / "model.gguf")
+    here = Path(__file__).parent
+    child = subprocess.run(
+        [sys.executable, "-c", f"import test_params; test_params.rss_of_a_full_session({str(path)!r}, {name!r})"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1])))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    planned, taken = map(int, child.stdout.split())
+    print(f"planned {planned / 1e6:.2f} MB, taken {taken / 1e6:.2f} MB")
+    assert taken <= planned + PYTHON_BYTES
+    assert planned < 2 * taken
