@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_gguf import make_tiny_gguf
 
+import actqkv_cpp
 from actqkv_cpp import Llama, Retrieval
 
 N_THREADS = 1  # two test runs on two cores must not spin against each other
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Verdicts about the machine are the run's own; the first one takes a second."""
+def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests run in an empty folder, and their child processes import the same actqkv_cpp as they do: in the
+    repository's root Python would find the source folder, which has no built module, before the installed package.
+    Verdicts about the machine are the run's own; the first one takes a second.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        patch.setenv("PYTHONPATH", str(Path(actqkv_cpp.__file__).parents[1]), prepend=os.pathsep)
         patch.setenv("ACTQKV_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 

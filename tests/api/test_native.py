@@ -163,7 +163,7 @@ def test_interrupt(session: Session) -> None:
     timer = threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT))
 
     def start(done: int, total: int) -> None:
-        if not timer.is_alive():
+        if timer.ident is None:  # once: Python may handle the signal a window later
             timer.start()
             timer.join()
 

@@ -230,7 +230,7 @@ def test_the_plan_is_an_upper_bound(name: str, tmp_path: Path) -> None:
     here = Path(__file__).parent
     child = subprocess.run(
         [sys.executable, "-c", f"import test_params; test_params.rss_of_a_full_session({str(path)!r}, {name!r})"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1])))},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, os.environ["PYTHONPATH"])))},
         capture_output=True,
         text=True,
         check=False,

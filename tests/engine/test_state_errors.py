@@ -347,7 +347,7 @@ def test_forged(kind: str, path: Path) -> None:
     here = Path(__file__).parent
     child = subprocess.run(
         [sys.executable, "-c", f"import test_state_errors; test_state_errors.try_forgeries({str(path)!r}, {kind!r})"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1])))},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, os.environ["PYTHONPATH"])))},
         capture_output=True,
         text=True,
         check=False,
