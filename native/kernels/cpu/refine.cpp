@@ -29,6 +29,14 @@ void dots_scalar(const float * queries, int n_vec, const actqkv_f16 * keys, int6
     }
 }
 
+float max_scalar(const float * x, int32_t n) {
+    float most = x[0];
+    for (int32_t i = 1; i < n; i++) {
+        most = x[i] > most ? x[i] : most;
+    }
+    return most;
+}
+
 // Sum over n_vec <= N_HEADS query heads of the best of c keys [c][d].
 float best_keys(const ops * op, const float * queries, int n_vec, const actqkv_f16 * keys, int32_t c, int32_t d,
                 const actqkv_f16 * ahead) {
@@ -46,9 +54,8 @@ float best_keys(const ops * op, const float * queries, int n_vec, const actqkv_f
             dots_scalar(queries, n_vec, rows, n, d, dots, N_KEYS);
         }
         for (int x = 0; x < n_vec; x++) {
-            for (int32_t j = 0; j < n; j++) {
-                best[x] = fmaxf(best[x], dots[x * N_KEYS + j]);
-            }
+            const float most = op ? op->max(dots + x * N_KEYS, n) : max_scalar(dots + x * N_KEYS, n);
+            best[x] = most > best[x] ? most : best[x];
         }
     }
     float sum = 0;
