@@ -13,6 +13,7 @@ from actqkv_cpp.bench.measure import PREFILL_TOKENS
 from actqkv_cpp.bench.results import Phase, Result, Row, StageUse
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
+_IDLE_LOAD = 0.5  # of a machine on which nothing else runs
 _SMALL_SHARE = 0.005  # of a row's time: a stage that never takes more has no column
 
 
@@ -128,6 +129,8 @@ def _words(result: Result) -> Iterator[str]:
             f"At {_list(copied)} llama.cpp's context is made of copies of the first {settings['peer_read']:,} tokens, "
             "shifted behind each other: measured over KV of the right size, without reading it for hours."
         )
+    if result.machine["load_average"] + result.machine["threads"] > result.machine["cores"] + _IDLE_LOAD:
+        yield "Other work kept this machine busy when the run began: figures are too low, and ratios are uncertain."
     yield from result.notes
 
 
