@@ -166,6 +166,22 @@ def test_checkpoint_reads_nothing_again(tiny_llama: LlamaModel, retrieval: Retri
         check_same(session, retrieval)
 
 
+def test_a_kept_checkpoint_outlives_others(tiny_llama: LlamaModel) -> None:
+    """Breaks when thinning drops what the caller asked to keep; a rewind behind it moves the wish to what is left."""
+    for end, cut in ((80, 80), (75, 70)):  # 75: the window of 64 .. 75 is unfinished, so that 64 has a checkpoint too
+        with open_session(tiny_llama, METHODS["default"]) as session:
+            session.decode(TOKENS[:end])
+            session.checkpoint()
+            session.rewind(cut)
+            for turn in range(14):
+                session.decode(random_tokens(11, seed=turn), phase="question")
+                session.decode(random_tokens(3, seed=turn), phase="decode")
+            start = 80 if cut == 80 else 64
+            n_done = session.n_past
+            assert replayed(session, lambda: session.rewind(start)) == n_done - start  # noqa: B023
+            assert replayed(session, lambda: session.decode(TOKENS[:1], phase="decode")) == 0
+
+
 def test_checkpoint_of_pending_tokens(tiny_llama: LlamaModel, retrieval: Retrieval) -> None:
     """Breaks when a checkpoint in front of tokens still to be read is taken for one behind them."""
     with session_with_history(tiny_llama, retrieval) as session:
