@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actqkv_cpp import _env
 from actqkv_cpp.config import Retrieval, parse_size
 from actqkv_cpp.errors import (
     ActqkvError,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from actqkv_cpp.llama import Llama
 
 __version__ = "0.1.0"
+
+_env.let_threads_sleep()  # before anything loads llama.cpp and, with it, OpenMP
 
 __all__ = [
     "ActqkvError",

@@ -1,0 +1,27 @@
+"""Breaks when threads spin at barriers: one other busy process then starves a step."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from actqkv_cpp import _env
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "passive"),
+        ({"OMP_WAIT_POLICY": "active"}, "active"),
+        ({"GOMP_SPINCOUNT": "1000"}, None),
+    ],
+)
+def test_waiting_threads_sleep(given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    _env.let_threads_sleep()
+    assert os.environ.get("OMP_WAIT_POLICY") == expected
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
