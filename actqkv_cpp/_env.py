@@ -2,7 +2,7 @@
 
 ACTQKV_CACHE_DIR       where verdicts about this machine are remembered; default XDG_CACHE_HOME/actqkv, ~/.cache/actqkv
 ACTQKV_EXTRA_BUFFERS   auto (default): llama.cpp's extra buffer types where they were tried and found safe; on; off
-OMP_WAIT_POLICY        passive unless it or GOMP_SPINCOUNT is set: see let_threads_sleep
+GOMP_SPINCOUNT         1000 unless it or OMP_WAIT_POLICY is set: see let_threads_sleep
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ ExtraBuffers = Literal["auto", "on", "off"]
 
 
 def let_threads_sleep() -> None:
-    """Have OpenMP's threads sleep while they wait, unless the user chose otherwise. Call before llama.cpp is loaded.
+    """Have OpenMP's threads sleep after a short wait, unless the user chose otherwise. Call before llama.cpp is loaded.
 
     By default GNU's OpenMP spins for milliseconds at every barrier. With as many threads as cores, one other busy
-    process is enough to starve a step: 1 token/s instead of 130 on 2 cores (S160, one other process at low priority).
+    process then starves a step. Tokens/s of decode, S160 on 2 cores, alone and beside one process at low priority:
+    default 236 and 1, spin count 1000 220 and over 70, OMP_WAIT_POLICY=passive 111 and 130.
     """
-    if "GOMP_SPINCOUNT" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def cache_dir() -> Path:
