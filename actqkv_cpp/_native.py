@@ -296,6 +296,15 @@ def actqkv_py_observe(  # noqa: PLR0917 (as in callbacks.cdef)
         session.observer(text, layer, n_past, flat.reshape(shape).copy())
 
 
+def _token_array(tokens: Any) -> NDArray[np.int32]:
+    """Tokens as the library takes them; ParameterError instead of a number that wraps or loses its fraction."""
+    given = np.asarray(tokens)
+    array = np.ascontiguousarray(given, dtype=np.int32)
+    if given.size and not np.array_equal(given, array):
+        raise ParameterError(f"tokens are whole numbers of 32 bits, not {given[given != array][0]}")
+    return array
+
+
 # ---- session
 
 
@@ -440,7 +449,7 @@ class Session:
                 are kept, `n_past` says how many tokens.
             ParameterError: a token outside the vocabulary, or n_logits outside 0 .. n.
         """
-        array = np.ascontiguousarray(tokens, dtype=np.int32)
+        array = _token_array(tokens)
         logits = np.empty((max(n_logits, 0), self.n_vocab), np.float32)
         rows = ffi.from_buffer("float[]", logits) if n_logits > 0 else ffi.NULL
         with self._exclusive() as handle:
@@ -476,8 +485,7 @@ class Session:
         """Replace the session's history by that of `blob` (bytes-like, of `state_get`).
 
         Raises:
-            StateError: the blob is damaged, or of another model or parameters; the history is unchanged unless the
-                message says that it is empty now.
+            StateError: the blob is damaged, or of another model or parameters; the history is unchanged.
         """
         data = ffi.from_buffer("uint8_t[]", blob)
         with self._exclusive() as handle:

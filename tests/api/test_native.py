@@ -296,3 +296,11 @@ def test_model_of_another_architecture(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         Session(llm._model, SMALL, n_ctx=512, n_threads=1)
     llm.close()
+
+
+@pytest.mark.parametrize("token", [2**32 + 5, -(2**31) - 1, 5.5])
+def test_tokens_do_not_wrap(session: Session, token: float) -> None:
+    """Breaks when a number that is no token is read as another one."""
+    with pytest.raises(ParameterError, match="32 bits"):
+        session.decode([token])
+    assert session.n_past == 0
