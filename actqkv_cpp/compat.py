@@ -47,7 +47,7 @@ TABLE: tuple[Row, ...] = (
         "honoured",
         {
             "model_path": "left out: the bundled model",
-            "n_gpu_layers": "where libllama puts the weights",
+            "n_gpu_layers": "where libllama puts the weights; any on a GPU: the model runs densely through llama.cpp",
             "split_mode": "weights",
             "main_gpu": "weights",
             "tensor_split": "weights",
