@@ -45,7 +45,7 @@ size_t context_bytes(const hparams & hp) {
 } // namespace
 
 runner::runner(const hparams & hp, const weights & w, int n_window, int n_far, int n_threads)
-    : hp(hp), w(w), n_window(n_window), backend(ggml_backend_cpu_init()) {
+    : hp(hp), w(w), backend(ggml_backend_cpu_init()) {
     if (!backend) {
         throw error(ACTQKV_ERR_COMPUTE, "ggml's CPU backend did not start");
     }

@@ -44,7 +44,6 @@ private:
 
     const hparams & hp;
     const weights & w;
-    int n_window;
     ggml_backend_ptr backend;
     ggml_backend_buffer_ptr io_buffer;
     ggml_gallocr_ptr allocator;
