@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.files import written_atomically
 from models.network import Llama, NetworkConfig
-from models.tokenizer import BOS, CHAT_TEMPLATE, END, EOS, UNKNOWN
+from models.tokenizer import add_prompt_format
 
 FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 
@@ -109,19 +109,10 @@ def _add_shape(writer: gguf.GGUFWriter, config: NetworkConfig) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
     ids = range(tokenizer.vocab_size())
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
     writer.add_token_list([tokenizer.id_to_piece(token).encode() for token in ids])
     writer.add_token_scores([tokenizer.get_score(token) for token in ids])
     writer.add_token_types([_token_type(tokenizer, token) for token in ids])
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_eot_token_id(END)
-    writer.add_unk_token_id(UNKNOWN)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    add_prompt_format(writer)
 
 
 def _token_type(tokenizer: Any, token: int) -> gguf.TokenType:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.files import written_atomically
-from models.tokenizer import BOS, CHAT_TEMPLATE, END, EOS, SHIPPED_GGUF, UNKNOWN
+from models.tokenizer import SHIPPED_GGUF, add_prompt_format
 
 FILE_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 N_CONTEXT = 8192  # trained length in the metadata: longer sessions read with clamped positions, as long documents do
@@ -144,19 +144,10 @@ def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
     n_more = n_vocab - len(pieces)
     if n_more < 0:
         raise ValueError(f"n_vocab {n_vocab} is less than the tokenizer's {len(pieces)}")
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
     writer.add_token_list(pieces + [f"<unused_{i}>" for i in range(n_more)])
     writer.add_token_scores(scores + [0.0] * n_more)
     writer.add_token_types(types + [int(gguf.TokenType.UNUSED)] * n_more)
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_eot_token_id(END)
-    writer.add_unk_token_id(UNKNOWN)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    add_prompt_format(writer)
 
 
 def _quantise(source: Path, target: Path, file_type: str) -> None:

@@ -11,10 +11,13 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from models.files import written_atomically
 from models.generate import make_document
+
+if TYPE_CHECKING:
+    import gguf
 
 SHIPPED_GGUF: Final = Path(__file__).parents[1] / "actqkv_cpp" / "data" / "needle-q8_0.gguf"
 
@@ -129,3 +132,17 @@ def _sentencepiece() -> Any:
     except ImportError as error:
         raise ImportError("training needs sentencepiece: install the extra actqkv[train]") from error
     return sentencepiece
+
+
+def add_prompt_format(writer: gguf.GGUFWriter) -> None:
+    """Writes the kind of tokenizer, its special tokens and the chat template; the vocabulary is the caller's."""
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_eot_token_id(END)
+    writer.add_unk_token_id(UNKNOWN)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
