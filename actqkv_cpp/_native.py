@@ -42,7 +42,7 @@ KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type, stable since GGUF
 _PHASES = {"prefill": lib.ACTQKV_PREFILL, "decode": lib.ACTQKV_DECODE, "question": lib.ACTQKV_QUESTION}
 _STATUS_NAMES = {getattr(lib, name): name for name in dir(lib) if name.startswith("ACTQKV_ERR_")}
 
-# Column of struct actqkv_method -> prefix of its enum's names; and the two columns that Retrieval shortens.
+# Column of struct actqkv_method -> prefix of its enum's names; and the columns that Retrieval shortens.
 _ENUMS = {
     "positions": "ACTQKV_POSITIONS_",
     "prefill": "ACTQKV_RETRIEVE_",
@@ -52,13 +52,16 @@ _ENUMS = {
     "statistics": "ACTQKV_STATISTICS_",
     "score": "ACTQKV_SCORE_",
     "cutoff": "ACTQKV_CUTOFF_",
+    "summary_keys": "ACTQKV_KEYS_",
+    "granularity": "ACTQKV_GRANULARITY_",
+    "vote": "ACTQKV_VOTE_",
 }
-_COLUMNS = {"representatives": "n_representatives"}
-_SIZES = {"budget": "budget", "n_sink": "n_sink", "n_local": "n_local", "chunk": "n_chunk_tokens", "window": "n_window"}
+_COLUMNS = {"representatives": "n_representatives", "dense_layers": "n_dense_layers", "chunk": "n_chunk_tokens"}
+_SIZES = {"budget": "budget", "n_sink": "n_sink", "n_local": "n_local", "window": "n_window"}
 _NUMBERS = ("probe_warmup", "statistics_cap", "refine", "cutoff_temperature", "question_weight")
 
 # What one observed array looks like: the number of dimensions that count, by name (actqkv.h, actqkv_observe_fn).
-_OBSERVED_DIMS = {"q": 3, "k": 3, "v": 3, "out": 2}
+_OBSERVED_DIMS = {"q": 3, "k": 3, "v": 3, "out": 2, "head_scores": 2, "votes": 2, "plans": 2, "mass": 2}
 
 
 # ---- libraries of the process
@@ -128,7 +131,7 @@ def methods() -> dict[str, dict[str, Any]]:
 
     Example:
         >>> methods()["actqkv"]["score"]
-        'cosine'
+        'dot'
     """
     row = ffi.new("struct actqkv_method *")
     table: dict[str, dict[str, Any]] = {}
@@ -178,9 +181,19 @@ class Params:
     n_window: int
     n_sink: int
     n_local: int
-    n_chunk_tokens: int
     budget: int
     kv_type: str
+
+    @property
+    def n_chunk_tokens(self) -> int:
+        chunk: int = self.columns["chunk"]
+        return chunk
+
+
+def _found_params(found: Any) -> Params:
+    sizes = {name: getattr(found, name) for name in ("n_ctx", "n_threads", *_SIZES.values())}
+    kv_type = next((name for name, value in KV_TYPES.items() if value == found.kv_type), str(found.kv_type))
+    return Params(_text(found.method.name), _method_columns(found.method), kv_type=kv_type, **sizes)
 
 
 @dataclass(frozen=True)
@@ -224,6 +237,8 @@ class Stats:
     summarize: Stage
     attended_tokens_max: int
     attended_tokens_mean: float
+    dense_tokens_max: int
+    dense_tokens_mean: float
 
 
 def _plain(struct: Any, kind: type[Any]) -> Any:
@@ -423,11 +438,28 @@ class Session:
 
     @property
     def params(self) -> Params:
-        """The parameters in force; positions resolved from "auto"."""
-        found = lib.actqkv_session_params(self._handle_to_read())
-        sizes = {name: getattr(found, name) for name in ("n_ctx", "n_threads", *_SIZES.values())}
-        kv_type = next((name for name, value in KV_TYPES.items() if value == found.kv_type), str(found.kv_type))
-        return Params(_text(found.method.name), _method_columns(found.method), kv_type=kv_type, **sizes)
+        """The parameters of reading; positions resolved from "auto"."""
+        return _found_params(lib.actqkv_session_params(self._handle_to_read()))
+
+    @property
+    def answering(self) -> Params:
+        """The parameters of answering: `params`, or what `set_answering` put in their place."""
+        return _found_params(lib.actqkv_session_answering(self._handle_to_read()))
+
+    def set_answering(self, retrieval: Retrieval) -> None:
+        """Answer by another method or budget over the same stores from now on; reading stays as it was.
+
+        Raises:
+            ParameterError: the stores would differ; the message names every column that does. Nothing changes.
+        """
+        found = self.params
+        params = _make_params(retrieval, n_ctx=found.n_ctx, n_threads=found.n_threads, kv_type=found.kv_type)
+        for name in _SIZES.values():
+            wanted, here = getattr(params, name), getattr(found, name)
+            if name != "budget" and wanted != here:
+                raise ParameterError(f"{name} is {wanted}, the reading's {here}", "answer with the reading's sizes")
+        with self._exclusive() as handle:
+            _call(lib.actqkv_set_answering, handle, ffi.addressof(params, "method"), params.budget)
 
     def history(self) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
         """All tokens [n_past] and the phase each entered in [n_past] (0 prefill, 1 decode, 2 question)."""
@@ -502,7 +534,7 @@ class Session:
         """The sums [n_blocks], and stop. Block 0: the sinks; block b + 1: tokens [n_sink + b*c, n_sink + (b+1)*c)."""
         with self._exclusive() as handle:
             params = lib.actqkv_session_params(handle)
-            mass = np.zeros(params.n_ctx // params.n_chunk_tokens + 2)
+            mass = np.zeros(params.n_ctx // params.method.n_chunk_tokens + 2)
             n = lib.actqkv_sources_end(handle, ffi.from_buffer("double[]", mass), mass.size)
         return mass[: int(n)]
 

@@ -10,12 +10,15 @@ from typing import Any, Literal, get_args
 from actqkv_cpp.errors import ParameterError, unknown_name
 
 Positions = Literal["auto", "clamped", "exact"]
-Selection = Literal["all", "top", "none"]
+Selection = Literal["all", "top", "none", "oracle"]
 Summary = Literal["head", "kv_head", "mean", "bounds"]
 Probe = Literal["mean", "bias"]
 Statistics = Literal["pooled", "published"]
 Score = Literal["cosine", "dot"]
 Cutoff = Literal["none", "layerwise", "published"]
+SummaryKeys = Literal["unrotated", "attended"]
+Granularity = Literal["layer", "kv_head"]
+Vote = Literal["max", "sum"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "positions": get_args(Positions),
@@ -26,9 +29,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "statistics": get_args(Statistics),
     "score": get_args(Score),
     "cutoff": get_args(Cutoff),
+    "summary_keys": get_args(SummaryKeys),
+    "granularity": get_args(Granularity),
+    "vote": get_args(Vote),
 }
 _SIZES = ("budget", "n_sink", "n_local", "chunk", "window")
-_COUNTS = ("representatives", "probe_warmup", "statistics_cap", "refine")
+_COUNTS = ("representatives", "probe_warmup", "statistics_cap", "refine", "dense_layers")
 _NUMBERS = ("cutoff_temperature", "question_weight")
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", re.IGNORECASE)
@@ -63,15 +69,16 @@ class Retrieval:
     here, None meaning the row's own value.
 
     Args:
-        method: name of the row: "actqkv", "published", "dense", ...
+        method: name of the row: "actqkv" and its variants "actqkv-uniform" (a plain mean as the probe), "actqkv-equal"
+            (no cut-off) and "published"; "quest", "quest-clamped", "infllm", "streaming", "dense", "oracle".
         budget: tokens attended per step: sinks + local + retrieved chunks. At least n_sink + n_local + chunk.
         n_sink: first tokens, always attended.
         n_local: last tokens, always attended.
-        chunk: tokens of a chunk, the unit of retrieval.
         window: tokens of one forward pass while reading, at most n_local.
         positions: "exact" (true positions), "clamped" (everything outside local at one distance; any length), "auto"
             (exact if n_ctx fits the trained length, else clamped).
-        prefill, decode: what is retrieved while reading, and while answering: "all" chunks, the "top" ones, "none".
+        prefill, decode: what is retrieved while reading, and while answering: "all" chunks, the "top" ones by score,
+            "none", or the "oracle"'s: those of the largest true attention mass, for which everything is attended.
         summary: of a chunk: "head" (per query head, its most attended keys), "kv_head" (per KV head), "mean" of all
             keys, or "bounds" (least and greatest of each channel; wants score "dot").
         representatives: keys averaged into a summary, 1 .. chunk.
@@ -84,6 +91,11 @@ class Retrieval:
         cutoff: while answering: "none", "layerwise" (by entropy) or as "published".
         cutoff_temperature: of the softmax over scores, > 0.
         question_weight: lambda of question-aware prefill; 0 is off.
+        summary_keys: of which keys summaries are: "unrotated", or as "attended" (with exact positions, rotated).
+        granularity: one list of chunks per "layer", or one per "kv_head", voted for by its group's query heads.
+        vote: of a group, by the "max" or the "sum" of its heads' softmax over chunks.
+        dense_layers: so many first layers attend everything, always; statistics report them apart.
+        chunk: tokens of a chunk, the unit of retrieval: 32, of Quest's methods 16.
 
     Sizes also take "2k" and the like.
 
@@ -101,7 +113,6 @@ class Retrieval:
     budget: int | str = 2048
     n_sink: int | str = 64
     n_local: int | str = 512
-    chunk: int | str = 32
     window: int | str = 256
     positions: Positions | None = None
     prefill: Selection | None = None
@@ -117,6 +128,11 @@ class Retrieval:
     cutoff: Cutoff | None = None
     cutoff_temperature: float | None = None
     question_weight: float | None = None
+    summary_keys: SummaryKeys | None = None
+    granularity: Granularity | None = None
+    vote: Vote | None = None
+    dense_layers: int | None = None
+    chunk: int | str | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> Retrieval:
         """Looks at the names only: an unknown one raises ParameterError with the nearest known one."""
@@ -128,7 +144,8 @@ class Retrieval:
 
     def __post_init__(self) -> None:
         for name in _SIZES:
-            object.__setattr__(self, name, parse_size(getattr(self, name)))
+            if name != "chunk" or self.chunk is not None:
+                object.__setattr__(self, name, parse_size(getattr(self, name)))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:

@@ -40,13 +40,17 @@ class Params:
     n_chunk_tokens: int = 32
     budget: int = 2048
     positions: Literal["clamped", "exact"] = "clamped"
-    select: Literal["top_k", "all", "none"] = "top_k"  # all: dense; none: streaming
+    select: Literal["top_k", "all", "none", "oracle"] = "top_k"  # all: dense; none: streaming
     probe: Literal["activation", "mean"] = "activation"  # mean: InfLLM
     statistics: Literal["ours", "published"] = "ours"
     t_max: int = 1000
     probe_warmup: int = 0  # windows per layer whose probe is the plain mean (section 3.7)
     summary: SummaryKind = "head"  # bounds: section 4's, over keys without RoPE; wants the dot product
     score: Literal["cosine", "dot"] = "cosine"  # dot: InfLLM
+    summary_keys: Literal["unrotated", "attended"] = "unrotated"  # attended: section 4, over roped keys where exact
+    granularity: Literal["layer", "kv_head"] = "layer"  # kv_head: section 4, one list per KV head
+    vote: Literal["max", "sum"] = "max"
+    n_dense_layers: int = 0  # section 4: the first layers attend everything
     refine: int = 1  # answering: the keys of the best refine * budget chunks decide; 1: off
     question_weight: float = 4.0  # lambda of section 3.4
     cutoff: Literal["ours", "published", "none"] = "ours"
@@ -417,10 +421,23 @@ def quest_scores(rotated_q: Floats, lows: Floats, highs: Floats) -> Floats:
     return bounds
 
 
-def quest_group_scores(scores: Floats, n_head_kv: int) -> Floats:
-    """One vote per KV head and page [G, N]: the maximum over the group of the softmax over pages of [H, N]."""
-    votes: Floats = softmax(scores).reshape(n_head_kv, -1, scores.shape[1]).max(axis=1)
+def quest_group_scores(scores: Floats, n_head_kv: int, vote: Literal["max", "sum"] = "max") -> Floats:
+    """One vote per KV head and page [G, N]: the maximum (or sum) over the group of the softmax over pages of [H, N]."""
+    shares = softmax(scores).reshape(n_head_kv, -1, scores.shape[1])
+    votes: Floats = shares.max(axis=1) if vote == "max" else shares.sum(axis=1)
     return votes
+
+
+# Section 6: the oracle
+
+
+def chunk_mass(weights: Floats, params: Params, n_chunks: int) -> Floats:
+    """True attention mass of every chunk per query head [H, N], summed over queries: weights [m, H, n_keys] of all keys
+    from token 0 on."""
+    first, c = params.n_sink, params.n_chunk_tokens
+    of_chunks = weights[:, :, first : first + n_chunks * c].sum(axis=0)
+    mass: Floats = of_chunks.reshape(weights.shape[1], n_chunks, c).sum(axis=2)
+    return mass
 
 
 # The session: one window after another through all of the above
@@ -432,12 +449,12 @@ class LayerResult(TypedDict):
     bias: Floats  # [m]
     weights: Floats  # [m]
     probe: Floats  # [H*d]
-    scores: Floats  # [N]
+    scores: Floats  # [N] that decide; with a list per KV head [G, N], votes or masses
     entropy: float  # NaN for N <= 1
     budget: int  # chunks this layer may take, N at most
     refined: Floats  # [N] by their keys, where `refine` decides: -inf for what is no candidate; else the scores
-    plan: Ints  # ascending chunk ids
-    attended: Ints  # ascending positions of the past; the window itself comes on top
+    plan: Ints  # ascending chunk ids [k], or [G, k]
+    attended: Ints  # ascending positions of the past, or [G, ...]; the window itself comes on top
     out: Floats  # [m, H*d]
     mean: Floats  # [H*d], after this window's update
     var: Floats  # [H*d]
@@ -502,7 +519,9 @@ class ReferenceSession:
             for b in range(len(state.summaries), n_chunks):
                 tokens = slice(self.params.n_sink + b * c, self.params.n_sink + (b + 1) * c)
                 # Reading: a key without RoPE is R_0 k, as it is stored.
-                keys = self.params.stored(rotate(state.k[tokens], 0, self.rope))
+                roped = self.params.positions == "exact" and self.params.summary_keys == "attended"
+                positions = np.arange(tokens.start, tokens.stop) if roped else 0
+                keys = self.params.stored(rotate(state.k[tokens], positions, self.rope))
                 if self.params.summary == "bounds":
                     state.summaries.append(chunk_bounds(keys))
                 else:
@@ -516,18 +535,19 @@ class ReferenceSession:
         Reading: a step's shares come from the values of the windows before it, since those of the layers after l are
         not known yet at layer l; its own values join the history when it ends.
         """
-        n_layer, k = len(self.layers), self.params.top_k
-        if self.params.select != "top_k":
-            return [n_chunks if self.params.select == "all" else 0] * n_layer
-        equal = [min(k, n_chunks)] * n_layer
-        if phase == "prefill" or self.params.cutoff == "none":
+        n_dense, k, select = self.params.n_dense_layers, self.params.top_k, self.params.select
+        dense, n_sharing = [n_chunks] * n_dense, len(self.layers) - n_dense
+        if select in {"all", "none"}:
+            return dense + [n_chunks if select == "all" else 0] * n_sharing
+        equal = dense + [min(k, n_chunks)] * n_sharing
+        if phase == "prefill" or self.params.cutoff == "none" or select == "oracle":
             return equal
-        history = [state.entropies for state in self.layers]
+        history = [state.entropies for state in self.layers[n_dense:]]
         if self.params.cutoff == "published":
             h = mean_entropies(history, least=N_ENTROPIES)
-            return equal if h is None else layer_budgets_published(h, k, n_chunks)
+            return equal if h is None else dense + layer_budgets_published(h, k, n_chunks)
         h = mean_entropies(history)
-        return equal if h is None else layer_budgets(h, k, n_chunks)
+        return equal if h is None else dense + layer_budgets(h, k, n_chunks)
 
     def layer(
         self, layer: int, q: Floats, k: Floats, v: Floats, phase: Phase, *, attended_plan: Ints | None = None
@@ -541,20 +561,19 @@ class ReferenceSession:
         state, params = self.layers[layer], self.params
         z = fixed_distance_queries(q, params, self.rope)
         bias, weights = self._weigh(state, z, phase)
+        if params.positions == "exact" and params.summary_keys == "attended":
+            # Reading: queries meet roped summaries as they meet roped keys; the bias is of z in any case.
+            z = rotate(q, self.n_past + np.arange(len(q)), self.rope).reshape(len(q), -1)
         probe = probe_query(z, weights)
-        if params.summary == "bounds":
-            summaries = np.array(state.summaries).reshape(-1, 2, *k.shape[1:])
-            scores = bound_scores(probe.reshape(q.shape[1:]), summaries)
-        else:
-            summaries = np.array(state.summaries).reshape(-1, z.shape[1])
-            question = self.question[layer] if self.question is not None and phase == "prefill" else None
-            scores = chunk_scores(probe, summaries, params.score, question, params.question_weight)
-        entropy = score_entropy(scores, params.cutoff_temperature)
+        summaries, scores = self._scores(state, layer, probe.reshape(q.shape[1:]), k.shape[1:], phase)
+        if params.select == "oracle":
+            scores = self._mass(state, q, k, len(scores) if scores.ndim == 1 else scores.shape[1])
+        entropy = score_entropy(scores, params.cutoff_temperature) if scores.ndim == 1 else math.nan
         if not math.isnan(entropy):
             state.entropies.append(entropy)  # Reading: a window without a value (N <= 1) contributes none.
         budget = self._budgets[layer]
         refined = self._refine(state, q, scores, budget * params.refine) if phase == "decode" else scores
-        plan = top_k(refined, budget)
+        plan = top_k(refined, budget) if scores.ndim == 1 else np.array([top_k(row, budget) for row in refined])
         attended, out = self._attend(state, q, k, v, plan if attended_plan is None else attended_plan)
         return LayerResult(
             bias=bias,
@@ -571,6 +590,41 @@ class ReferenceSession:
             var=state.statistics.var,
             summaries=summaries,
         )
+
+    def _scores(
+        self, state: _Layer, layer: int, probe: Floats, kv_shape: tuple[int, ...], phase: Phase
+    ) -> tuple[Floats, Floats]:
+        """Summaries, and scores [N] of one list for all heads, or logarithms of votes [G, N]. probe: [H, d].
+
+        Votes are the logarithms of section 4's, which order alike and do not underflow.
+        """
+        params = self.params
+        bounds = params.summary == "bounds"
+        shape = (2, *kv_shape) if bounds else (probe.size,)
+        summaries = np.array(state.summaries).reshape(-1, *shape)
+        if params.granularity == "kv_head":
+            if bounds:
+                per_head = quest_scores(probe, summaries[:, 0], summaries[:, 1])
+            else:
+                per_head = np.einsum("hd,nhd->hn", probe, summaries.reshape(-1, *probe.shape))
+            if not len(summaries):
+                return summaries, np.zeros((kv_shape[0], 0))
+            return summaries, np.log(quest_group_scores(per_head, kv_shape[0], params.vote))
+        if bounds:
+            return summaries, bound_scores(probe, summaries)
+        question = self.question[layer] if self.question is not None and phase == "prefill" else None
+        return summaries, chunk_scores(probe.ravel(), summaries, params.score, question, params.question_weight)
+
+    def _mass(self, state: _Layer, q: Floats, k: Floats, n_chunks: int) -> Floats:
+        """The oracle's masses, averaged over heads: [N], or each KV head's part of that, [G, N]."""
+        n, m, n_head_kv = self.n_past, len(q), k.shape[1]
+        keys, window = np.arange(n + m), np.arange(n, n + m)
+        every = np.concatenate([state.k, k])
+        logits = attention_logits(q, window, every, keys, params=self.params, rope=self.rope)
+        mass = chunk_mass(softmax(logits), self.params, n_chunks) / q.shape[1]
+        parts = mass.reshape(n_head_kv, q.shape[1] // n_head_kv, n_chunks).sum(axis=1)
+        summed: Floats = parts if self.params.granularity == "kv_head" else parts.sum(axis=0)
+        return summed
 
     def end(self, n_tok: int) -> None:
         """End of a window of `n_tok` tokens."""
@@ -594,7 +648,7 @@ class ReferenceSession:
     def _refine(self, state: _Layer, q: Floats, scores: Floats, n_candidates: int) -> Floats:
         """Scores [N] of the best chunks by their keys, as the step's query q [1, H, d] meets stored ones."""
         params = self.params
-        if params.refine == 1:
+        if params.refine == 1 or params.select == "oracle":
             return scores
         exact = params.positions == "exact"
         query = rotate(q, self.n_past if exact else params.n_local, self.rope)[0]
@@ -612,13 +666,22 @@ class ReferenceSession:
         n, m = self.n_past, len(q)
         state.k, state.v = np.concatenate([state.k, k]), np.concatenate([state.v, v])
         state.received = np.concatenate([state.received, np.zeros((m, q.shape[1]))])
-        attended = attended_past(n, plan, self.params)
-        window = np.arange(n, n + m)
-        keys = np.concatenate([attended, window])
-        out, weights = attend(q, window, state.k[keys], state.v[keys], keys, params=self.params, rope=self.rope)
-        still_local = keys >= n - self.params.n_local
-        state.received[keys[still_local]] += weights.sum(axis=0).T[still_local]
-        return attended, out
+        window, n_head, n_head_kv = np.arange(n, n + m), q.shape[1], k.shape[1]
+        # One KV head after another where each has its own list; else all of them at once.
+        lists = plan if plan.ndim == 2 else plan[None]
+        per_list = n_head // len(lists), n_head_kv // len(lists)
+        all_attended, outs = [], []
+        for i, of_list in enumerate(lists):
+            heads, kv = (slice(i * size, (i + 1) * size) for size in per_list)
+            attended = attended_past(n, of_list, self.params)
+            keys = np.concatenate([attended, window])
+            k_list, v_list = state.k[keys][:, kv], state.v[keys][:, kv]
+            out, weights = attend(q[:, heads], window, k_list, v_list, keys, params=self.params, rope=self.rope)
+            still_local = keys >= n - self.params.n_local
+            state.received[keys[still_local], heads] += weights.sum(axis=0).T[still_local]
+            all_attended.append(attended)
+            outs.append(out)
+        return all_attended[0] if plan.ndim == 1 else np.array(all_attended), np.concatenate(outs, axis=1)
 
 
 # The whole model: llama, qwen2, qwen3 from the GGUF itself

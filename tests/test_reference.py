@@ -530,6 +530,14 @@ def test_quest_score_bounds_every_product() -> None:
     assert (scores[:, :, None] >= products - EXACT).all()
     votes = ref.quest_group_scores(scores, 2)
     np.testing.assert_allclose(votes[1], ref.softmax(scores)[2:].max(axis=0))
+    np.testing.assert_allclose(ref.quest_group_scores(scores, 2, "sum")[0], ref.softmax(scores)[:2].sum(axis=0))
+
+
+def test_chunk_mass_by_hand() -> None:
+    """Breaks when the oracle's mass is of other tokens than the chunk's, or not summed over queries."""
+    params = ref.Params(n_sink=1, n_local=1, n_chunk_tokens=2, budget=4)
+    weights = np.array([[[0.5, 0.1, 0.2, 0.0, 0.1, 0.1]], [[0.0, 0.3, 0.3, 0.2, 0.1, 0.1]]])  # [2, 1, 6]
+    np.testing.assert_allclose(ref.chunk_mass(weights, params, 2), [[0.9, 0.4]])
 
 
 # The session

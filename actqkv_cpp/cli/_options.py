@@ -55,12 +55,15 @@ Budget = Annotated[
 ]
 Sink = Annotated[int, _size("--sink", help="First tokens, always attended.", default="64")]
 Local = Annotated[int, _size("--local", help="Last tokens, always attended.", default="512")]
-Chunk = Annotated[int, _size("--chunk", help="Tokens of a chunk, the unit of retrieval.", default="32")]
+Chunk = Annotated[
+    int | None, _size("--chunk", help="Tokens of a chunk, the unit of retrieval.", default="32, of Quest's methods 16")
+]
 Method = Annotated[
     str,
     _option(
         "--method",
-        help="How chunks are chosen: actqkv, published, dense or another known method.",
+        help="How chunks are chosen: actqkv, actqkv-uniform, actqkv-equal, published, quest, quest-clamped, infllm, "
+        "streaming, dense or oracle.",
         metavar="NAME",
         default="actqkv",
     ),
@@ -115,7 +118,7 @@ class EngineOptions:
     budget: int
     sink: int
     local: int
-    chunk: int
+    chunk: int | None
     method: str
     kv_type: str
     gpu_layers: int

@@ -62,8 +62,9 @@ def open_model(output: Output, options: EngineOptions, texts: Sequence[str], *, 
                 **more,
             )
 
+    exact = actqkv_cpp.methods()[options.method]["positions"] == "exact"
     with output.waiting(f"loading {path.name}"):
-        llm = load(options.ctx) if options.ctx is not None else _load_with_room(load, texts, reserve)
+        llm = load(options.ctx) if options.ctx is not None else _load_with_room(load, texts, reserve, exact=exact)
     bundled = "" if options.model else " (bundled, for trying out)"
     output.note(f"{path.name}{bundled}: {_engine(llm)}, --ctx {llm.n_ctx():,}{_memory(llm)}")
     return llm
@@ -111,12 +112,15 @@ def read_with_progress(output: Output, names: str, work: Callable[[Progress], ob
     return result
 
 
-def _load_with_room(load: Callable[..., Llama], texts: Sequence[str], reserve: int) -> Llama:
+def _load_with_room(load: Callable[..., Llama], texts: Sequence[str], reserve: int, *, exact: bool) -> Llama:
+    """exact: the method's positions end at the trained length, so the room to spare does too."""
     vocabulary = load(1, vocab_only=True)
     needed = sum(vocabulary.count_tokens(text) for text in texts) + TEMPLATE_TOKENS + reserve
+    trained = vocabulary.n_ctx_train
     vocabulary.close()
+    roomy = needed + _SPARE_TOKENS
     try:
-        return load(needed + _SPARE_TOKENS)
+        return load(min(roomy, max(needed, trained)) if exact else roomy)
     except MemoryPlanError:
         return load(needed)
 
@@ -134,11 +138,12 @@ def _silence_llama_cpp() -> Any:
 def _retrieval(options: EngineOptions) -> Retrieval:
     if options.method not in (known := actqkv_cpp.methods()):
         raise unknown_name("method", options.method, known)
-    least = options.sink + options.local + options.chunk
+    chunk = options.chunk if options.chunk is not None else known[options.method]["chunk"]
+    least = options.sink + options.local + chunk
     if options.budget < least:
         raise ParameterError(
             f"budget {options.budget:,} is less than n_sink {options.sink:,} + n_local {options.local:,} "
-            f"+ one chunk of {options.chunk:,}",
+            f"+ one chunk of {chunk:,}",
             f"use a budget of {least:,} or more, or lower the others",
         )
     return Retrieval(

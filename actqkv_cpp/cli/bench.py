@@ -63,7 +63,7 @@ def bench(
     threads: o.Threads = None,
     sink: o.Sink = 64,
     local: o.Local = 512,
-    chunk: o.Chunk = 32,
+    chunk: o.Chunk = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:

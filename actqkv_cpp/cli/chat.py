@@ -26,7 +26,7 @@ def chat(
     threads: o.Threads = None,
     sink: o.Sink = 64,
     local: o.Local = 512,
-    chunk: o.Chunk = 32,
+    chunk: o.Chunk = None,
     temp: o.Temp = 0.0,
     top_p: o.TopP = 0.95,
     min_p: o.MinP = 0.05,

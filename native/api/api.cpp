@@ -86,6 +86,16 @@ void actqkv_session_free(actqkv_session * session) { delete session; }
 
 actqkv_params actqkv_session_params(const actqkv_session * session) { return session->impl.parameters(); }
 
+actqkv_params actqkv_session_answering(const actqkv_session * session) { return session->impl.answering_parameters(); }
+
+int32_t actqkv_set_answering(actqkv_session * session, const actqkv_method * method, int32_t budget,
+                             actqkv_error * err) {
+    return guarded(err, [&] {
+        require(method != nullptr, "method must not be NULL");
+        session->impl.set_answering(*method, budget);
+    });
+}
+
 int64_t actqkv_n_past(const actqkv_session * session) { return session->impl.past().size(); }
 
 int64_t actqkv_n_chunks(const actqkv_session * session) { return session->impl.n_chunks(); }

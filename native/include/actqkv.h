@@ -54,18 +54,33 @@ enum actqkv_phase {
 
 // Columns of the table of methods (ALGORITHMS.md section 6). A method is a row; every column is also a parameter.
 enum actqkv_positions { ACTQKV_POSITIONS_AUTO = 0, ACTQKV_POSITIONS_CLAMPED = 1, ACTQKV_POSITIONS_EXACT = 2 };
-enum actqkv_retrieval { ACTQKV_RETRIEVE_ALL = 0, ACTQKV_RETRIEVE_TOP = 1, ACTQKV_RETRIEVE_NONE = 2 };
+enum actqkv_retrieval {
+    ACTQKV_RETRIEVE_ALL    = 0,
+    ACTQKV_RETRIEVE_TOP    = 1, // the best by score
+    ACTQKV_RETRIEVE_NONE   = 2,
+    ACTQKV_RETRIEVE_ORACLE = 3, // those of the largest true attention mass: attends everything to know it
+};
 enum actqkv_summary {
     ACTQKV_SUMMARY_HEAD    = 0, // per query head, the mean of its n_representatives most attended keys: H*d numbers
     ACTQKV_SUMMARY_KV_HEAD = 1, // per KV head, the same with its group's attention: G*d numbers
     ACTQKV_SUMMARY_MEAN    = 2, // per KV head, the mean of all keys: G*d numbers
-    ACTQKV_SUMMARY_BOUNDS  = 3, // per KV head, the least and the greatest of each channel: 2*G*d numbers. The score is
-                                // then the sum over heads of Quest's upper bound, for which SCORE_DOT is required
+    ACTQKV_SUMMARY_BOUNDS  = 3, // per KV head, the least and the greatest of each channel: 2*G*d numbers. The product
+                                // is then Quest's upper bound, for which SCORE_DOT is required
+};
+enum actqkv_keys {
+    ACTQKV_KEYS_UNROTATED = 0, // summaries are of keys without RoPE, probes of queries at the fixed distance
+    ACTQKV_KEYS_ATTENDED  = 1, // of keys and queries as attention beyond local has them: exact positions rotate both
 };
 enum actqkv_probe { ACTQKV_PROBE_MEAN = 0, ACTQKV_PROBE_BIAS = 1 };
 enum actqkv_score { ACTQKV_SCORE_COSINE = 0, ACTQKV_SCORE_DOT = 1 };
 enum actqkv_statistics { ACTQKV_STATISTICS_POOLED = 0, ACTQKV_STATISTICS_PUBLISHED = 1 };
 enum actqkv_cutoff { ACTQKV_CUTOFF_NONE = 0, ACTQKV_CUTOFF_LAYERWISE = 1, ACTQKV_CUTOFF_PUBLISHED = 2 };
+enum actqkv_granularity {
+    ACTQKV_GRANULARITY_LAYER   = 0, // one list of chunks for all heads: their products are added up
+    ACTQKV_GRANULARITY_KV_HEAD = 1, // one list per KV head, by a vote of its group's query heads. Goes with SCORE_DOT,
+                                    // no refinement, no cut-off and no question
+};
+enum actqkv_vote { ACTQKV_VOTE_MAX = 0, ACTQKV_VOTE_SUM = 1 }; // of the softmax over chunks of each query head's scores
 
 struct actqkv_method {
     char    name[32];
@@ -83,6 +98,11 @@ struct actqkv_method {
     int32_t cutoff;             // enum actqkv_cutoff
     float   cutoff_temperature; // softmax(score / temperature), > 0
     float   question_weight;    // lambda of question-aware prefill; 0: off
+    int32_t summary_keys;       // enum actqkv_keys
+    int32_t granularity;        // enum actqkv_granularity
+    int32_t vote;               // enum actqkv_vote, of GRANULARITY_KV_HEAD
+    int32_t n_dense_layers;     // the first layers attend all chunks always, 0 .. n_layer; they share no budget
+    int32_t n_chunk_tokens;     // tokens of a chunk, 1 .. 1024
 };
 
 struct actqkv_params {
@@ -92,8 +112,7 @@ struct actqkv_params {
     int32_t n_window;       // tokens of a prefill window, 1 .. n_local
     int32_t n_sink;         // first tokens, always attended
     int32_t n_local;        // last tokens, always attended
-    int32_t n_chunk_tokens; // tokens of a chunk
-    int32_t budget;         // sinks + local + retrieved tokens per step, at least n_sink + n_local + n_chunk_tokens
+    int32_t budget;         // sinks + local + retrieved tokens per step, at least n_sink + n_local + one chunk
     int32_t kv_type;        // enum ggml_type of closed chunks; GGML_TYPE_F16 (1)
 };
 
@@ -111,8 +130,10 @@ struct actqkv_stats {
     uint64_t n_prefill_tokens, n_decode_tokens, n_windows, n_replayed_tokens;
     double   prefill_ms, decode_ms;
     struct actqkv_stage graph, probe, score, refine, attend, append, summarize;
-    uint64_t attended_tokens_max;  // of any one query: sinks + plan + remainder + local + window
-    double   attended_tokens_mean; // over queries and layers
+    uint64_t attended_tokens_max;  // of any one query: sinks + plan + remainder + local + window; dense layers apart
+    double   attended_tokens_mean; // over queries and layers, dense layers apart
+    uint64_t dense_tokens_max;     // the same two of the n_dense_layers first layers; 0 where there are none
+    double   dense_tokens_mean;
 };
 
 // After each window with tokens done / asked for in this call. Return false to stop with ACTQKV_ERR_CANCELLED.
@@ -120,7 +141,8 @@ typedef bool (*actqkv_progress_fn)(void * user, int64_t n_done, int64_t n_total)
 
 // One named array of one layer of the current window, f32, dense, ne[0] fastest. Valid during the call only.
 // q [d,H,m] k [d,G,m] v [d,G,m] before RoPE; mean var [H*d]; bias weights [m]; probe [H*d]; scores [N]; entropy [1];
-// share [1] chunks granted; plan [n]; out [H*d,m].
+// share [1] chunks granted; plan [n]; out [H*d,m]. Per KV head: head_scores [N,H], votes [N,G] (logarithms) and plans
+// [n,G] in place of scores and plan. mass [N]: true attention mass, where it decides.
 typedef void (*actqkv_observe_fn)(void * user, const char * name, int32_t layer, int64_t n_past, const float * data,
                                   const int64_t * ne);
 
@@ -149,8 +171,9 @@ ACTQKV_API int32_t actqkv_session_new(const struct llama_model * model, const st
                                       actqkv_session ** session, struct actqkv_error * err);
 ACTQKV_API void actqkv_session_free(actqkv_session * session); // NULL is fine
 
-// The parameters in force: positions resolved from AUTO.
+// The parameters of reading and of answering; positions resolved from AUTO.
 ACTQKV_API struct actqkv_params actqkv_session_params(const actqkv_session * session);
+ACTQKV_API struct actqkv_params actqkv_session_answering(const actqkv_session * session);
 ACTQKV_API int64_t actqkv_n_past(const actqkv_session * session);
 ACTQKV_API int64_t actqkv_n_chunks(const actqkv_session * session); // retrievable now
 
@@ -163,6 +186,19 @@ ACTQKV_API int32_t actqkv_history(const actqkv_session * session, int64_t from, 
 // result does not depend on how a text was cut into calls. On error other than CANCELLED the history is unchanged.
 ACTQKV_API int32_t actqkv_decode(actqkv_session * session, const int32_t * tokens, int64_t n, int32_t phase,
                                  float * logits, int64_t n_logits, struct actqkv_error * err);
+
+// Answers (ACTQKV_DECODE) by `method` at `budget` from now on; reading stays as it was, and so do the tokens answered
+// before, except those that a rewind has to read again. Steps then equal those of a session made with `method` and, for
+// reading, this session's budget. For that the stores must be equal, else ACTQKV_ERR_ARGUMENT names what differs and
+// nothing changes:
+//   - n_chunk_tokens, positions (AUTO resolved) and prefill agree; where prefill is not ALL, n_dense_layers too;
+//   - where prefill or the new decode is TOP: the session made summaries, and summary, summary_keys, granularity (and
+//     n_representatives of summaries that have them) agree;
+//   - where prefill is TOP: all that steers it agrees (probe, its warm-up and statistics, score, vote, question_weight),
+//     and a method with a cut-off finds entropies of its own temperature.
+// Free are decode, refine, budget, cut-off within the above, and the columns of scoring where prefill is not TOP.
+ACTQKV_API int32_t actqkv_set_answering(actqkv_session * session, const struct actqkv_method * method, int32_t budget,
+                                        struct actqkv_error * err);
 
 // Forgets all tokens from n_past on. The next decode equals a fresh run over the remaining history: the nearest
 // checkpoint is restored at once, the tokens after it are read again by the next decode.

@@ -74,6 +74,18 @@ void actqkv_summarize(int32_t impl, int32_t kind, int32_t n_representatives, con
 void actqkv_score(int32_t impl, const float * probe, float probe_norm, const actqkv_f16 * reps, const float * norms,
                   int64_t n, int64_t width, float scale, float * scores, int32_t n_threads);
 
+// ---- vote (section 4)
+
+// scores [H][n] of every query head: queries [H][width] against the n summaries of its block of rows, [n][width] (f16)
+// at reps + i*block_stride for block i < n_blocks; block i serves the H/n_blocks query heads from i*H/n_blocks on.
+void actqkv_head_scores(int32_t impl, const float * queries, const actqkv_f16 * reps, int64_t block_stride,
+                        int32_t n_blocks, int64_t n, int64_t width, int32_t n_head, float * scores, int32_t n_threads);
+
+// votes [G][n] from scores [H][n]: the logarithm of the greatest (sum: of the sum), over a KV head's query heads, of
+// the softmax over chunks. Logarithms order alike and do not underflow.
+void actqkv_vote(int32_t impl, const float * scores, int64_t n, int32_t n_head, int32_t n_head_kv, int32_t sum,
+                 float * votes, int32_t n_threads);
+
 // ---- refine
 
 // scores[i] = sum over query heads of the greatest q_h . k among the keys of chunk chunks[i], i < n. query [H][d];
@@ -97,6 +109,8 @@ void actqkv_top_k(const float * scores, int64_t n, int32_t k, int32_t * chosen, 
 // at the true position, met by q_near), [n_tok][d] each. far == NULL: always near. near == NULL: always far.
 // Both: near while position(query) - position(key) < n_clamp, else far. n_tok may be 0. Queries share each read of K
 // and V best when spans of one sort (only far, only near, both) follow each other.
+// One list of spans may serve all KV heads, or each has its own; then span s of every list has the same n_tok >= 1 and
+// is of the same sort, and what is of sort "both" is the same span in all.
 struct actqkv_span {
     const actqkv_f16 * far;
     const actqkv_f16 * near;
@@ -116,6 +130,7 @@ struct actqkv_attend_args {
     const float * q_far;  // [m][H][d] RoPE at the fixed distance; may be q_near's equal
     const struct actqkv_span * spans;
     int32_t n_spans;
+    int64_t span_stride;         // KV head g's list is at spans + g*span_stride; 0: one list for all
     const actqkv_f16 * k_window; // [G][m][d] the window's own keys at their true positions, seen causally
     const actqkv_f16 * v_window; // [G][m][d]
     int64_t window_stride;       // elements between KV heads of k_window and v_window
@@ -125,7 +140,7 @@ struct actqkv_attend_args {
                                  // these columns); NULL: not wanted
     int64_t sum_stride;
     double * span_mass; // [n_spans] softmax mass summed over queries, averaged over heads, overwritten; NULL:
-                        // not wanted
+                        // not wanted. With a list per KV head [G][span_stride]: each head's own part of that average
     int32_t n_threads;
     void * scratch; // actqkv_attend_scratch() bytes, 64-byte aligned
 };

@@ -24,18 +24,25 @@ int64_t width_for(const hparams & hp, const actqkv_params & p) {
     return retrieves ? summary_width(p.method.summary, hp) : 0;
 }
 
+int32_t rows_for(const hparams & hp, const actqkv_params & p) {
+    if (p.method.granularity == ACTQKV_GRANULARITY_LAYER) {
+        return 1;
+    }
+    return p.method.summary == ACTQKV_SUMMARY_HEAD ? hp.n_head : hp.n_head_kv;
+}
+
 int64_t sums_per_layer(const hparams & hp, const actqkv_params & p) {
     const bool most_attended = p.method.summary == ACTQKV_SUMMARY_HEAD || p.method.summary == ACTQKV_SUMMARY_KV_HEAD;
     const bool needed = width_for(hp, p) > 0 && (most_attended || p.method.question_weight > 0.0f);
-    return needed ? (int64_t) kv_store::layout_for(hp, p).n_recent_blocks * hp.n_head * p.n_chunk_tokens : 0;
+    return needed ? (int64_t) kv_store::layout_for(hp, p).n_recent_blocks * hp.n_head * p.method.n_chunk_tokens : 0;
 }
 
 } // namespace
 
 kv_layout kv_store::layout_for(const hparams & hp, const actqkv_params & p) {
     // The ring must hold every chunk that is not closed when a window ends, and no slot may be shared.
-    const int n_recent = (p.n_local + p.n_window) / p.n_chunk_tokens + 3;
-    return {hp.n_head_kv, hp.d_head, p.n_sink, p.n_chunk_tokens, n_recent};
+    const int n_recent = (p.n_local + p.n_window) / p.method.n_chunk_tokens + 3;
+    return {hp.n_head_kv, hp.d_head, p.n_sink, p.method.n_chunk_tokens, n_recent};
 }
 
 void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_memory & memory) {
@@ -52,15 +59,17 @@ void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_me
 
 kv_store::kv_store(const hparams & hp, const actqkv_params & p)
     : shape(layout_for(hp, p)), n_head(hp.n_head), summary_kind(p.method.summary),
-      n_representatives(p.method.n_representatives), n_sums(sums_per_layer(hp, p)), n_width(width_for(hp, p)),
+      n_representatives(p.method.n_representatives), n_summary_rows(rows_for(hp, p)),
+      summarises_stored(p.method.summary_keys == ACTQKV_KEYS_ATTENDED || p.method.positions != ACTQKV_POSITIONS_EXACT),
+      n_sums(sums_per_layer(hp, p)), n_width(width_for(hp, p)),
+      n_chunks_max(n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0),
       stores_near(p.method.positions == ACTQKV_POSITIONS_EXACT), layers(hp.n_layer) {
     const uint64_t n_elements = shape.padded_tokens(p.n_ctx) * shape.token_stride();
-    const uint64_t n_chunks = n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0;
     for (layer & l : layers) {
         l.k = reservation<actqkv_f16>(n_elements);
         l.v = reservation<actqkv_f16>(n_elements);
-        l.reps = reservation<actqkv_f16>(n_chunks * n_width);
-        l.norms = reservation<float>(n_chunks);
+        l.reps = reservation<actqkv_f16>(n_chunks_max * n_width);
+        l.norms = reservation<float>(n_chunks_max);
         l.recent.resize(shape.recent_tokens() * shape.token_stride());
         l.sums.resize(n_sums);
     }
@@ -134,22 +143,37 @@ void kv_store::add_sums(int il, int64_t first, int64_t n, const float * sums, in
 void kv_store::close_until(int64_t limit, int n_threads) {
     const int64_t last = limit < shape.n_sink ? 0 : (limit - shape.n_sink) / shape.n_chunk_tokens;
     if (n_width > 0 && last > n_closed_chunks) {
+        std::vector<actqkv_f16> reps(n_threads * n_width);
         parallel(n_threads, [&](int ith, int nth) {
             for (size_t il = ith; il < layers.size(); il += nth) {
-                layer & l = layers[il];
                 for (int64_t b = n_closed_chunks; b < last; b++) {
-                    const float * sums = n_sums > 0 ? sums_of((int) il, b) : nullptr;
-                    const actqkv_f16 * keys = stores_near ? l.recent.data() + shape.recent_offset(b + 1)
-                                                          : l.k.data() + shape.block_offset(b + 1);
-                    actqkv_summarize(actqkv_impl_best(), summary_kind, n_representatives, keys,
-                                     shape.head_stride(b + 1), sums, shape.n_chunk_tokens, n_head, shape.n_head_kv,
-                                     shape.d_head, shape.n_chunk_tokens, l.reps.data() + b * n_width,
-                                     l.norms.data() + b);
+                    summarize((int) il, b, reps.data() + ith * n_width);
                 }
             }
         });
     }
     n_closed_chunks = std::max(n_closed_chunks, last);
+}
+
+// rep: room for one summary.
+void kv_store::summarize(int il, int64_t chunk, actqkv_f16 * rep) {
+    layer & l = layers[il];
+    const actqkv_f16 * keys = summarises_stored ? l.k.data() + shape.block_offset(chunk + 1)
+                                                : l.recent.data() + shape.recent_offset(chunk + 1);
+    actqkv_summarize(actqkv_impl_best(), summary_kind, n_representatives, keys, shape.head_stride(chunk + 1),
+                     n_sums > 0 ? sums_of(il, chunk) : nullptr, shape.n_chunk_tokens, n_head, shape.n_head_kv,
+                     shape.d_head, shape.n_chunk_tokens, rep, l.norms.data() + chunk);
+    if (n_summary_rows == 1) {
+        std::copy_n(rep, n_width, l.reps.data() + chunk * n_width);
+        return;
+    }
+    const int n_parts = summary_kind == ACTQKV_SUMMARY_BOUNDS ? 2 : 1, d = shape.d_head;
+    for (int i = 0; i < n_summary_rows; i++) {
+        for (int part = 0; part < n_parts; part++) {
+            std::copy_n(rep + (part * n_summary_rows + i) * d, d,
+                        l.reps.data() + i * row_stride() + (chunk * n_parts + part) * d);
+        }
+    }
 }
 
 recent_state kv_store::save_recent() const {
@@ -184,7 +208,10 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int
         ranges.push_back({l.v.data(), bytes});
     }
     if (n_width > 0 && n_closed > 0) {
-        ranges.push_back({l.reps.data(), n_closed * n_width * sizeof(actqkv_f16)});
+        for (int i = 0; i < n_summary_rows; i++) {
+            ranges.push_back(
+                {l.reps.data() + i * row_stride(), n_closed * n_width / n_summary_rows * sizeof(actqkv_f16)});
+        }
         ranges.push_back({l.norms.data(), n_closed * sizeof(float)});
     }
     return ranges;

@@ -53,9 +53,13 @@ public:
     const actqkv_f16 * chunk_keys(int il) const { return layers[il].k.data() + shape.block_offset(1); }
     int64_t chunk_stride() const { return shape.n_chunk_tokens * shape.token_stride(); }
 
+    // Rows of summaries: one of width() f16 per chunk; with a list per KV head, n_rows() of width() / n_rows() each, row
+    // i of chunk b at i*row_stride() + b*width()/n_rows(): those of one head lie together. A head's bounds are [2][d].
     const actqkv_f16 * summaries(int il) const { return layers[il].reps.data(); }
     const float * norms(int il) const { return layers[il].norms.data(); }
     int64_t width() const { return n_width; }
+    int32_t n_rows() const { return n_summary_rows; }
+    int64_t row_stride() const { return n_chunks_max * n_width / n_summary_rows; }
     bool summarises() const { return n_width > 0; }
     // Whether summaries, or the question, need the attention that recent keys receive.
     bool sums_attention() const { return n_sums > 0; }
@@ -75,11 +79,13 @@ public:
 private:
     struct layer {
         reservation<actqkv_f16> k, v;
-        reservation<actqkv_f16> reps;   // [chunk][width]
+        reservation<actqkv_f16> reps;   // [row][chunk][width / rows]
         reservation<float> norms;       // [chunk]
         std::vector<actqkv_f16> recent; // ring of the other form of the keys
         std::vector<float> sums;        // ring of [block][H][c]
     };
+
+    void summarize(int il, int64_t chunk, actqkv_f16 * rep);
 
     float * sums_of(int il, int64_t chunk) {
         return layers[il].sums.data() + (chunk % shape.n_recent_blocks) * n_head * shape.n_chunk_tokens;
@@ -87,9 +93,11 @@ private:
 
     kv_layout shape;
     int32_t n_head;
-    int32_t summary_kind, n_representatives;
-    int64_t n_sums;  // attention sums of a layer's ring; 0: nobody needs them
-    int64_t n_width; // 0: the method never retrieves, nothing is summarised
+    int32_t summary_kind, n_representatives, n_summary_rows;
+    bool summarises_stored; // else the keys without RoPE, which the ring holds where the store has them rotated
+    int64_t n_sums;         // attention sums of a layer's ring; 0: nobody needs them
+    int64_t n_width;        // 0: the method never retrieves, nothing is summarised
+    int64_t n_chunks_max;
     bool stores_near;
     int64_t n_closed_chunks = 0;
     std::vector<layer> layers;

@@ -46,6 +46,20 @@ void fold(const hparams & hp, int32_t kind, const float * query, std::vector<flo
     }
 }
 
+// The same for every query head apart, [H][width]: bounds take the negative parts, then the positive ones.
+void split_heads(const hparams & hp, int32_t kind, const float * query, std::vector<float> & heads) {
+    if (kind != ACTQKV_SUMMARY_BOUNDS) {
+        heads.assign(query, query + hp.n_channels());
+        return;
+    }
+    heads.resize(2 * hp.n_channels());
+    for (int64_t i = 0; i < hp.n_channels(); i++) {
+        float * low = heads.data() + 2 * (i - i % hp.d_head) + i % hp.d_head;
+        low[0] = std::min(query[i], 0.0f);
+        low[hp.d_head] = std::max(query[i], 0.0f);
+    }
+}
+
 } // namespace
 
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published) {
@@ -62,18 +76,19 @@ int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t 
     return std::clamp<int64_t>(std::llround(part), std::min(at_least, at_most), at_most);
 }
 
-planner::planner(const hparams & hp, const actqkv_params & params)
-    : hp(hp), params(params), mean_entropy(hp.n_layer), bias(params.n_window), weights(params.n_window),
-      probe(hp.n_channels()) {}
+planner::planner(const hparams & hp, const actqkv_params & reading, const actqkv_params & answering)
+    : hp(hp), reading(reading), answering(answering), mean_entropy(hp.n_layer), bias(reading.n_window),
+      weights(reading.n_window), probe(hp.n_channels()) {}
 
 void planner::begin_window(const std::vector<layer_memory> & memory, int64_t n, bool decode) {
-    const bool published = params.method.cutoff == ACTQKV_CUTOFF_PUBLISHED;
-    const int64_t k = n_retrieved(params);
     n_chunks = n;
     is_decode = decode;
-    pool = hp.n_layer * (published ? k : std::min(k, n_chunks));
+    const actqkv_method & method = now().method;
+    const bool published = method.cutoff == ACTQKV_CUTOFF_PUBLISHED;
+    const int64_t k = n_retrieved(now());
+    pool = (hp.n_layer - method.n_dense_layers) * (published ? k : std::min(k, n_chunks));
     bool full = true; // published: entropies count once every layer has N_ENTROPIES of them
-    for (int il = 0; il < hp.n_layer; il++) {
+    for (int il = method.n_dense_layers; il < hp.n_layer; il++) {
         const std::vector<double> & h = memory[il].entropies;
         mean_entropy[il] = h.empty() ? 0.0 : std::accumulate(h.begin(), h.end(), 0.0) / h.size();
         full = full && h.size() >= N_ENTROPIES;
@@ -81,24 +96,32 @@ void planner::begin_window(const std::vector<layer_memory> & memory, int64_t n, 
     if (n_chunks <= 1) {
         std::fill(mean_entropy.begin(), mean_entropy.end(), 0.0); // equal shares
     }
-    equal_shares = !is_decode || params.method.cutoff == ACTQKV_CUTOFF_NONE || (published && !full);
+    equal_shares = !is_decode || method.cutoff == ACTQKV_CUTOFF_NONE || (published && !full);
 }
 
-void planner::make_probe(layer_memory & memory, const float * q_far, int m, const observer & observe) {
+int32_t planner::retrieval_of(int il) const {
+    const actqkv_method & method = now().method;
+    return il < method.n_dense_layers ? ACTQKV_RETRIEVE_ALL : is_decode ? method.decode : method.prefill;
+}
+
+// q_met: the queries as they meet summaries. Bias is of far queries in any case.
+void planner::make_probe(layer_memory & memory, const float * q_far, const float * q_met, int m,
+                         const observer & observe) {
     const stopwatch watch(probe_stage);
     const int64_t E = hp.n_channels();
-    const int impl = actqkv_impl_best(), threads = params.n_threads;
+    const int impl = actqkv_impl_best(), threads = reading.n_threads;
+    const actqkv_method & method = reading.method;
     probe_stage.bytes += (uint64_t) m * E * sizeof(float);
     if (is_decode) {
-        std::copy_n(q_far, E, probe.data());
+        std::copy_n(q_met, E, probe.data());
         return;
     }
-    if (params.method.probe == ACTQKV_PROBE_BIAS) {
-        const bool published = params.method.statistics == ACTQKV_STATISTICS_PUBLISHED;
+    if (method.probe == ACTQKV_PROBE_BIAS) {
+        const bool published = method.statistics == ACTQKV_STATISTICS_PUBLISHED;
         memory.mean.resize(E);
         memory.var.resize(E);
         actqkv_running running = memory.running();
-        actqkv_probe_update(impl, &running, q_far, m, E, published, params.method.statistics_cap, threads);
+        actqkv_probe_update(impl, &running, q_far, m, E, published, method.statistics_cap, threads);
         actqkv_probe_weights(impl, &running, q_far, m, E, bias.data(), weights.data(), threads);
         memory.n_tokens = running.n_tokens;
         memory.n_windows = running.n_windows;
@@ -108,10 +131,10 @@ void planner::make_probe(layer_memory & memory, const float * q_far, int m, cons
             observe("bias", bias.data(), m, 1, 1);
         }
     }
-    if (params.method.probe == ACTQKV_PROBE_MEAN || memory.n_windows <= params.method.probe_warmup) {
+    if (method.probe == ACTQKV_PROBE_MEAN || memory.n_windows <= method.probe_warmup) {
         std::fill_n(weights.data(), m, 1.0f / m);
     }
-    actqkv_probe_mix(impl, q_far, weights.data(), m, E, probe.data(), threads);
+    actqkv_probe_mix(impl, q_met, weights.data(), m, E, probe.data(), threads);
     if (observe) {
         observe("weights", weights.data(), m, 1, 1);
     }
@@ -119,26 +142,41 @@ void planner::make_probe(layer_memory & memory, const float * q_far, int m, cons
 
 void planner::make_scores(int il, const layer_memory & memory, const kv_store & store) {
     const stopwatch watch(score_stage);
+    const actqkv_method & method = now().method;
     const auto against = [&](const std::vector<float> & query, bool cosine, std::vector<float> & out) {
-        fold(hp, params.method.summary, query.data(), folded);
+        fold(hp, method.summary, query.data(), folded);
         const float norm = std::sqrt(std::inner_product(query.begin(), query.end(), query.begin(), 0.0f));
         out.resize(n_chunks);
         actqkv_score(actqkv_impl_best(), folded.data(), norm, store.summaries(il), cosine ? store.norms(il) : nullptr,
-                     n_chunks, store.width(), 1.0f, out.data(), params.n_threads);
+                     n_chunks, store.width(), 1.0f, out.data(), reading.n_threads);
         score_stage.bytes += (uint64_t) n_chunks * store.width() * sizeof(actqkv_f16);
     };
-    against(probe, params.method.score == ACTQKV_SCORE_COSINE, scores);
-    if (params.method.question_weight > 0.0f && !memory.question.empty() && !is_decode) {
+    against(probe, method.score == ACTQKV_SCORE_COSINE, scores);
+    if (method.question_weight > 0.0f && !memory.question.empty() && !is_decode) {
         against(memory.question, true, question_scores);
         for (int64_t b = 0; b < n_chunks; b++) {
-            scores[b] += params.method.question_weight * question_scores[b];
+            scores[b] += method.question_weight * question_scores[b];
         }
     }
 }
 
+void planner::make_votes(int il, const kv_store & store) {
+    const stopwatch watch(score_stage);
+    const int impl = actqkv_impl_best();
+    split_heads(hp, now().method.summary, probe.data(), folded);
+    head_scores.resize(hp.n_head * n_chunks);
+    votes.resize(hp.n_head_kv * n_chunks);
+    actqkv_head_scores(impl, folded.data(), store.summaries(il), store.row_stride(), store.n_rows(), n_chunks,
+                       store.width() / store.n_rows(), hp.n_head, head_scores.data(), reading.n_threads);
+    actqkv_vote(impl, head_scores.data(), n_chunks, hp.n_head, hp.n_head_kv, now().method.vote == ACTQKV_VOTE_SUM,
+                votes.data(), reading.n_threads);
+    score_stage.bytes += (uint64_t) n_chunks * store.width() * sizeof(actqkv_f16);
+}
+
 int64_t planner::n_granted(int il, layer_memory & memory, const observer & observe) {
-    if (n_chunks > 1 && params.method.cutoff != ACTQKV_CUTOFF_NONE) {
-        const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_chunks, params.method.cutoff_temperature);
+    const actqkv_method & method = now().method;
+    if (n_chunks > 1 && method.cutoff != ACTQKV_CUTOFF_NONE) {
+        const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_chunks, method.cutoff_temperature);
         memory.entropies.push_back(h);
         if (memory.entropies.size() > N_ENTROPIES) {
             memory.entropies.erase(memory.entropies.begin());
@@ -147,12 +185,12 @@ int64_t planner::n_granted(int il, layer_memory & memory, const observer & obser
             observe("entropy", &h, 1, 1, 1);
         }
     }
-    const int64_t k = n_retrieved(params);
+    const int64_t k = n_retrieved(now());
     if (equal_shares) {
         return std::min(k, n_chunks);
     }
     const int64_t share = cutoff_share(pool, mean_entropy.data() + il, hp.n_layer - il, k, n_chunks,
-                                       params.method.cutoff == ACTQKV_CUTOFF_PUBLISHED);
+                                       method.cutoff == ACTQKV_CUTOFF_PUBLISHED);
     pool = std::max<int64_t>(0, pool - share);
     return std::min(share, n_chunks);
 }
@@ -161,48 +199,97 @@ int64_t planner::n_granted(int il, layer_memory & memory, const observer & obser
 // stored keys meet it.
 void planner::choose(int il, int64_t k, const kv_store & store, const float * stored_query) {
     const stopwatch watch(refine_stage);
-    const int64_t n = is_decode ? std::min<int64_t>(n_chunks, k * params.method.refine) : k;
+    const int64_t n = is_decode ? std::min<int64_t>(n_chunks, k * now().method.refine) : k;
+    if (n == k) {
+        choose_each(scores.data(), k, 1);
+        return;
+    }
     candidates.resize(n);
     scratch.resize(n_chunks);
     actqkv_top_k(scores.data(), n_chunks, (int32_t) n, candidates.data(), scratch.data());
-    if (n == k) {
-        chosen.swap(candidates);
-        return;
-    }
     refined.resize(n);
     actqkv_refine(actqkv_impl_best(), stored_query, store.chunk_keys(il), store.chunk_stride(), candidates.data(),
-                  (int32_t) n, hp.n_head, hp.n_head_kv, hp.d_head, params.n_chunk_tokens, refined.data(),
-                  params.n_threads);
+                  (int32_t) n, hp.n_head, hp.n_head_kv, hp.d_head, reading.method.n_chunk_tokens, refined.data(),
+                  reading.n_threads);
     refine_stage.bytes += (uint64_t) n * store.chunk_stride() * sizeof(actqkv_f16);
-    chosen.resize(k);
-    actqkv_top_k(refined.data(), n, (int32_t) k, chosen.data(), scratch.data());
-    for (int32_t & chunk : chosen) {
+    chosen.chunks.resize(k);
+    chosen.n = (int32_t) k;
+    actqkv_top_k(refined.data(), n, (int32_t) k, chosen.chunks.data(), scratch.data());
+    for (int32_t & chunk : chosen.chunks) {
         chunk = candidates[chunk];
     }
 }
 
-const std::vector<int32_t> & planner::plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
-                                           const float * q_near, int m, const observer & observe) {
-    const int32_t retrieval = is_decode ? params.method.decode : params.method.prefill;
-    chosen.clear();
-    if (store.summarises()) {
-        make_probe(memory, q_far, m, observe);
+// The k best chunks of each list, by scores [n_lists][n_chunks].
+void planner::choose_each(const float * list_scores, int64_t k, int32_t n_lists) {
+    chosen.n = (int32_t) k;
+    chosen.n_lists = n_lists;
+    chosen.chunks.resize(n_lists * k);
+    scratch.resize(n_chunks);
+    for (int32_t i = 0; i < n_lists; i++) {
+        actqkv_top_k(list_scores + i * n_chunks, n_chunks, chosen.n, chosen.chunks.data() + i * k, scratch.data());
+    }
+}
+
+void planner::plan_by_score(int il, layer_memory & memory, const kv_store & store, const float * stored_query,
+                            const observer & observe) {
+    const bool per_head = now().method.granularity == ACTQKV_GRANULARITY_KV_HEAD;
+    if (per_head) {
+        make_votes(il, store);
+    } else {
+        make_scores(il, memory, store);
+    }
+    const int64_t k = n_granted(il, memory, observe);
+    if (per_head) {
+        choose_each(votes.data(), k, hp.n_head_kv);
+    } else {
+        choose(il, k, store, stored_query);
+    }
+    if (observe) {
+        const float share = (float) k;
+        const std::vector<float> ids(chosen.chunks.begin(), chosen.chunks.end());
+        observe("probe", probe.data(), (int64_t) probe.size(), 1, 1);
+        if (per_head) {
+            observe("head_scores", head_scores.data(), n_chunks, hp.n_head, 1);
+            observe("votes", votes.data(), n_chunks, hp.n_head_kv, 1);
+        } else {
+            observe("scores", scores.data(), n_chunks, 1, 1);
+        }
+        observe("share", &share, 1, 1, 1);
+        observe(per_head ? "plans" : "plan", ids.data(), k, chosen.n_lists, 1);
+    }
+}
+
+void planner::plan_by_mass(const mass_source & true_mass, const observer & observe) {
+    const int32_t n_lists = now().method.granularity == ACTQKV_GRANULARITY_KV_HEAD ? hp.n_head_kv : 1;
+    const std::vector<double> & mass = true_mass(n_lists > 1);
+    scores.assign(mass.begin(), mass.end());
+    choose_each(scores.data(), std::min<int64_t>(n_retrieved(now()), n_chunks), n_lists);
+    if (observe) {
+        const std::vector<float> ids(chosen.chunks.begin(), chosen.chunks.end());
+        observe("mass", scores.data(), n_chunks, n_lists, 1);
+        observe(n_lists > 1 ? "plans" : "plan", ids.data(), chosen.n, n_lists, 1);
+    }
+}
+
+const chunk_plan & planner::plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
+                                 const float * q_near, int m, const mass_source & true_mass, const observer & observe) {
+    const int32_t retrieval = retrieval_of(il);
+    const bool exact = reading.method.positions == ACTQKV_POSITIONS_EXACT;
+    const bool rotated = exact && now().method.summary_keys == ACTQKV_KEYS_ATTENDED;
+    chosen.n = 0;
+    chosen.n_lists = 1;
+    if (store.summarises() && il >= now().method.n_dense_layers) {
+        make_probe(memory, q_far, rotated ? q_near : q_far, m, observe);
     }
     if (retrieval == ACTQKV_RETRIEVE_ALL) {
-        chosen.resize(n_chunks);
-        std::iota(chosen.begin(), chosen.end(), 0);
+        chosen.n = (int32_t) n_chunks;
+        chosen.chunks.resize(n_chunks);
+        std::iota(chosen.chunks.begin(), chosen.chunks.end(), 0);
     } else if (retrieval == ACTQKV_RETRIEVE_TOP && n_chunks > 0) {
-        make_scores(il, memory, store);
-        const int64_t k = n_granted(il, memory, observe);
-        choose(il, k, store, params.method.positions == ACTQKV_POSITIONS_EXACT ? q_near : q_far);
-        if (observe) {
-            const float share = (float) k;
-            const std::vector<float> ids(chosen.begin(), chosen.end());
-            observe("probe", probe.data(), (int64_t) probe.size(), 1, 1);
-            observe("scores", scores.data(), n_chunks, 1, 1);
-            observe("share", &share, 1, 1, 1);
-            observe("plan", ids.data(), k, 1, 1);
-        }
+        plan_by_score(il, memory, store, exact ? q_near : q_far, observe);
+    } else if (retrieval == ACTQKV_RETRIEVE_ORACLE && n_chunks > 0) {
+        plan_by_mass(true_mass, observe);
     }
     return chosen;
 }

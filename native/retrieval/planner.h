@@ -32,6 +32,16 @@ using observer = std::function<void(const char * name, const float * data, int64
 // one on. published: clamp to [32, 2k] whatever the pool and the chunks say.
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published);
 
+// Chunks to attend beside sinks, remainder and local.
+struct chunk_plan {
+    std::vector<int32_t> chunks; // n_lists lists of n ids, each ascending
+    int32_t n = 0;
+    int32_t n_lists = 1; // 1: one list for all heads; else a list per KV head
+};
+
+// The true attention mass of the current window in the layer that is planned, [n_chunks], or per KV head [G][n_chunks].
+using mass_source = std::function<const std::vector<double> &(bool per_head)>;
+
 struct planner_stage {
     double ms;
     uint64_t bytes;
@@ -39,33 +49,42 @@ struct planner_stage {
 
 class planner {
 public:
-    planner(const hparams & hp, const actqkv_params & params);
+    // Both are read at every window: what answers may change between windows.
+    planner(const hparams & hp, const actqkv_params & reading, const actqkv_params & answering);
 
     // Before the first layer of a window.
     void begin_window(const std::vector<layer_memory> & memory, int64_t n_chunks, bool decode);
 
-    // Chunk ids to attend, ascending. q_far, q_near: [m][E]. Updates memory's statistics (reading) and entropies.
-    const std::vector<int32_t> & plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
-                                      const float * q_near, int m, const observer & observe);
+    // q_far, q_near: [m][E]. Updates memory's statistics (reading) and entropies.
+    const chunk_plan & plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
+                            const float * q_near, int m, const mass_source & true_mass, const observer & observe);
 
     planner_stage probe_stage = {}, score_stage = {}, refine_stage = {};
 
 private:
-    void make_probe(layer_memory & memory, const float * q_far, int m, const observer & observe);
+    const actqkv_params & now() const { return is_decode ? answering : reading; }
+    int32_t retrieval_of(int il) const;
+    void make_probe(layer_memory & memory, const float * q_far, const float * q_met, int m, const observer & observe);
     void make_scores(int il, const layer_memory & memory, const kv_store & store);
+    void make_votes(int il, const kv_store & store);
     void choose(int il, int64_t k, const kv_store & store, const float * stored_query);
+    void choose_each(const float * list_scores, int64_t k, int32_t n_lists);
+    void plan_by_score(int il, layer_memory & memory, const kv_store & store, const float * stored_query,
+                       const observer & observe);
+    void plan_by_mass(const mass_source & true_mass, const observer & observe);
     int64_t n_granted(int il, layer_memory & memory, const observer & observe);
 
     const hparams & hp;
-    const actqkv_params & params;
+    const actqkv_params &reading, &answering;
     int64_t n_chunks = 0;
     bool is_decode = false;
     bool equal_shares = true; // of this window's layers, whatever their entropies
     int64_t pool = 0;
     std::vector<double> mean_entropy; // [n_layer]
     std::vector<float> bias, weights, probe, folded, scores, question_scores;
-    std::vector<float> refined;
-    std::vector<int32_t> chosen, candidates, scratch;
+    std::vector<float> refined, head_scores, votes;
+    std::vector<int32_t> candidates, scratch;
+    chunk_plan chosen;
 };
 
 } // namespace actqkv

@@ -22,18 +22,17 @@ double now_ms() {
 constexpr int64_t CHECKPOINT_TOKENS = 4096;
 
 uint64_t scratch_bytes(const hparams & hp, const actqkv_params & p) {
-    const bool all = p.method.prefill == ACTQKV_RETRIEVE_ALL || p.method.decode == ACTQKV_RETRIEVE_ALL;
-    const int64_t some = 2 * (int64_t) p.budget + 2 * p.n_chunk_tokens + p.n_window;
-    const int64_t keys = all ? p.n_ctx : std::min<int64_t>(p.n_ctx, some);
+    const int64_t some = 2 * (int64_t) p.budget + 2 * p.method.n_chunk_tokens + p.n_window;
+    const int64_t keys = attends_all(p.method) ? p.n_ctx : std::min<int64_t>(p.n_ctx, some);
     return actqkv_attend_scratch(hp.n_head, hp.n_head_kv, hp.d_head, p.n_window, keys + p.n_window, p.n_threads);
 }
 
 } // namespace
 
 session::session(const llama_model * model, const actqkv_params & wanted)
-    : model(model), hp(read_hparams(model)), params(resolve_params(wanted, hp)), tensors(read_weights(model, hp)),
-      store(hp, params), plans(hp, params), graph(hp, tensors, params.n_window, params.n_local, params.n_threads),
-      memory(hp.n_layer) {
+    : model(model), hp(read_hparams(model)), params(resolve_params(wanted, hp)), answering(params),
+      tensors(read_weights(model, hp)), store(hp, params), plans(hp, params, answering),
+      graph(hp, tensors, params.n_window, params.n_local, params.n_threads), memory(hp.n_layer) {
     const size_t kv = (size_t) params.n_window * hp.n_kv_channels();
     for (auto * buffer : {&k_near, &k_far, &v}) {
         buffer->resize(kv);
@@ -55,13 +54,29 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
     const uint64_t learnt = (3 + N_QUESTION_QUERIES) * hp.n_channels() * sizeof(float) + N_ENTROPIES * sizeof(double);
     const uint64_t window = params.n_window * 3 * hp.n_kv_channels() * sizeof(actqkv_f16) + // k_near, k_far, v
                             (params.n_local + params.n_window) * hp.n_head * sizeof(float); // sums
-    const uint64_t per_token = 2 * (sizeof(int32_t) + sizeof(int8_t));            // the history, with room to grow
-    const uint64_t per_chunk = 6 * sizeof(float) + sizeof(double);                // the planner's lists, the sources
+    const uint64_t per_token = 2 * (sizeof(int32_t) + sizeof(int8_t)); // the history, with room to grow
+    uint64_t per_chunk = 6 * sizeof(float) + sizeof(double);           // the planner's lists, the sources
+    if (params.method.granularity == ACTQKV_GRANULARITY_KV_HEAD) {
+        per_chunk += (hp.n_head + hp.n_head_kv) * sizeof(float); // scores and votes
+    }
+    if (attends_all(params.method)) { // spans, their masses
+        per_chunk += hp.n_head_kv * (sizeof(actqkv_span) + 2 * sizeof(double));
+    }
     plan.checkpoint_bytes = (N_CHECKPOINTS + 1) * hp.n_layer * (recent + learnt); // one more while it is made
     plan.compute_bytes = scratch_bytes(hp, params) + window + hp.n_layer * learnt +
                          runner::memory_plan(hp, w.layers[0].up->ne[1], params.n_window) + per_token * params.n_ctx +
                          per_chunk * shape.n_chunks_max(params.n_ctx);
     return plan;
+}
+
+void session::set_answering(const actqkv_method & method, int32_t budget) {
+    actqkv_params wanted = params;
+    wanted.method = method;
+    wanted.budget = budget;
+    wanted = resolve_params(wanted, hp);
+    check_same_stores(params.method, wanted.method);
+    scratch.resize(std::max(scratch_bytes(hp, params), scratch_bytes(hp, wanted)) + 64);
+    answering = wanted;
 }
 
 // ---- decode: from tokens to windows
@@ -161,12 +176,15 @@ void session::run_layer(const window & w, int il) {
         observe("k", io.k, hp.d_head, hp.n_head_kv, w.m);
         observe("v", io.v, hp.d_head, hp.n_head_kv, w.m);
     }
-    const std::vector<int32_t> & plan = plans.plan(il, memory[il], store, io.q_far, io.q_near, w.m, observe);
-
     t0 = now_ms();
     convert_window(w.m);
+    counts.attend.ms += now_ms() - t0;
+    const auto mass = [&](bool per_head) -> const std::vector<double> & { return true_mass(w, il, per_head); };
+    const chunk_plan & plan = plans.plan(il, memory[il], store, io.q_far, io.q_near, w.m, mass, observe);
+
+    t0 = now_ms();
     make_spans(w, il, plan);
-    attend(w);
+    attend(w, il);
     counts.attend.ms += now_ms() - t0;
     if (observe) {
         observe("out", io.attn, hp.n_channels(), w.m, 1);
@@ -206,20 +224,29 @@ void session::convert_window(int m) {
     convert(io.v, v.data());
 }
 
+void session::make_spans(const window & w, int il, const chunk_plan & plan) {
+    spans.clear();
+    n_lists = plan.n_lists;
+    for (int32_t i = 0; i < n_lists; i++) {
+        add_list(w, il, plan.chunks.data() + (int64_t) i * plan.n, plan.n);
+    }
+}
+
 // Sinks, the plan's chunks, then every token that is in no closed chunk: remainder up to local, and local.
-void session::make_spans(const window & w, int il, const std::vector<int32_t> & plan) {
+void session::add_list(const window & w, int il, const int32_t * chunks, int32_t n_chunks) {
     const kv_layout & shape = store.layout();
     const int64_t local = std::max<int64_t>(0, w.first - params.n_local);
     const int64_t open = shape.block_first(store.n_closed() + 1);
-    spans.clear();
+    const size_t begin = spans.size();
     const auto add = [&](int64_t block, int64_t first, int64_t last) {
         if (first < last) {
             spans.push_back(store.span(il, block, first, last, last > local));
         }
     };
     add(0, 0, std::min<int64_t>(w.first, params.n_sink));
-    for (const int32_t chunk : plan) {
-        add(chunk + 1, shape.block_first(chunk + 1), shape.block_first(chunk + 2));
+    for (int32_t i = 0; i < n_chunks; i++) {
+        const int64_t block = chunks[i] + 1;
+        add(block, shape.block_first(block), shape.block_first(block + 1));
     }
     summed_from = std::max(open, local);
     first_summed = -1;
@@ -230,18 +257,18 @@ void session::make_spans(const window & w, int il, const std::vector<int32_t> & 
             last = local; // the remainder has left local: its weights are no longer summed
         }
         if (first == summed_from) {
-            first_summed = (int) spans.size();
+            first_summed = (int) (spans.size() - begin);
         }
         add(block, first, last);
         first = last;
     }
     if (first_summed < 0) { // nothing but the window itself
-        first_summed = (int) spans.size();
+        first_summed = (int) (spans.size() - begin);
         summed_from = w.first;
     }
 }
 
-void session::attend(const window & w) {
+actqkv_attend_args session::attend_args(const window & w) {
     const window_tensors & io = graph.io();
     actqkv_attend_args args = {};
     args.n_head = hp.n_head;
@@ -254,16 +281,22 @@ void session::attend(const window & w) {
     args.q_near = io.q_near;
     args.q_far = io.q_far;
     args.spans = spans.data();
-    args.n_spans = (int32_t) spans.size();
+    args.n_spans = (int32_t) spans.size() / n_lists;
+    args.span_stride = n_lists > 1 ? args.n_spans : 0;
     args.k_window = k_near.data();
     args.v_window = v.data();
     args.window_stride = (int64_t) w.m * hp.d_head;
     args.out = io.attn;
     args.first_summed = first_summed;
-    args.weight_sums = store.sums_attention() ? sums.data() : nullptr;
     args.sum_stride = params.n_local + params.n_window;
     args.n_threads = params.n_threads;
     args.scratch = scratch.data() + (64 - (uintptr_t) scratch.data() % 64) % 64;
+    return args;
+}
+
+void session::attend(const window & w, int il) {
+    actqkv_attend_args args = attend_args(w);
+    args.weight_sums = store.sums_attention() ? sums.data() : nullptr;
     if (recording) {
         span_mass.resize(spans.size());
         args.span_mass = span_mass.data();
@@ -276,18 +309,45 @@ void session::attend(const window & w) {
             source_mass[shape.block_of(spans[s].first)] += span_mass[s] / hp.n_layer;
         }
     }
-    count_attended(w);
+    count_attended(w, il);
 }
 
-void session::count_attended(const window & w) {
-    int64_t n_keys = 0;
-    for (const actqkv_span & s : spans) {
-        n_keys += s.n_tok;
+// Attention over everything, for its weights: the output that it leaves is overwritten by the layer's own.
+const std::vector<double> & session::true_mass(const window & w, int il, bool per_head) {
+    const double start = now_ms();
+    const int64_t N = store.n_closed();
+    all_chunks.n = (int32_t) N;
+    all_chunks.n_lists = per_head ? hp.n_head_kv : 1;
+    all_chunks.chunks.resize(N * all_chunks.n_lists);
+    for (size_t i = 0; i < all_chunks.chunks.size(); i++) {
+        all_chunks.chunks[i] = (int32_t) (i % N);
     }
+    make_spans(w, il, all_chunks);
+    actqkv_attend_args args = attend_args(w);
+    span_mass.resize(spans.size());
+    args.span_mass = span_mass.data();
+    actqkv_attend(actqkv_impl_best(), &args);
+    const int64_t before = params.n_sink > 0 ? 1 : 0; // the span of the sinks
+    chunk_mass.resize(all_chunks.chunks.size());
+    for (int64_t i = 0; i < all_chunks.n_lists; i++) {
+        std::copy_n(span_mass.begin() + i * args.n_spans + before, N, chunk_mass.begin() + i * N);
+    }
+    counts.attend.ms += now_ms() - start;
+    return chunk_mass;
+}
+
+void session::count_attended(const window & w, int il) {
+    const int64_t n_of_list = (int64_t) spans.size() / n_lists;
+    int64_t n_keys = 0;
+    for (int64_t s = 0; s < n_of_list; s++) {
+        n_keys += spans[s].n_tok;
+    }
+    const bool dense = il < (w.decode ? answering : params).method.n_dense_layers;
+    uint64_t & most = dense ? counts.dense_tokens_max : counts.attended_tokens_max;
     counts.attend.bytes += 2 * (uint64_t) (n_keys + w.m) * hp.n_kv_channels() * sizeof(actqkv_f16);
-    counts.attended_tokens_max = std::max<uint64_t>(counts.attended_tokens_max, n_keys + w.m);
-    counts.attended_tokens_mean += (n_keys + (w.m + 1) / 2.0) * w.m;
-    attended_n += w.m;
+    most = std::max<uint64_t>(most, n_keys + w.m);
+    (dense ? counts.dense_tokens_mean : counts.attended_tokens_mean) += (n_keys + (w.m + 1) / 2.0) * w.m;
+    (dense ? dense_n : attended_n) += w.m;
 }
 
 // ALGORITHMS.md 3.4: the question is the mean of the most attended of its tokens' far queries.
@@ -404,6 +464,7 @@ std::vector<double> session::end_sources() {
 actqkv_stats session::stats() const {
     actqkv_stats s = counts;
     s.attended_tokens_mean = attended_n > 0 ? counts.attended_tokens_mean / attended_n : 0.0;
+    s.dense_tokens_mean = dense_n > 0 ? counts.dense_tokens_mean / dense_n : 0.0;
     s.probe = {plans.probe_stage.ms, plans.probe_stage.bytes};
     s.score = {plans.score_stage.ms, plans.score_stage.bytes};
     s.refine = {plans.refine_stage.ms, plans.refine_stage.bytes};
@@ -412,7 +473,7 @@ actqkv_stats session::stats() const {
 
 void session::reset_stats() {
     counts = {};
-    attended_n = 0;
+    attended_n = dense_n = 0;
     plans.probe_stage = plans.score_stage = plans.refine_stage = {};
 }
 

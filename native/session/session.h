@@ -20,6 +20,8 @@ public:
     static actqkv_memory memory_plan(const llama_model * model, const actqkv_params & params);
 
     const actqkv_params & parameters() const { return params; }
+    const actqkv_params & answering_parameters() const { return answering; }
+    void set_answering(const actqkv_method & method, int32_t budget);
     const history & past() const { return tokens; }
     int64_t n_chunks() const { return store.n_closed(); }
     int64_t n_vocab() const { return hp.n_vocab; }
@@ -58,9 +60,12 @@ private:
     bool run_pending(float * logits, int64_t n_logits);
     void run_window(const window & w);
     void run_layer(const window & w, int il);
-    void make_spans(const window & w, int il, const std::vector<int32_t> & plan);
-    void attend(const window & w);
-    void count_attended(const window & w);
+    void make_spans(const window & w, int il, const chunk_plan & plan);
+    void add_list(const window & w, int il, const int32_t * chunks, int32_t n_chunks);
+    actqkv_attend_args attend_args(const window & w);
+    void attend(const window & w, int il);
+    const std::vector<double> & true_mass(const window & w, int il, bool per_head);
+    void count_attended(const window & w, int il);
     void convert_window(int m);
     void learn_question(const window & w, int il);
     observer observer_of(int il, int64_t n_past) const;
@@ -71,7 +76,8 @@ private:
 
     const llama_model * model;
     hparams hp;
-    actqkv_params params;
+    actqkv_params params;    // of reading
+    actqkv_params answering; // the same but for method and budget
     weights tensors;
     kv_store store;
     planner plans;
@@ -84,18 +90,20 @@ private:
 
     // Buffers of the current window.
     std::vector<actqkv_f16> k_near, k_far, v; // [G][n_window][d]
-    std::vector<actqkv_span> spans;
-    int first_summed = 0;    // first of the spans whose weights are summed
+    std::vector<actqkv_span> spans;           // n_lists lists of equal length
+    int32_t n_lists = 1;
+    int first_summed = 0;    // first of a list's spans whose weights are summed
     int64_t summed_from = 0; // its first token
     std::vector<float> sums; // [H][n_local + n_window]
-    std::vector<double> span_mass;
+    std::vector<double> span_mass, chunk_mass;
+    chunk_plan all_chunks; // to know their mass
     std::vector<uint8_t> scratch;
 
     bool recording = false;
     std::vector<double> source_mass; // [block]
 
     actqkv_stats counts = {};
-    double attended_n = 0; // queries x layers behind attended_tokens_mean
+    double attended_n = 0, dense_n = 0; // queries x layers behind attended_tokens_mean and dense_tokens_mean
 };
 
 } // namespace actqkv

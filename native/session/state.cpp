@@ -2,7 +2,7 @@
 //
 //   u64 magic "AKVSTATE"   u32 version   u32 zero
 //   u64 fingerprint of the model: shape, size, and the weights of its norms
-//   actqkv_params (n_ctx and n_threads may differ when it is set)
+//   actqkv_params of reading, actqkv_params of answering (n_ctx and n_threads may differ when it is set)
 //   i64 n_tokens   i64 n_done   i64 n_closed
 //   i32 tokens[n_tokens]   i8 phases[n_tokens]
 //   layer memories, recent state, checkpoints (each array preceded by its u64 count)
@@ -24,7 +24,7 @@ namespace actqkv {
 namespace {
 
 constexpr uint64_t MAGIC = 0x4554415453564B41; // "AKVSTATE"
-constexpr uint32_t VERSION = 1;
+constexpr uint32_t VERSION = 2;
 
 uint64_t mix(uint64_t hash, uint64_t word) {
     hash = (hash ^ word) * 0x9E3779B97F4A7C15ull;
@@ -171,14 +171,15 @@ bool same_method(actqkv_params a, const actqkv_params & b) {
     return memcmp(&a, &b, sizeof(a)) == 0;
 }
 
-void write_state(writer & out, uint64_t model, const hparams & hp, const actqkv_params & params, const history & tokens,
-                 int64_t n_done, const kv_store & store, const std::vector<layer_memory> & memory,
-                 const checkpoints & saved) {
+void write_state(writer & out, uint64_t model, const hparams & hp, const actqkv_params & params,
+                 const actqkv_params & answering, const history & tokens, int64_t n_done, const kv_store & store,
+                 const std::vector<layer_memory> & memory, const checkpoints & saved) {
     out.value(MAGIC);
     out.value(VERSION);
     out.value((uint32_t) 0);
     out.value(model);
     out.value(params);
+    out.value(answering);
     out.value(tokens.size());
     out.value(n_done);
     out.value(store.n_closed());
@@ -222,7 +223,7 @@ void check_blob(const uint8_t * data, uint64_t size) {
 
 uint64_t session::state_size() const {
     writer out = {nullptr};
-    write_state(out, 0, hp, params, tokens, n_done, store, memory, saved);
+    write_state(out, 0, hp, params, answering, tokens, n_done, store, memory, saved);
     return out.used;
 }
 
@@ -233,7 +234,7 @@ void session::state_get(uint8_t * data, uint64_t size) const {
                                                 (unsigned long long) needed));
     }
     writer out = {data};
-    write_state(out, fingerprint(model, hp, tensors), hp, params, tokens, n_done, store, memory, saved);
+    write_state(out, fingerprint(model, hp, tensors), hp, params, answering, tokens, n_done, store, memory, saved);
 }
 
 void session::state_set(const uint8_t * data, uint64_t size) {
@@ -243,7 +244,8 @@ void session::state_set(const uint8_t * data, uint64_t size) {
     if (in.value<uint64_t>() != fingerprint(model, hp, tensors)) {
         throw error(ACTQKV_ERR_STATE, "state is of another model");
     }
-    if (!same_method(in.value<actqkv_params>(), params)) {
+    const bool same_reading = same_method(in.value<actqkv_params>(), params);
+    if (!same_method(in.value<actqkv_params>(), answering) || !same_reading) {
         throw error(ACTQKV_ERR_STATE, "state was made with other parameters (method, sizes, positions or kv_type)");
     }
     const int64_t n = in.value<int64_t>(), done = in.value<int64_t>(), closed = in.value<int64_t>();

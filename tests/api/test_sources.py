@@ -10,7 +10,7 @@ from actqkv_cpp._native import Params
 from actqkv_cpp.reader import TextFile
 from actqkv_cpp.template import Span
 
-PARAMS = Params("actqkv", {}, 4096, 1, 256, 8, 512, 4, 2048, "f16")  # n_sink 8, chunks of 4
+PARAMS = Params("actqkv", {"chunk": 4}, 4096, 1, 256, 8, 512, 2048, "f16")  # n_sink 8, chunks of 4
 TEXT = "".join(f"{i:03d}é" for i in range(100))  # one token each: 4 characters, 5 bytes
 SPAN = Span(0, 3, np.arange(1, 101, dtype=np.int64) * 5)  # tokens 3 .. 102
 FILE = TextFile("a.txt", TEXT)

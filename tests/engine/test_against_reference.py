@@ -37,6 +37,8 @@ MODELS: dict[str, dict[str, Any]] = {
 # The row of the published method with cosine scores and representatives: what the variants below start from.
 PAPER: dict[str, Any] = {"summary": "head", "score": "cosine", "refine": 1}
 
+ROW: dict[str, Any] = {"positions": None, "chunk": 8}  # of `small`: the method's own positions, small chunks
+
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "default exact": {"positions": "exact"},
@@ -63,6 +65,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "answers attend all": {**PAPER, "decode": "all"},
     "reading attends all": {"prefill": "all"},
     "reading retrieves nothing": {"prefill": "none"},
+    "actqkv-uniform": {"method": "actqkv-uniform"},
+    "actqkv-equal": {"method": "actqkv-equal"},
+    "infllm": {"method": "infllm"},
+    "streaming": {"method": "streaming"},
+    "quest": {**ROW, "method": "quest"},
+    "quest retrieval prefill": {**ROW, "method": "quest", "prefill": "top"},
+    "quest by sum": {**ROW, "method": "quest", "prefill": "top", "vote": "sum", "dense_layers": 0},
+    "quest-clamped": {**ROW, "method": "quest-clamped", "dense_layers": 1},
+    "quest lists per layer": {**ROW, "method": "quest", "granularity": "layer", "prefill": "top"},
+    "lists per KV head": {"granularity": "kv_head", "refine": 1, "cutoff": "none"},
+    "lists per KV head of heads": {"granularity": "kv_head", "refine": 1, "cutoff": "none", "summary": "head"},
+    "lists per KV head of means": {"granularity": "kv_head", "refine": 1, "cutoff": "none", "summary": "mean"},
+    "dense layers and cut-off": {**PAPER, "dense_layers": 1, "cutoff_temperature": 0.02},
+    "oracle": {"method": "oracle"},
+    "oracle exact": {"method": "oracle", "positions": "exact"},
+    "oracle per KV head": {"method": "oracle", "granularity": "kv_head"},
+    "answers by the oracle": {"decode": "oracle"},
 }
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -98,13 +117,17 @@ def reference_params(session: Session, select: str) -> ref.Params:
         n_chunk_tokens=found.n_chunk_tokens,
         budget=found.budget,
         positions=columns["positions"],
-        select={"top": "top_k", "all": "all", "none": "none"}[select],  # type: ignore[arg-type]
+        select={"top": "top_k"}.get(select, select),  # type: ignore[arg-type]
         probe={"bias": "activation", "mean": "mean"}[columns["probe"]],  # type: ignore[arg-type]
         statistics={"pooled": "ours", "published": "published"}[columns["statistics"]],  # type: ignore[arg-type]
         t_max=columns["statistics_cap"],
         probe_warmup=1000 // N_LAYER if warmup < 0 else warmup,
         summary=columns["summary"],
         score=columns["score"],
+        summary_keys=columns["summary_keys"],
+        granularity=columns["granularity"],
+        vote=columns["vote"],
+        n_dense_layers=columns["dense_layers"],
         refine=columns["refine"],
         question_weight=columns["question_weight"],
         cutoff={"layerwise": "ours"}.get(columns["cutoff"], columns["cutoff"]),
@@ -142,28 +165,38 @@ class Step:
 
 
 def check_plan(plan: ref.Ints, result: ref.LayerResult, where: str) -> int:
-    """The engine's plan is the reference's, but for chunks whose scores tie. Returns how many differ.
+    """The engine's plan is the reference's, but for chunks whose scores tie. Returns how many differ."""
+    assert plan.shape == result["plan"].shape, where
+    rows = zip(*(np.atleast_2d(x) for x in (plan, result["plan"], result["refined"], result["scores"])), strict=True)
+    return sum(check_list(*row, where) for row in rows)
 
-    A tie: the least score taken and the greatest left out differ by less than TIE of the scores' spread.
-    """
+
+def check_list(plan: ref.Ints, expected: ref.Ints, refined: ref.Floats, scores: ref.Floats, where: str) -> int:
+    """A tie: the least score taken and the greatest left out differ by less than TIE of the scores' spread."""
     assert (np.diff(plan) > 0).all(), f"{where}: a plan is ascending and without repetition"
-    assert len(plan) == len(result["plan"])
-    swapped = np.setdiff1d(plan, result["plan"])
+    swapped = np.setdiff1d(plan, expected)
     if len(swapped) == 0:
         return 0
-    missed = np.setdiff1d(result["plan"], plan)
-    deciding = result["refined"]
+    missed = np.setdiff1d(expected, plan)
+    deciding = refined
     if not np.isfinite(deciding[swapped]).all():  # proposed by a tie of the scores before
-        deciding = result["scores"]
+        deciding = scores
     gap = deciding[missed].max() - deciding[swapped].min()
-    spread = result["scores"].std() if np.isinf(deciding).any() else deciding.std()
+    spread = scores.std() if np.isinf(deciding).any() else deciding.std()
     assert gap < TIE * spread, f"{where}: took {swapped} and left {missed}, scores {gap / spread:.1e} spreads apart"
     return len(swapped)
 
 
-def check_layer(found: Arrays, result: ref.LayerResult, phase: str, top: bool, where: str) -> int:
-    """Every observed array equals the reference's. Returns how many chunks of the plan differ, by ties."""
-    assert ("scores" in found) == (top and len(result["scores"]) > 0), where
+DECIDES = {"top": {"layer": "scores", "kv_head": "votes"}, "oracle": {"layer": "mass", "kv_head": "mass"}}
+
+
+def check_layer(found: Arrays, result: ref.LayerResult, phase: str, decides: str | None, where: str) -> int:
+    """Every observed array equals the reference's. Returns how many chunks of the plan differ, by ties.
+
+    decides: the array by which chunks are chosen here; None where all or none are attended.
+    """
+    given = decides if result["scores"].size else None
+    assert {"scores", "votes", "mass"} & set(found) == {given} - {None}, where
     n_swapped = 0
     if "weights" in found:
         check("weights", found["weights"], result["weights"], where)
@@ -171,15 +204,20 @@ def check_layer(found: Arrays, result: ref.LayerResult, phase: str, top: bool, w
         assert phase != "decode", where
         for name in ("mean", "var", "bias"):
             check(name, found[name], result[name], where)
-    if "scores" in found:
-        check("probe", found["probe"], result["probe"], where)
-        check("scores", found["scores"], result["scores"], where)
-        assert int(found["share"][0]) == result["budget"], where
-        n_swapped = check_plan(found["plan"].astype(np.int64), result, where)
+    if given is not None:
+        if given != "mass":
+            check("probe", found["probe"], result["probe"], where)
+            assert int(found["share"][0]) == result["budget"], where
+        check(given, found[given].reshape(result["scores"].shape), result["scores"], where)
+        n_swapped = check_plan(plan_of(found).astype(np.int64), result, where)
     if "entropy" in found:
         check("entropy", 1 + found["entropy"][0], 1 + result["entropy"], where)
     check("out", found["out"], result["out"], where)
     return n_swapped
+
+
+def plan_of(found: Arrays) -> NDArray[np.float32]:
+    return found["plans"] if "plans" in found else found["plan"]
 
 
 def compare(session: Session, rope: ref.Rope, pieces: Pieces = PIECES) -> list[Step]:
@@ -205,14 +243,16 @@ def compare(session: Session, rope: ref.Rope, pieces: Pieces = PIECES) -> list[S
         for layer in range(N_LAYER):
             found = recorder.windows[n_past][layer]
             q, k, v = (found[name].astype(np.float64) for name in "qkv")
-            plan = found["plan"].astype(np.int64) if "plan" in found else None
+            plan = plan_of(found).astype(np.int64) if {"plan", "plans"} & set(found) else None
             before = len(replay.layers[layer].entropies)
             result = replay.layer(layer, q, k, v, known, attended_plan=plan)
-            if selects != "top":  # nothing is scored: no entropy joins the history
+            here = "all" if layer < columns["dense_layers"] else selects
+            decides = DECIDES.get(here, {}).get(columns["granularity"])
+            if here != "top":  # nothing is scored: no entropy joins the history
                 del replay.layers[layer].entropies[before:]
             where = f"layer {layer}, {phase} window of {len(q)} at {n_past}"
-            n_swapped += check_layer(found, result, phase, selects == "top", where)
-            n_planned += 0 if plan is None else len(plan)
+            n_swapped += check_layer(found, result, phase, decides, where)
+            n_planned += 0 if plan is None else plan.size
             if phase == "question":
                 received = replay.layers[layer].received[n_past:]
                 question.add(layer, ref.fixed_distance_queries(q, ours, replay.rope), received)
@@ -244,7 +284,7 @@ def test_methods(name: str, model: Model) -> None:
     """Breaks when a column of the table of methods does not do what its section says."""
     with open_session(model.loaded, small(**METHODS[name])) as session:
         steps = compare(session, model.rope)
-    assert len(steps[-1].expected["scores"]) > 4 * K  # several times more chunks than the budget takes
+    assert steps[-1].expected["scores"].shape[-1] > 4 * K  # several times more chunks than the budget takes
 
 
 @pytest.mark.parametrize("positions", ["clamped", "exact"])

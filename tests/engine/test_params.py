@@ -195,7 +195,8 @@ MEMORY: dict[str, Retrieval] = {
     "small windows": SMALL,
     "default sizes": Retrieval(n_sink=64, n_local=512, budget=1024, positions="clamped"),
     "head": Retrieval(n_local=256, budget=512, summary="head", score="cosine", question_weight=1.0),
-    "dense": Retrieval("dense", n_local=256),
+    "dense": Retrieval("dense", n_local=256, positions="clamped"),
+    "quest": Retrieval("quest-clamped", n_local=256, budget=512),
 }
 MEMORY_N_CTX = 12_000
 PYTHON_BYTES = 1 << 20  # what the interpreter and NumPy may take meanwhile

@@ -28,6 +28,8 @@ METHODS: dict[str, Retrieval] = {
     "question": small(summary="kv_head", score="cosine", refine=1, question_weight=4.0, positions="exact"),
     "published": small(method="published", probe_warmup=3),
     "dense": small(method="dense", positions="exact"),
+    "quest": small(method="quest", positions=None, chunk=8, prefill="top", dense_layers=1),
+    "oracle": small(method="oracle"),
 }
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "question")
 WINDOW = 16
@@ -303,7 +305,7 @@ def test_state_at_any_point(tiny_llama: LlamaModel, retrieval: Retrieval) -> Non
 
 def test_state_in_another_n_ctx(tiny_llama: LlamaModel, retrieval: Retrieval) -> None:
     """Breaks when a state only fits a session of the same n_ctx; positions "auto" follow n_ctx, these do not."""
-    for n_ctx in (N_HISTORY + 60, 5000):
+    for n_ctx in (N_HISTORY + 60, 2048):
         with session_with_history(tiny_llama, retrieval) as session:
             session.rewind(N_HISTORY - 50)
             with copy_of(session, retrieval, n_ctx=n_ctx) as other:

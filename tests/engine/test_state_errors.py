@@ -34,7 +34,7 @@ N_LAYER = 2
 WORD = (1 << 64) - 1
 N_PARAMS = ffi.sizeof("struct actqkv_params")
 AT_VERSION, AT_PARAMS = 8, 24
-AT_TOKENS = AT_PARAMS + N_PARAMS  # n_tokens, n_done, n_closed
+AT_TOKENS = AT_PARAMS + 2 * N_PARAMS  # of reading and of answering; then n_tokens, n_done, n_closed
 
 
 def checksum(data: bytes) -> int:
@@ -203,7 +203,7 @@ def test_not_a_state(session: Session, path: Path) -> None:
 
 def test_another_version(session: Session, blob: bytes) -> None:
     """Breaks when the state of a later version is read as if it were of this one."""
-    refuse(session, written(blob, AT_VERSION, struct.pack("<I", 99)), "version is 99, expected 1")
+    refuse(session, written(blob, AT_VERSION, struct.pack("<I", 99)), "version is 99, expected 2")
 
 
 OTHER_MODELS: dict[str, dict[str, Any]] = {

@@ -93,6 +93,20 @@ def score(probe: Array, reps: Array, norms: Array | None, probe_norm: float, sca
     return np.where(usable, dot / np.where(usable, divisor, 1), 0)
 
 
+def head_scores(queries: Array, reps: Array) -> Array:
+    """queries [H, w], reps [blocks, n, w] -> [H, n]."""
+    per_head = np.repeat(reps, len(queries) // len(reps), axis=0)
+    return np.asarray(np.einsum("hw,hnw->hn", queries, per_head))
+
+
+def vote(scores: Array, n_head_kv: int, *, by_sum: bool) -> Array:
+    """[H, n] -> [G, n]: logarithms of the greatest softmax over chunks of a group's heads, or of their sum."""
+    most = scores.max(axis=1, keepdims=True)
+    logs = scores - most - np.log(np.exp(scores - most).sum(axis=1, keepdims=True))
+    groups = logs.reshape(n_head_kv, -1, scores.shape[1])
+    return np.asarray(np.logaddexp.reduce(groups, axis=1) if by_sum else groups.max(axis=1))
+
+
 def refine(query: Array, keys: Array) -> Array:
     """Sum over heads of the best q.k per chunk: query [H, d], keys [n, G, c, d] -> [n]."""
     n_group = len(query) // keys.shape[1]

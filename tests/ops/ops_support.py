@@ -30,6 +30,7 @@ BOUNDS = {
     "summarize.norm": 1e-7,  # of a mean that may round to the other neighbour in half
     "refine": 1e-12,  # by the sum over heads of |q| |k|
     "score": 1e-12,  # by |probe| |rep|: a dot product may cancel
+    "vote": 1e-12,  # by the size of the scores: a difference of them
     "entropy": 1e-12,  # of 1 + h: h is a difference of numbers near ln n, so its error is absolute, about 1e-6
     "attend.out": 1e-11,  # e^x by polynomial, logits of magnitude 10 rounded in float
     "attend.sums": 1e-11,

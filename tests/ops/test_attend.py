@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +27,34 @@ class Case:
     n_clamp: int
     scale: float
     first_summed: int = 0
+    lists: list[list[reference.Span]] = field(default_factory=list)  # per KV head, in place of spans
 
     @property
     def expected(self) -> tuple[reference.Array, reference.Array, reference.Array]:
+        if not self.lists:
+            return self._expected(self.spans, slice(None), slice(None))
+        r = self.q_near.shape[1] // len(self.lists)
+        parts = [self._expected(s, slice(g, g + 1), slice(g * r, g * r + r)) for g, s in enumerate(self.lists)]
+        out, sums, mass = zip(*parts, strict=True)
+        return np.concatenate(out, axis=1), np.concatenate(sums), np.array(mass) / len(self.lists)
+
+    def _expected(
+        self, spans: list[reference.Span], kv: slice, heads: slice
+    ) -> tuple[reference.Array, reference.Array, reference.Array]:
         wide = [
-            reference.Span(*(None if x is None else x.astype(np.float64) for x in (s.far, s.near, s.v)), s.first)
-            for s in self.spans
+            reference.Span(*(None if x is None else x[kv].astype(np.float64) for x in (s.far, s.near, s.v)), s.first)
+            for s in spans
         ]
         return reference.attend(
-            wide, *(x.astype(np.float64) for x in (self.q_near, self.q_far, self.k_window, self.v_window)),
+            wide, *(x[:, heads].astype(np.float64) for x in (self.q_near, self.q_far)),
+            *(x[kv].astype(np.float64) for x in (self.k_window, self.v_window)),
             n_past=self.n_past, n_clamp=self.n_clamp, scale=self.scale,
         )  # fmt: skip
+
+    @property
+    def of_heads(self) -> list[list[reference.Span]]:
+        """The spans of every KV head, one list for all or a list each."""
+        return self.lists or [self.spans] * len(self.k_window)
 
     @property
     def first_key(self) -> int:
@@ -79,14 +97,15 @@ def run(case: Case, impl: int, n_threads: int, *, sums: bool = True, mass: bool 
     """out, sums, mass of one call. Scratch holds a NaN pattern first: nothing in it may be read before written."""
     m, n_head, d = case.q_near.shape
     n_head_kv = len(case.k_window)
-    spans = ffi.new("struct actqkv_span[]", max(len(case.spans), 1))
-    for to, s in zip(spans, case.spans, strict=False):
+    lists = case.lists or [case.spans]
+    spans = ffi.new("struct actqkv_span[]", max(len(lists) * len(case.spans), 1))
+    for to, s in zip(spans, itertools.chain(*lists), strict=False):
         to.far, to.near, to.v = pointer(s.far), pointer(s.near), pointer(s.v)
         to.far_stride = to.near_stride = to.v_stride = s.n_tok * d
         to.first, to.n_tok = s.first, s.n_tok
     n_summed = case.n_keys - case.first_key
     out, weight_sums = Guarded((m, n_head, d)), Guarded((n_head, n_summed + 3))
-    span_mass = Guarded(len(case.spans), np.float64)
+    span_mass = Guarded((len(lists), len(case.spans)) if case.lists else len(case.spans), np.float64)
     size = lib.actqkv_attend_scratch(n_head, n_head_kv, d, m, case.n_keys, n_threads)
     raw = np.full(size + 128, 0xFF, np.uint8)
     begin = -raw.ctypes.data % 64
@@ -94,7 +113,7 @@ def run(case: Case, impl: int, n_threads: int, *, sums: bool = True, mass: bool 
     args.n_head, args.n_head_kv, args.d_head, args.m = n_head, n_head_kv, d, m
     args.n_past, args.n_clamp, args.scale = case.n_past, case.n_clamp, case.scale
     args.q_near, args.q_far = pointer(case.q_near), pointer(case.q_far)
-    args.spans, args.n_spans = spans, len(case.spans)
+    args.spans, args.n_spans, args.span_stride = spans, len(case.spans), len(case.spans) if case.lists else 0
     args.k_window, args.v_window, args.window_stride = pointer(case.k_window), pointer(case.v_window), m * d
     args.out, args.first_summed = pointer(out), case.first_summed
     args.weight_sums, args.sum_stride = pointer(weight_sums) if sums else ffi.NULL, n_summed + 3
@@ -185,6 +204,22 @@ def test_more_keys_than_one_pass_holds(
             check("attend.sums", actual_sums, expected_sums[:, case.first_key :])
         if mass:
             check("attend.mass", actual_mass, expected_mass)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("m", [1, 2, 45])
+@pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 2), (6, 3)])
+@pytest.mark.parametrize("n_far", [3, 280], ids=["one pass", "more"])
+def test_a_list_per_kv_head(
+    impl: int, rng: np.random.Generator, *, n_threads: int, m: int, n_head: int, n_head_kv: int, n_far: int
+) -> None:
+    """Every KV head attends its own far spans; what follows them, and its sums, is shared."""
+    case = make(rng, m=m, n_head=n_head, n_head_kv=n_head_kv, d=32, far=(32,) * n_far, both=(20, 32), near=(9,))
+    shared = case.spans[n_far:]
+    for _ in range(n_head_kv):
+        own = make(rng, m=m, n_head=n_head, n_head_kv=n_head_kv, d=32, far=(32,) * n_far).spans
+        case.lists.append([*own, *shared])
+    verify(case, impl, n_threads)
 
 
 def test_a_whole_window(impl: int, rng: np.random.Generator) -> None:

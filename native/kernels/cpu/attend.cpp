@@ -29,7 +29,7 @@ static int64_t weigh_scalar(const actqkv_attend_args & a, int32_t h, int32_t i, 
     const float * q_far = a.q_far + ((int64_t) i * a.n_head + h) * d;
     int64_t n = 0;
     for (int32_t s = 0; s < a.n_spans; s++) {
-        const actqkv_span & span = a.spans[s];
+        const actqkv_span & span = span_of(a, g, s);
         for (int32_t j = 0; j < span.n_tok; j++) {
             const bool is_near = span.near && (!span.far || a.n_past + i - (span.first + j) < a.n_clamp);
             const actqkv_f16 * k = is_near ? span.near + g * span.near_stride : span.far + g * span.far_stride;
@@ -62,8 +62,9 @@ static void mix_scalar(const actqkv_attend_args & a, int32_t h, int32_t i, const
     }
     for (int32_t s = 0; s <= a.n_spans; s++) {
         const bool window = s == a.n_spans;
-        const actqkv_f16 * v = window ? a.v_window + g * a.window_stride : a.spans[s].v + g * a.spans[s].v_stride;
-        const int32_t n = window ? i + 1 : a.spans[s].n_tok;
+        const actqkv_span * span = window ? nullptr : &span_of(a, g, s);
+        const actqkv_f16 * v = window ? a.v_window + g * a.window_stride : span->v + g * span->v_stride;
+        const int32_t n = window ? i + 1 : span->n_tok;
         for (int32_t j = 0; j < n; j++, weights++) {
             for (int32_t e = 0; e < d; e++) {
                 out[e] += *weights * half_to_float(v[(int64_t) j * d + e]);
@@ -75,9 +76,7 @@ static void mix_scalar(const actqkv_attend_args & a, int32_t h, int32_t i, const
 static void attend_scalar(const actqkv_attend_args & a) {
     const int64_t n_past_keys = count_past_keys(a, a.n_spans);
     const int64_t first_summed = count_past_keys(a, a.first_summed < a.n_spans ? a.first_summed : a.n_spans);
-    for (int32_t s = 0; a.span_mass && s < a.n_spans; s++) {
-        a.span_mass[s] = 0;
-    }
+    clear_mass(a);
     // Heads add to the same masses: one thread then, so that the order of the sum is always the same.
     parallel(a.span_mass ? 1 : a.n_threads, [&](int ith, int nth) {
         float * weights = (float *) a.scratch + ith * (n_past_keys + a.m);
@@ -92,9 +91,10 @@ static void attend_scalar(const actqkv_attend_args & a) {
                 for (int64_t j = first_summed; sums && j < n; j++) {
                     sums[j] += weights[j];
                 }
+                double * mass = a.span_mass + h / (a.n_head / a.n_head_kv) * a.span_stride;
                 for (int64_t s = 0, j = 0; a.span_mass && s < a.n_spans; s++) {
                     for (int32_t k = 0; k < a.spans[s].n_tok; k++) {
-                        a.span_mass[s] += (double) weights[j++] / a.n_head;
+                        mass[s] += (double) weights[j++] / a.n_head;
                     }
                 }
             }

@@ -32,12 +32,49 @@ struct cursor {
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Span s as KV head g has it.
+inline const actqkv_span & span_of(const actqkv_attend_args & args, int32_t g, int32_t s) {
+    return args.spans[g * args.span_stride + s];
+}
+
+// Where the masses of KV head g's spans are summed: with a list per head, the head's owner (the part that holds its
+// first keys or rows) adds to the result itself, since all spans have keys and a span's ordinal is its index.
+inline double * mass_row(const actqkv_attend_args & args, int32_t g, bool owner, double * own) {
+    return args.span_stride > 0 && owner ? args.span_mass + g * args.span_stride : own;
+}
+
 inline int64_t count_past_keys(const actqkv_attend_args & args, int32_t n_spans) {
     int64_t n = 0;
     for (int32_t s = 0; s < n_spans; s++) {
         n += args.spans[s].n_tok;
     }
     return n;
+}
+
+inline void clear_mass(const actqkv_attend_args & args) {
+    for (int64_t g = 0; args.span_mass && g < (args.span_stride > 0 ? args.n_head_kv : 1); g++) {
+        for (int32_t s = 0; s < args.n_spans; s++) {
+            args.span_mass[g * args.span_stride + s] = 0;
+        }
+    }
+}
+
+// The mean over heads: adds what each part summed for itself, part by part. own(part): its array by ordinal, NULL
+// where it summed nothing there; head(part): the KV head that array is of where lists are per head.
+template <typename Own, typename Head>
+void merge_mass(const actqkv_attend_args & args, int32_t n_parts, Own && own, Head && head) {
+    for (int32_t part = 0; args.span_mass && part < n_parts; part++) {
+        const double * mass = own(part);
+        double * to = args.span_mass + head(part) * args.span_stride;
+        for (int32_t s = 0, ordinal = 0; mass && s < args.n_spans; s++) {
+            to[s] += args.spans[s].n_tok > 0 ? mass[ordinal++] : 0;
+        }
+    }
+    for (int64_t g = 0; args.span_mass && g < (args.span_stride > 0 ? args.n_head_kv : 1); g++) {
+        for (int32_t s = 0; s < args.n_spans; s++) {
+            args.span_mass[g * args.span_stride + s] /= args.n_head;
+        }
+    }
 }
 
 inline void step_over(cursor & at, int32_t n) {
@@ -80,7 +117,7 @@ inline bool next_piece(const actqkv_attend_args & args, int32_t g, int64_t max_n
         step_over(at, p.n);
         return p.n > 0;
     }
-    const actqkv_span & s = args.spans[at.span];
+    const actqkv_span & s = span_of(args, g, at.span);
     p.n = (int32_t) min64(s.n_tok - at.offset, max_n);
     p.position = s.first + at.offset;
     p.near = s.near ? s.near + g * s.near_stride + (int64_t) at.offset * d : nullptr;

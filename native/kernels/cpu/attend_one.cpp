@@ -27,7 +27,7 @@ struct one {
     float * queries;  // [part][2][r][d] q_near and q_far of the current group, times scale and log2(e)
     float * partials; // [part + KV head][r][2 + d] M, L, O of a segment
     float * weights;  // [H][n_keys] if kept, else [part][r][N_BLOCK]
-    double * mass;    // [part][n_keys] per span that is not empty
+    double * mass;    // [part][n_keys] per span that is not empty; see mass_row
 
     float * partial(int32_t part, int32_t g, int32_t x) const {
         return partials + ((int64_t) (part + g) * r + x) * (2 + d); // unique: each segment raises one of the two
@@ -142,8 +142,8 @@ void write_out(const one & o, int32_t g) {
     }
 }
 
-// Adds factor * weights of keys [from, to) of query head h to the sums asked for.
-void add_sums(const one & o, int32_t part, int32_t h, int64_t from, int64_t to, const float * w, float factor) {
+// Adds factor * weights of keys [from, to) of query head h to the sums asked for, and to mass unless it is NULL.
+void add_sums(const one & o, int32_t h, int64_t from, int64_t to, const float * w, float factor, double * mass) {
     if (o.args.weight_sums) {
         const int64_t begin = max64(from, o.first_summed);
         float * sums = o.args.weight_sums + h * o.args.sum_stride;
@@ -151,17 +151,20 @@ void add_sums(const one & o, int32_t part, int32_t h, int64_t from, int64_t to, 
             sums[j - o.first_summed] = w[j - from] * factor;
         }
     }
-    if (o.args.span_mass) {
+    if (mass) {
         cursor at = seek(o.args, from);
         piece p;
         while (at.key < to && next_piece(o.args, 0, to - at.key, at, p) && p.kind != WINDOW) {
-            o.mass[part * o.n_keys + p.ordinal] += (double) o.op.sum(w + p.key - from, p.n) * factor;
+            mass[p.ordinal] += (double) o.op.sum(w + p.key - from, p.n) * factor;
         }
     }
 }
 
 void sums(const one & o, int32_t part, int32_t g, int64_t from, int64_t to, const float * q) {
-    if (!o.args.span_mass) {
+    double * mass = nullptr;
+    if (o.args.span_mass) {
+        mass = mass_row(o.args, g, from == 0, o.mass + part * o.n_keys);
+    } else {
         from = max64(from, o.first_summed);
     }
     const int64_t step = o.kept ? to - from : N_BLOCK;
@@ -180,7 +183,7 @@ void sums(const one & o, int32_t part, int32_t g, int64_t from, int64_t to, cons
             } else {
                 o.op.exp2_sum(w + x * ldw, n, max);
             }
-            add_sums(o, part, g * o.r + x, b, b + n, w + x * ldw, 1 / sum);
+            add_sums(o, g * o.r + x, b, b + n, w + x * ldw, 1 / sum, mass);
         }
     }
 }
@@ -233,6 +236,7 @@ void attend_one(const ops & op, const actqkv_attend_args & args) {
           nullptr};
     lay_out(o, (uint8_t *) args.scratch, n_keys);
     const bool whole = args.n_head_kv % o.n_parts == 0; // no KV head lies in two parts: nothing to wait for
+    clear_mass(args);
 
     parallel(o.n_parts, [&](int ith, int nth) {
         for (int32_t part = ith; part < o.n_parts; part += nth) {
@@ -260,14 +264,11 @@ void attend_one(const ops & op, const actqkv_attend_args & args) {
             }
         });
     }
-    for (int32_t s = 0, ordinal = 0; args.span_mass && s < args.n_spans; s++) {
-        double mass = 0;
-        for (int32_t part = 0; args.spans[s].n_tok > 0 && part < o.n_parts; part++) {
-            mass += o.mass[part * n_keys + ordinal];
-        }
-        ordinal += args.spans[s].n_tok > 0;
-        args.span_mass[s] = mass / args.n_head;
-    }
+    const bool per_head = args.span_stride > 0;
+    merge_mass(
+        args, o.n_parts,
+        [&](int32_t part) { return per_head && o.part_begin(part) % n_keys == 0 ? nullptr : o.mass + part * n_keys; },
+        [&](int32_t part) { return o.part_begin(part) / n_keys; });
 }
 
 } // namespace actqkv

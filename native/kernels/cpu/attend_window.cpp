@@ -54,7 +54,7 @@ struct part_memory {
     float * sum;     // [r*m] L
     float * columns; // [N_PANELS * N_PANEL] weights summed over rows
     float * sums;    // [r][summed] weight sums of a KV head that another part owns
-    double * mass;   // [n_keys] per span that is not empty
+    double * mass;   // [n_keys] per span that is not empty; see mass_row
 };
 
 struct window {
@@ -271,13 +271,13 @@ void block_sums(const window & w, const part_memory & mem, const slab & s, row_b
     }
 }
 
-void add_mass(const window & w, const part_memory & mem, const slab & s) {
+void add_mass(const window & w, const part_memory & mem, const slab & s, double * mass) {
     for (int32_t j = 0; j < s.n && s.panels[j].kind != WINDOW; j++) {
         const panel & p = s.panels[j];
         cursor at = seek(w.args, p.key);
         piece x;
         while (at.key < p.key + p.n && next_piece(w.args, 0, p.key + p.n - at.key, at, x)) {
-            mem.mass[x.ordinal] += w.op.sum(mem.columns + j * N_PANEL + (x.key - p.key), x.n);
+            mass[x.ordinal] += w.op.sum(mem.columns + j * N_PANEL + (x.key - p.key), x.n);
         }
     }
 }
@@ -319,7 +319,7 @@ void clear_columns(const window & w, const part_memory & mem) {
 
 // Logits again, with the final M: for what the first pass could not sum.
 void sweep(const window & w, const part_memory & mem, int32_t g, int32_t from, int32_t to, int64_t first_key,
-           int64_t end_key, float * sums, int64_t ld_sums) {
+           int64_t end_key, float * sums, int64_t ld_sums, double * mass) {
     cursor at = seek(w.args, first_key);
     slab s;
     while (at.key < end_key && next_slab(w, mem, g, at, s)) {
@@ -332,26 +332,26 @@ void sweep(const window & w, const part_memory & mem, int32_t g, int32_t from, i
             for (int32_t x = 0; x < b.n; x++) {
                 w.op.exp2_sum(mem.logits + x * w.ldl(), (int64_t) s.n * N_PANEL, mem.max[b.first + x]);
             }
-            block_sums(w, mem, s, b, wanted, ld_sums, w.args.span_mass);
+            block_sums(w, mem, s, b, wanted, ld_sums, mass);
         }
-        if (w.args.span_mass) {
-            add_mass(w, mem, s);
+        if (mass) {
+            add_mass(w, mem, s, mass);
         }
     }
 }
 
 void attend_blocks(const window & w, const part_memory & mem, int32_t g, int32_t from, int32_t to, float * sums,
-                   int64_t ld_sums) {
+                   int64_t ld_sums, double * mass) {
     for (int32_t i = from; i < to; i++) {
         start_rows(w, mem, block_at(w, i));
     }
-    const bool columns = w.args.span_mass && w.one_slab;
+    const bool columns = mass && w.one_slab;
     cursor at;
     slab s;
     bool summed = false; // the weights of the last slab covered all sums asked for
     while (next_slab(w, mem, g, at, s)) {
         const bool last = s.end == w.n_keys;
-        summed = last && s.begin <= w.first_summed && !(w.args.span_mass && !w.one_slab);
+        summed = last && s.begin <= w.first_summed && !(mass && !w.one_slab);
         clear_columns(w, mem);
         for (int32_t i = from; i < to; i++) {
             const row_block b = block_at(w, i);
@@ -365,11 +365,11 @@ void attend_blocks(const window & w, const part_memory & mem, int32_t g, int32_t
             }
         }
         if (summed && columns) {
-            add_mass(w, mem, s);
+            add_mass(w, mem, s, mass);
         }
     }
-    if (!summed && (sums || w.args.span_mass)) {
-        sweep(w, mem, g, from, to, w.args.span_mass ? 0 : w.first_summed, w.n_keys, sums, ld_sums);
+    if (!summed && (sums || mass)) {
+        sweep(w, mem, g, from, to, mass ? 0 : w.first_summed, w.n_keys, sums, ld_sums, mass);
     }
 }
 
@@ -405,7 +405,8 @@ void attend_part(const window & w, int32_t part) {
                                            : mem.sums;
         const int64_t ld_sums = owner ? w.args.sum_stride : w.n_summed();
         clear_sums(w, sums, ld_sums);
-        attend_blocks(w, mem, g, (int32_t) (at - g_begin), (int32_t) (stop - g_begin), sums, ld_sums);
+        double * mass = w.args.span_mass ? mass_row(w.args, g, owner, mem.mass) : nullptr;
+        attend_blocks(w, mem, g, (int32_t) (at - g_begin), (int32_t) (stop - g_begin), sums, ld_sums, mass);
         at = stop;
     }
 }
@@ -422,14 +423,11 @@ void merge_parts(const window & w) {
             w.op.add_scaled(sums + x * w.args.sum_stride, w.parts[part].sums + x * w.n_summed(), w.n_summed(), 1);
         }
     }
-    for (int32_t s = 0, ordinal = 0; w.args.span_mass && s < w.args.n_spans; s++) {
-        double mass = 0;
-        for (int32_t part = 0; w.args.spans[s].n_tok > 0 && part < w.n_parts; part++) {
-            mass += w.parts[part].mass[ordinal];
-        }
-        ordinal += w.args.spans[s].n_tok > 0;
-        w.args.span_mass[s] = mass / w.args.n_head;
-    }
+    const bool per_head = w.args.span_stride > 0;
+    merge_mass(
+        w.args, w.n_parts,
+        [&](int32_t part) { return per_head && part_begin(w, part) % w.n_blocks == 0 ? nullptr : w.parts[part].mass; },
+        [&](int32_t part) { return part_begin(w, part) / w.n_blocks; });
 }
 
 } // namespace
@@ -468,6 +466,7 @@ void attend_window(const ops & op, const actqkv_attend_args & args) {
     for (int32_t part = 0; part < w.n_parts; part++) {
         w.parts[part] = take_part(w, a);
     }
+    clear_mass(args);
     parallel(w.n_parts, [&](int ith, int nth) {
         for (int32_t part = ith; part < w.n_parts; part += nth) {
             attend_part(w, part);
