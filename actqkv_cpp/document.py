@@ -19,6 +19,7 @@ from actqkv_cpp.template import Cursor, Part, Span, Step, Tokens, no_tokens
 
 if TYPE_CHECKING:
     from actqkv_cpp._native import Phase
+    from actqkv_cpp.config import Retrieval
     from actqkv_cpp.llama import Llama
 
 Progress: TypeAlias = Callable[[int, int], object]  # (tokens done, tokens in all); returning False stops
@@ -113,16 +114,29 @@ class _Conversation:
             llm.session.checkpoint()
 
     def _answer(
-        self, place: _Place, text: str, sampling: Sampling, into: Generated, *, reading: _Reading | None
+        self,
+        place: _Place,
+        text: str,
+        sampling: Sampling,
+        into: Generated,
+        *,
+        reading: _Reading | None,
+        retrieval: Retrieval | None,
     ) -> Answer:
         """Ask `text` at `place`, after `reading`; the session then holds both. `into` grows as the answer does."""
+        with self.llm.answering(retrieval):
+            return self._answer_now(place, text, sampling, into, reading)
+
+    def _answer_now(
+        self, place: _Place, text: str, sampling: Sampling, into: Generated, reading: _Reading | None
+    ) -> Answer:
         llm, session = self.llm, self.llm.session
         begin = time.perf_counter()
         step = self._feed_question(place, text)
         prompt_s = time.perf_counter() - begin
         n_prompt = step.keep + len(step.tokens)
         passages: tuple[results.Source, ...] = ()
-        attended_max, attended_mean = n_prompt + into.n_tokens, float(n_prompt)
+        attended_max, attended_mean, dense_max = n_prompt + into.n_tokens, float(n_prompt), 0
         if session is None:
             generate(llm, into, sampling)
         else:
@@ -137,6 +151,7 @@ class _Conversation:
             stats = session.stats()
             stats = stats if stats.n_decode_tokens else prompt_stats
             attended_max, attended_mean = stats.attended_tokens_max, stats.attended_tokens_mean
+            dense_max = stats.dense_tokens_max
         n_read, read_s = (reading.n_read, reading.seconds) if reading else (len(step.tokens), prompt_s)
         return Answer(
             question=text,
@@ -148,6 +163,7 @@ class _Conversation:
                 completion_tokens=into.n_tokens,
                 attended_tokens=attended_max,
                 attended_tokens_mean=attended_mean,
+                dense_tokens=dense_max,
             ),
             timing=results.Timing(
                 prefill_s=read_s,
@@ -327,6 +343,7 @@ class Document(_Conversation):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         on_text: OnText | None = None,
+        retrieval: Retrieval | None = None,
     ) -> Answer:
         """Answer one question from the documents alone; earlier questions are not seen.
 
@@ -338,10 +355,12 @@ class Document(_Conversation):
             seed: of the sampling; None: the Llama's own.
             stop: texts that end the answer; not part of it.
             on_text: called with pieces of the answer as they come; returning False ends it ("cancelled").
+            retrieval: answers by another method or budget, as `Llama.answering` has it.
 
         Raises:
             ContextError: the question does not fit n_ctx beside the documents.
             StateError: the session was used for something else since the reading.
+            ParameterError: with `retrieval` the reading would have been another one.
 
         Example:
             >>> doc.ask("Who kept the key?", on_text=print).sources[0].text
@@ -350,7 +369,9 @@ class Document(_Conversation):
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed,
             stop=stops(stop), on_text=on_text,
         )  # fmt: skip
-        return self._answer(self._reading.here(), question, sampling, Generated(), reading=self._reading)
+        return self._answer(
+            self._reading.here(), question, sampling, Generated(), reading=self._reading, retrieval=retrieval
+        )
 
 
 class Chat(_Conversation):
@@ -403,6 +424,7 @@ class Chat(_Conversation):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         on_text: OnText | None = None,
+        retrieval: Retrieval | None = None,
     ) -> Answer:
         """One turn: `text` is the user's; question and answer stay in the conversation.
 
@@ -415,7 +437,7 @@ class Chat(_Conversation):
         )  # fmt: skip
         place, said = self._place, Generated()
         try:
-            self.answer = self._answer(place, text, sampling, said, reading=self._reading)
+            self.answer = self._answer(place, text, sampling, said, reading=self._reading, retrieval=retrieval)
             return self.answer
         finally:
             if said.first_token_at is not None:
@@ -435,6 +457,7 @@ class Chat(_Conversation):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         on_text: OnText | None = None,
+        retrieval: Retrieval | None = None,
     ) -> Answer:
         """An aside: answered from the conversation so far and then forgotten; later turns do not see it.
 
@@ -444,7 +467,7 @@ class Chat(_Conversation):
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed,
             stop=stops(stop), on_text=on_text,
         )  # fmt: skip
-        return self._answer(self._place, question, sampling, Generated(), reading=self._reading)
+        return self._answer(self._place, question, sampling, Generated(), reading=self._reading, retrieval=retrieval)
 
     def _after_answer(self, place: _Place) -> _Place:
         """The place after an answer: nothing of it is open, the next turn brings the template's end of it."""

@@ -125,7 +125,7 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         given = cast(dict[str, Any], options)
         compat.check_names(given)
-        self.retrieval = retrieval if retrieval is not None else Retrieval()
+        self.retrieval = self._answering = retrieval if retrieval is not None else Retrieval()
         self.session = self.document = None
         self.kv_type = _kv_type(kv_type, given)
         self._prompting = False  # generate() is about to read its prompt
@@ -221,6 +221,11 @@ class Llama(llama_cpp.Llama):
         if self.session is not None:
             state |= {"type_k": None, "type_v": None}
         return state | {"retrieval": self.retrieval, "kv_type": self.kv_type}
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens the model was trained on: exact positions end there."""
+        return int(self._model.n_ctx_train())
 
     # -- evaluating
 
@@ -395,6 +400,36 @@ class Llama(llama_cpp.Llama):
         self._requires_eval = True
         self._sampled = None
         self._seed = state.seed
+
+    # -- methods
+
+    @contextmanager
+    def answering(self, retrieval: Retrieval | None) -> Iterator[None]:
+        """Answer by another method or budget within the block, over what was read; None changes nothing.
+
+        Args:
+            retrieval: a method whose reading would be the same: chunk, positions, prefill rule and summaries.
+
+        Raises:
+            ParameterError: the reading would differ; the message names what does. Also where llama.cpp runs the model.
+
+        Example:
+            >>> with llm.answering(Retrieval("actqkv", budget="4k")):
+            ...     document.ask("Who kept the key?")
+        """
+        if retrieval is None:
+            yield
+            return
+        if self.session is None:
+            raise ParameterError("this model runs densely through llama.cpp, which has no other methods")
+        before, self._answering = self._answering, retrieval
+        self.session.set_answering(retrieval)
+        try:
+            yield
+        finally:
+            self._answering = before
+            if not self.session.closed:
+                self.session.set_answering(before)
 
     # -- documents
 

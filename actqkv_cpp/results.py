@@ -31,7 +31,8 @@ class Usage:
     """Tokens of one answer: of the documents read, of everything before the answer (documents included), of the answer.
 
     `attended_tokens` is the most that any one query attended: sinks + retrieved + remainder + local + window;
-    `attended_tokens_mean` the mean over queries and layers.
+    `attended_tokens_mean` the mean over queries and layers. Layers that a method attends densely (Quest's first)
+    are left out of both: `dense_tokens` is the most that a query attended there, 0 where there are none.
     """
 
     document_tokens: int
@@ -39,6 +40,7 @@ class Usage:
     completion_tokens: int
     attended_tokens: int
     attended_tokens_mean: float
+    dense_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -382,3 +383,24 @@ def test_question_phase(tiny_sparse: Llama) -> None:
     assert tiny_sparse.session is not None
     phases = tiny_sparse.session.history()[1].tolist()
     assert phases == [0] * (len(phases) - 2) + [1] * 2  # the prompt's last token and the answer's only one
+
+
+def test_an_answer_by_another_method(tiny_model: Path) -> None:
+    """Breaks when `retrieval=` does not answer by that method, stays in force, or reads the document again."""
+    exact = dataclasses.replace(SMALL, method="quest", chunk=16, dense_layers=1)
+    with Llama(tiny_model, n_ctx=1024, n_threads=1, retrieval=exact, verbose=False) as llm:
+        doc = llm.read(text=FILLER * 4)
+        session = llm.session
+        assert session is not None
+        n_read = session.stats().n_prefill_tokens
+        plain = doc.ask("where", max_tokens=4)
+        dense = doc.ask("where", max_tokens=4, retrieval=dataclasses.replace(exact, method="dense", dense_layers=0))
+        again = doc.ask("where", max_tokens=4)
+        assert dense.usage.attended_tokens > 2 * plain.usage.attended_tokens
+        assert (plain.usage.dense_tokens > plain.usage.attended_tokens, dense.usage.dense_tokens) == (True, 0)
+        assert (again.text, again.usage) == (plain.text, plain.usage)
+        assert session.answering == session.params
+        assert session.stats().n_prefill_tokens < n_read
+        with pytest.raises(ParameterError, match="prefill is 'none'"):
+            doc.ask("where", retrieval=dataclasses.replace(exact, method="streaming", positions="exact"))
+        assert doc.ask("where", max_tokens=4).text == plain.text
