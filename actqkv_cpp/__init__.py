@@ -29,12 +29,13 @@ from actqkv_cpp.errors import (
     StateError,
     ThreadError,
 )
-from actqkv_cpp.results import Answer, Memory, Source, Timing, Usage
+from actqkv_cpp.results import Answer, Audit, Memory, Source, Timing, Usage
 
 if TYPE_CHECKING:
     from actqkv_cpp._native import methods
     from actqkv_cpp.document import Chat, Document
     from actqkv_cpp.llama import Llama
+    from actqkv_cpp.recording import Record, Recording
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ _env.let_threads_sleep()  # before anything loads llama.cpp and, with it, OpenMP
 __all__ = [
     "ActqkvError",
     "Answer",
+    "Audit",
     "Cancelled",
     "Chat",
     "ComputeError",
@@ -56,6 +58,8 @@ __all__ = [
     "MemoryPlanError",
     "ModelError",
     "ParameterError",
+    "Record",
+    "Recording",
     "Retrieval",
     "Source",
     "StateError",
@@ -67,7 +71,14 @@ __all__ = [
     "parse_size",
 ]
 
-_LAZY = {"Llama": "llama", "Document": "document", "Chat": "document", "methods": "_native"}
+_LAZY = {
+    "Llama": "llama",
+    "Document": "document",
+    "Chat": "document",
+    "Record": "recording",
+    "Recording": "recording",
+    "methods": "_native",
+}
 
 
 def default_model_path() -> Path:

@@ -11,16 +11,17 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-import llama_cpp  # noqa: F401 (first: its libllama and ggml must be the ones that our module binds to)
+import llama_cpp  # first: its libllama and ggml must be the ones that our module binds to
 import numpy as np
 from numpy.typing import NDArray
 
 from actqkv_cpp.config import Retrieval
 from actqkv_cpp.errors import LibraryError, ParameterError, StateError, ThreadError, error_from_status, unknown_name
+from actqkv_cpp.figures import Mass, MemoryPlan, Params, Phase, Stage, Stats
+from actqkv_cpp.recording import Record
 
 try:
     from actqkv_cpp._actqkv import ffi, lib
@@ -33,13 +34,18 @@ except ImportError as cause:
         else "pip install --force-reinstall --no-cache-dir actqkv",
     ) from cause
 
-Phase = Literal["prefill", "decode", "question"]
 ProgressFn: TypeAlias = Callable[[int, int], object]
 ObserverFn: TypeAlias = Callable[[str, int, int, NDArray[np.float32]], object]
+RecordFn: TypeAlias = Callable[[Record], object]
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type, stable since GGUF files store it
 
-_PHASES = {"prefill": lib.ACTQKV_PREFILL, "decode": lib.ACTQKV_DECODE, "question": lib.ACTQKV_QUESTION}
+_PHASES: dict[Phase, int] = {
+    "prefill": lib.ACTQKV_PREFILL,
+    "decode": lib.ACTQKV_DECODE,
+    "question": lib.ACTQKV_QUESTION,
+}
+_PHASE_NAMES: dict[int, Phase] = {value: name for name, value in _PHASES.items()}
 _STATUS_NAMES = {getattr(lib, name): name for name in dir(lib) if name.startswith("ACTQKV_ERR_")}
 
 # Column of struct actqkv_method -> prefix of its enum's names; and the columns that Retrieval shortens.
@@ -170,75 +176,10 @@ def _set_number(struct: Any, name: str, value: float) -> None:
         raise ParameterError(f"{name} is out of range: {value}") from cause
 
 
-@dataclass(frozen=True)
-class Params:
-    """The parameters in force in a session, by the names of struct actqkv_params; `method` as `methods()` has it."""
-
-    method: str
-    columns: dict[str, Any]
-    n_ctx: int
-    n_threads: int
-    n_window: int
-    n_sink: int
-    n_local: int
-    budget: int
-    kv_type: str
-
-    @property
-    def n_chunk_tokens(self) -> int:
-        chunk: int = self.columns["chunk"]
-        return chunk
-
-
 def _found_params(found: Any) -> Params:
     sizes = {name: getattr(found, name) for name in ("n_ctx", "n_threads", *_SIZES.values())}
     kv_type = next((name for name, value in KV_TYPES.items() if value == found.kv_type), str(found.kv_type))
     return Params(_text(found.method.name), _method_columns(found.method), kv_type=kv_type, **sizes)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes a session needs at most, with all of n_ctx in use (struct actqkv_memory)."""
-
-    kv_bytes: int
-    summary_bytes: int
-    checkpoint_bytes: int
-    compute_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.kv_bytes + self.summary_bytes + self.checkpoint_bytes + self.compute_bytes
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Time and bytes that one stage's inner loops took, summed over windows."""
-
-    ms: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Time and traffic since the last reset (struct actqkv_stats)."""
-
-    n_prefill_tokens: int
-    n_decode_tokens: int
-    n_windows: int
-    n_replayed_tokens: int
-    prefill_ms: float
-    decode_ms: float
-    graph: Stage
-    probe: Stage
-    score: Stage
-    refine: Stage
-    attend: Stage
-    append: Stage
-    summarize: Stage
-    attended_tokens_max: int
-    attended_tokens_mean: float
-    dense_tokens_max: int
-    dense_tokens_mean: float
 
 
 def _plain(struct: Any, kind: type[Any]) -> Any:
@@ -311,6 +252,40 @@ def actqkv_py_observe(  # noqa: PLR0917 (as in callbacks.cdef)
         session.observer(text, layer, n_past, flat.reshape(shape).copy())
 
 
+def _copied(pointer: Any, shape: tuple[int, ...], dtype: Any) -> NDArray[Any] | None:
+    """A C array as an array of its own; None for NULL."""
+    if pointer == ffi.NULL:
+        return None
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    copy: NDArray[Any] = np.frombuffer(ffi.buffer(pointer, n_bytes), dtype=dtype).reshape(shape).copy()
+    return copy
+
+
+@ffi.def_extern(onerror=_keep_exception)  # type: ignore[untyped-decorator]
+def actqkv_py_record(user: Any, found: Any) -> None:
+    session: Session = _calling.session
+    if session._raised is None and session._recorder is not None:
+        mass = _copied(found.mass, (found.n_lists, found.n_chunks), np.float64)
+        chosen = _copied(found.chosen, (found.n_lists, found.n_chosen), np.int32)
+        if chosen is None and found.n_chosen < found.n_chunks:
+            chosen = np.empty((found.n_lists, 0), np.int32)
+        session._recorder(
+            Record(
+                n_past=found.n_past,
+                n_tokens=found.n_tokens,
+                phase=_PHASE_NAMES[found.phase],
+                layer=found.layer,
+                n_chunks=found.n_chunks,
+                n_chosen=found.n_chosen,
+                chosen=chosen,
+                bias=_copied(found.bias, (found.n_tokens,), np.float32),
+                weights=_copied(found.weights, (found.n_tokens,), np.float32),
+                mass=None if mass is None else mass.astype(np.float32),
+                entropy=found.entropy,
+            )
+        )
+
+
 def _token_array(tokens: Any) -> NDArray[np.int32]:
     """Tokens as the library takes them; ParameterError instead of a number that wraps or loses its fraction."""
     given = np.asarray(tokens)
@@ -357,6 +332,7 @@ class Session:
         self._owner: threading.Thread | None = None
         self._raised: BaseException | None = None
         self._observer: ObserverFn | None = None
+        self._recorder: RecordFn | None = None
         self.progress = None
         self.model = model
         self.n_vocab: int = model.n_vocab()
@@ -364,6 +340,7 @@ class Session:
         self.plan = memory_plan(model, retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
         out = ffi.new("actqkv_session **")
         _call(lib.actqkv_session_new, _model_pointer(model), params, out)
+        self.n_layer: int = llama_cpp.llama_model_n_layer(model.model)
         self._handle = ffi.gc(out[0], lib.actqkv_session_free, size=min(self.plan.total_bytes, 2**62))
         lib.actqkv_set_progress(self._handle, lib.actqkv_py_progress, ffi.NULL)
         model._exit_stack.callback(self.close)  # the session must be freed before its model
@@ -557,3 +534,20 @@ class Session:
             self._observer = function
             callback = ffi.NULL if function is None else lib.actqkv_py_observe
             lib.actqkv_set_observer(handle, callback, ffi.NULL)
+
+    def set_recorder(self, function: RecordFn | None, *, mass: Mass = "none") -> None:
+        """Call `function` with a Record of every window and layer from now on; None: off.
+
+        Args:
+            mass: of which windows the true attention mass is measured: "none", "answers" or "all". Each of them attends
+                everything once more in every layer.
+        """
+        with self._exclusive() as handle:
+            callback = ffi.NULL if function is None else lib.actqkv_py_record
+            _call(lib.actqkv_set_recorder, handle, callback, ffi.NULL, getattr(lib, f"ACTQKV_MASS_{mass.upper()}"))
+            self._recorder = function
+
+    def set_audit(self, every: int) -> None:
+        """Measure the recall of one KV head of one layer every `every`-th answered token; 0: off. `stats` has it."""
+        with self._exclusive() as handle:
+            _call(lib.actqkv_set_audit, handle, every)

@@ -18,8 +18,8 @@ from actqkv_cpp.results import Answer, Memory
 from actqkv_cpp.template import Cursor, Part, Span, Step, Tokens, no_tokens
 
 if TYPE_CHECKING:
-    from actqkv_cpp._native import Phase
     from actqkv_cpp.config import Retrieval
+    from actqkv_cpp.figures import Phase
     from actqkv_cpp.llama import Llama
 
 Progress: TypeAlias = Callable[[int, int], object]  # (tokens done, tokens in all); returning False stops
@@ -142,6 +142,8 @@ class _Conversation:
         else:
             prompt_stats = session.stats()
             session.stats_reset()
+            if llm._auditor is not None:
+                llm._auditor.begin_answer()
             session.sources_begin()
             try:
                 generate(llm, into, sampling)
@@ -174,6 +176,7 @@ class _Conversation:
             memory=_memory(llm),
             finish_reason=into.finish_reason,
             context_full=into.context_full,
+            audit=llm._auditor.report() if llm._auditor is not None else None,
         )
 
     def _feed_question(self, place: _Place, text: str) -> Step:

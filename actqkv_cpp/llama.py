@@ -8,11 +8,11 @@ completion loop stay the base's. tests/api/test_base_uses.py walks the base's so
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
-import os
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actqkv_cpp import compat, default_model_path, machine, modelfile
-from actqkv_cpp._native import KV_TYPES, Phase, Session, memory_plan, model_check
+from actqkv_cpp._native import KV_TYPES, Session, memory_plan, model_check
+from actqkv_cpp.auditing import Auditor
 from actqkv_cpp.config import Retrieval, parse_size
+from actqkv_cpp.context import SessionContext
 from actqkv_cpp.document import Chat, Document, PathLike, Progress, text_files
 from actqkv_cpp.errors import (
     Cancelled,
@@ -32,7 +34,9 @@ from actqkv_cpp.errors import (
     ParameterError,
     StateError,
 )
+from actqkv_cpp.figures import Mass, Phase
 from actqkv_cpp.reader import TextFile
+from actqkv_cpp.recording import Recording
 from actqkv_cpp.rows import LogitRows
 from actqkv_cpp.template import ChatTemplate, Encoder
 
@@ -40,43 +44,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _SMALLEST_N_CTX = 1  # of the base's own context, which only serves low-level calls on .ctx
-_GGML_LOG_ERROR = 4  # enum ggml_log_level
 _BASE_CONTEXT_ERROR = re.compile(r"Requested tokens \((\d+)\) exceed context window of \d+")
-
-
-class SessionContext:
-    """What llama_cpp.Llama asks of its `_ctx`, answered by a session; `ctx` is the base's own, empty context."""
-
-    def __init__(self, session: Session, own: Any) -> None:
-        self._session = session
-        self._own = own
-
-    @property
-    def ctx(self) -> Any:
-        return self._own.ctx
-
-    def n_ctx(self) -> int:
-        return self._session.params.n_ctx
-
-    def pooling_type(self) -> int:
-        return cast(int, self._own.pooling_type())
-
-    def kv_cache_clear(self) -> None:
-        self._session.rewind(0)
-
-    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        """Forget tokens from p0 on; False (nothing done) for a stretch that does not reach the end."""
-        if 0 <= p1 < self._session.n_past:
-            return False
-        if p0 < self._session.n_past:
-            self._session.rewind(max(p0, 0))
-        return True
-
-    def reset_timings(self) -> None:
-        self._session.stats_reset()
-
-    def print_timings(self) -> None:
-        """Nothing: `session.stats()` has the figures."""
 
 
 class Llama(llama_cpp.Llama):
@@ -128,6 +96,7 @@ class Llama(llama_cpp.Llama):
         self.retrieval = self._answering = retrieval if retrieval is not None else Retrieval()
         self.session = self.document = None
         self.kv_type = _kv_type(kv_type, given)
+        self._auditor: Auditor | None = None
         self._prompting = False  # generate() is about to read its prompt
         self._sampled: int | None = None  # what sample() returned, until it is read back: that is a decode step
         self._rows_wanted: Literal["last", "sampled", "all"] = "last"
@@ -171,7 +140,7 @@ class Llama(llama_cpp.Llama):
 
     def _load(self, path: str, options: dict[str, Any]) -> None:
         """The base's constructor; what libllama logged becomes the message when it fails."""
-        with _logged_errors() as log:
+        with modelfile.logged_errors() as log:
             try:
                 super().__init__(path, **options)
             except ValueError as error:
@@ -182,7 +151,7 @@ class Llama(llama_cpp.Llama):
     def _attach(self, options: dict[str, Any]) -> None:
         """Put a session in place of the context that the base made."""
         n_ctx = options["n_ctx"] or self._model.n_ctx_train()
-        n_threads = options.get("n_threads") or options.get("n_threads_batch") or _available_cores()
+        n_threads = options.get("n_threads") or options.get("n_threads_batch") or machine.available_cores()
         plan = memory_plan(self._model, self.retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=self.kv_type)
         free = machine.available_memory()
         if free is not None and plan.total_bytes > free:
@@ -278,6 +247,8 @@ class Llama(llama_cpp.Llama):
             rows = self.session.decode(tokens, phase=phase, n_logits=n if self._rows_wanted == "all" else 1)
             self._rows.put(n_past + n - len(rows), rows, keep=self._rows_wanted != "last")
             self._requires_eval = False
+            if self._auditor is not None and phase == "decode":
+                self._auditor.look()
         finally:
             self.session.progress = None
             self.n_tokens = self.session.n_past
@@ -403,6 +374,11 @@ class Llama(llama_cpp.Llama):
 
     # -- methods
 
+    def _native_session(self, what: str) -> Session:
+        if self.session is None:
+            raise ParameterError(f"{what}: this model runs densely through llama.cpp, which has no methods")
+        return self.session
+
     @contextmanager
     def answering(self, retrieval: Retrieval | None) -> Iterator[None]:
         """Answer by another method or budget within the block, over what was read; None changes nothing.
@@ -420,16 +396,71 @@ class Llama(llama_cpp.Llama):
         if retrieval is None:
             yield
             return
-        if self.session is None:
-            raise ParameterError("this model runs densely through llama.cpp, which has no other methods")
-        before, self._answering = self._answering, retrieval
-        self.session.set_answering(retrieval)
+        session, before = self._native_session("another method"), self._answering
+        session.set_answering(retrieval)
+        self._answering = retrieval
         try:
             yield
         finally:
             self._answering = before
-            if not self.session.closed:
-                self.session.set_answering(before)
+            if not session.closed:
+                session.set_answering(before)
+
+    def _widen(self, budget: int) -> None:
+        """Answer at `budget` from now on, by the method that is in force."""
+        wider = dataclasses.replace(self._answering, budget=budget)
+        self._native_session("a budget").set_answering(wider)
+        self._answering = wider
+
+    @contextmanager
+    def record(self, *, mass: Mass = "none") -> Iterator[Recording]:
+        """Record what every layer does in every window within the block: bias, chosen chunks, shares, entropies.
+
+        Args:
+            mass: measure the true attention mass too, and with it recalls, in windows of "answers" or "all". Each of
+                them then attends everything once more in every layer.
+
+        Raises:
+            ParameterError: llama.cpp runs the model.
+
+        Example:
+            >>> with llm.record(mass="answers") as trace:
+            ...     document.ask("Who kept the key?")
+            >>> trace.mass_recall()  # per layer
+        """
+        session = self._native_session("recording")
+        params = session.params
+        recording = Recording(params.n_sink, params.n_chunk_tokens, session.n_layer)
+        session.set_recorder(recording.add, mass=mass)
+        try:
+            yield recording
+        finally:
+            if not session.closed:
+                session.set_recorder(None)
+
+    def audit(self, every: int, *, min_recall: float | None = None, max_budget: int | str | None = None) -> None:
+        """Check retrieval while answering: every `every`-th token, the recall of one KV head of one layer in turn.
+
+        Answers then report it (`Answer.audit`). With `min_recall` the budget of answering doubles whenever the mean of
+        the last 8 audits at one budget falls short of it, up to `max_budget`, and stays wide for the session.
+
+        Args:
+            every: tokens from audit to audit; 0 switches audits off. One of them costs that KV head's dense attention.
+            min_recall: 0 to 1; None: the budget stays.
+            max_budget: tokens; default 8 times the budget given.
+
+        Raises:
+            ParameterError: a value out of range, or llama.cpp runs the model.
+
+        Example:
+            >>> llm.audit(16, min_recall=0.95)
+            >>> document.ask("Who kept the key?").audit.recall
+        """
+        session = self._native_session("audits")
+        most = 8 * int(self._answering.budget) if max_budget is None else parse_size(max_budget)
+        auditor = Auditor(session, every, min_recall, most, self._widen)
+        session.set_audit(every)
+        self._auditor = auditor if every > 0 else None
 
     # -- documents
 
@@ -536,29 +567,3 @@ def _kv_type(kv_type: str, options: dict[str, Any]) -> str:
             f"give kv_type, one of {', '.join(KV_TYPES)}",
         )
     return cast(str, found.pop())
-
-
-def _available_cores() -> int:
-    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-@contextmanager
-def _logged_errors() -> Iterator[list[str]]:
-    """Collects what libllama logs as errors meanwhile; its log goes on as before."""
-    lines: list[str] = []
-    before, user = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user))
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def collect(level: int, text: bytes, data: Any) -> None:
-        if level == _GGML_LOG_ERROR:
-            lines.append(text.decode("utf-8", "replace").strip())
-        if before:
-            before(level, text, data)
-
-    llama_cpp.llama_log_set(collect, user)
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(before, user)

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,3 +137,9 @@ def _write_verdicts(file: Path, verdicts: dict[str, Verdict]) -> None:
         part = file.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({key: asdict(verdict) for key, verdict in verdicts.items()}, indent=1))
         part.replace(file)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -7,8 +7,12 @@ Python. The metadata is read by ggml's own GGUF reader (gguf.h), which checks si
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import llama_cpp
 from llama_cpp._ggml import libggml
 
 from actqkv_cpp.errors import ModelError
@@ -16,6 +20,7 @@ from actqkv_cpp.errors import ModelError
 _REMEDY = "download it again, or convert the model again"
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of libllama, which aborts above it
 _FULL_ROTARY = ("qwen2", "qwen3")  # libllama aborts when these rotate only a part of a head
+_GGML_LOG_ERROR = 4  # enum ggml_log_level
 _GGUF_TYPE_UINT32, _GGUF_TYPE_STRING = 4, 8
 
 
@@ -94,3 +99,24 @@ def _string(gguf: int, key: str) -> str | None:
     at = libggml.gguf_find_key(gguf, key.encode())
     found = at >= 0 and libggml.gguf_get_kv_type(gguf, at) == _GGUF_TYPE_STRING
     return str(libggml.gguf_get_val_str(gguf, at).decode("utf-8", "replace")) if found else None
+
+
+@contextmanager
+def logged_errors() -> Iterator[list[str]]:
+    """Collects what libllama logs as errors meanwhile; its log goes on as before."""
+    lines: list[str] = []
+    before, user = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user))
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def collect(level: int, text: bytes, data: Any) -> None:
+        if level == _GGML_LOG_ERROR:
+            lines.append(text.decode("utf-8", "replace").strip())
+        if before:
+            before(level, text, data)
+
+    llama_cpp.llama_log_set(collect, user)
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(before, user)

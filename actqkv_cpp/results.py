@@ -72,6 +72,25 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What audits found during one answer (`Llama.audit`): `n` of them, the mean and the least recall of true attention
+    mass (0..1; None where n is 0), and the budget in tokens after the answer."""
+
+    n: int
+    recall: float | None
+    min_recall: float | None
+    budget: int
+
+    def __str__(self) -> str:
+        found = "nothing was checked" if self.recall is None else f"recall {self.recall:.3f} on average"
+        worst = "" if self.min_recall is None else f", {self.min_recall:.3f} at worst, in {self.n} checks"
+        return f"{found}{worst}; budget {self.budget:,}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """One answer. `finish_reason` is "stop" (ended by itself or at a stop text), "length" (max_tokens reached, or
     n_ctx full: then `context_full` is true) or "cancelled" (interrupted; `text` holds what came before)."""
@@ -84,6 +103,7 @@ class Answer:
     memory: Memory
     finish_reason: FinishReason
     context_full: bool = False
+    audit: Audit | None = None  # where audits are on
 
     @property
     def answer(self) -> str:
@@ -94,8 +114,9 @@ class Answer:
         return self.text
 
     def to_json(self) -> dict[str, Any]:
-        """One answer with its own usage, memory and timing."""
-        return {
+        """One answer with its own usage, memory and timing; and its audit, where audits are on."""
+        audit = {} if self.audit is None else {"audit": self.audit.to_json()}
+        return audit | {
             "question": self.question,
             "answer": self.text,
             "sources": [source.to_json() for source in self.sources],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actqkv_cpp._native import Params
+from actqkv_cpp.figures import Params
 from actqkv_cpp.reader import TextFile
 from actqkv_cpp.results import Source
 from actqkv_cpp.template import Span

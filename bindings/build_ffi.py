@@ -1,7 +1,7 @@
 """Writes the C source of the cffi module (API mode, out of line, limited API). Called by CMake.
 
 The declarations come from the headers themselves, between their cdef marks, so that no signature stands twice;
-callbacks.cdef adds the two functions that Python implements.
+callbacks.cdef adds the functions that Python implements.
 """
 
 import re

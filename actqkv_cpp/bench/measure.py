@@ -13,11 +13,12 @@ import llama_cpp
 import numpy as np
 
 from actqkv_cpp import Llama, machine
-from actqkv_cpp._native import Session, Stage, Stats
+from actqkv_cpp._native import Session
 from actqkv_cpp.bench import host
 from actqkv_cpp.bench.engines import Engine, Ours, Peer, Progress, Tokens
 from actqkv_cpp.bench.results import MemoryUse, Phase, Row, StageUse
 from actqkv_cpp.errors import MemoryPlanError, ParameterError
+from actqkv_cpp.figures import Stage, Stats
 
 PREFILL_TOKENS = 512
 _PHASES: tuple[Phase, ...] = ("decode", "prefill")

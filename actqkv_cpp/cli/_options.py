@@ -104,6 +104,27 @@ MaxTokens = Annotated[
 Seed = Annotated[
     int | None, _option("--seed", help="Seed of the sampling.", metavar="N", default="a new one each time", min=0)
 ]
+Audit = Annotated[
+    int,
+    _option(
+        "--audit",
+        help="Every N answered tokens, check what share of the true attention one head's chunks have; 0 is off.",
+        metavar="N",
+        default="0",
+        min=0,
+    ),
+]
+MinRecall = Annotated[
+    float | None,
+    _option(
+        "--min-recall",
+        help="Double the budget, up to 8 times, where the last 8 audits have less than this share on average.",
+        metavar="R",
+        default="the budget stays",
+        min=0,
+        max=1,
+    ),
+]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes, only answers and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log, and tracebacks of errors.")]
@@ -125,6 +146,8 @@ class EngineOptions:
     threads: int | None
     system: str | None
     verbose: bool
+    audit: int = 0
+    min_recall: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,11 +209,13 @@ def answer_figures(answer: Answer) -> list[str]:
     """Tokens, bytes and speeds of one answer."""
     usage, timing, memory = answer.usage, answer.timing, answer.memory
     total = usage.prompt_tokens + usage.completion_tokens
+    audit = [] if answer.audit is None else [f"audit: {answer.audit}"]
     return [
         f"last answer: {usage.completion_tokens:,} tokens, first after {timing.first_token_s:.2f} s, "
         f"then {timing.decode_tokens_per_s:,.1f}/s",
         f"attended: at most {usage.attended_tokens:,} of {total:,} tokens at a time",
         f"memory: {human_bytes(memory.kv_bytes)} of KV, {human_bytes(memory.summary_bytes)} of summaries",
+        *audit,
     ]
 
 

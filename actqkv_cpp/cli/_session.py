@@ -65,6 +65,8 @@ def open_model(output: Output, options: EngineOptions, texts: Sequence[str], *, 
     exact = actqkv_cpp.methods()[options.method]["positions"] == "exact"
     with output.waiting(f"loading {path.name}"):
         llm = load(options.ctx) if options.ctx is not None else _load_with_room(load, texts, reserve, exact=exact)
+    if options.audit or options.min_recall is not None:
+        llm.audit(options.audit, min_recall=options.min_recall)
     bundled = "" if options.model else " (bundled, for trying out)"
     output.note(f"{path.name}{bundled}: {_engine(llm)}, --ctx {llm.n_ctx():,}{_memory(llm)}")
     return llm

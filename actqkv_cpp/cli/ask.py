@@ -60,6 +60,8 @@ def ask(
     min_p: o.MinP = 0.05,
     max_tokens: o.MaxTokens = o.DEFAULT_MAX_TOKENS,
     seed: o.Seed = None,
+    audit: o.Audit = 0,
+    min_recall: o.MinRecall = None,
     system: o.System = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -94,6 +96,8 @@ def ask(
             threads=threads,
             system=system,
             verbose=verbose,
+            audit=audit,
+            min_recall=min_recall,
         )
         sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
         request = _Request(documents=documents, questions=asked, json=as_json, sources=sources)
@@ -207,6 +211,7 @@ def to_json(llm: Llama, answers: Sequence[Answer]) -> dict[str, Any]:
         "method": llm.retrieval.method if llm.engine == "actqkv" else "dense",
         "answers": [
             {"question": a.question, "answer": a.text, "sources": [source.to_json() for source in a.sources]}
+            | ({} if a.audit is None else {"audit": a.audit.to_json()})
             for a in answers
         ],
         "usage": {

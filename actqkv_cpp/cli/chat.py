@@ -32,6 +32,8 @@ def chat(
     min_p: o.MinP = 0.05,
     max_tokens: o.MaxTokens = o.DEFAULT_MAX_TOKENS,
     seed: o.Seed = None,
+    audit: o.Audit = 0,
+    min_recall: o.MinRecall = None,
     system: o.System = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -60,6 +62,8 @@ def chat(
         threads=threads,
         system=system,
         verbose=verbose,
+        audit=audit,
+        min_recall=min_recall,
     )
     sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
     with reported(output):

@@ -156,6 +156,21 @@ void actqkv_set_observer(actqkv_session * session, actqkv_observe_fn fn, void * 
     session->impl.watcher_user = user;
 }
 
+int32_t actqkv_set_recorder(actqkv_session * session, actqkv_record_fn fn, void * user, int32_t mass,
+                            actqkv_error * err) {
+    return guarded(err, [&] {
+        require(mass >= ACTQKV_MASS_NONE && mass <= ACTQKV_MASS_ALL, "mass is not one of enum actqkv_mass");
+        session->impl.set_recorder(fn, user, mass);
+    });
+}
+
+int32_t actqkv_set_audit(actqkv_session * session, int32_t every, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(every >= 0, "audit is every N steps, N at least 0");
+        session->impl.set_audit(every);
+    });
+}
+
 uint64_t actqkv_state_size(const actqkv_session * session) { return session->impl.state_size(); }
 
 int32_t actqkv_state_get(const actqkv_session * session, uint8_t * data, uint64_t size, actqkv_error * err) {

@@ -134,7 +134,31 @@ struct actqkv_stats {
     double   attended_tokens_mean; // over queries and layers, dense layers apart
     uint64_t dense_tokens_max;     // the same two of the n_dense_layers first layers; 0 where there are none
     double   dense_tokens_mean;
+    uint64_t n_audits;
+    double   audit_ms;          // outside the stages
+    double   audit_recall;      // mean of them; 0 where there are none
+    double   audit_recall_last; // of KV head audit_head in layer audit_layer
+    int32_t  audit_layer, audit_head;
 };
+
+// What one layer did in one window, to be recorded. Pointers are valid during the call only; NULL where the method has
+// no such thing. Chunk b is the tokens [n_sink + b*c, n_sink + (b+1)*c) of the history.
+struct actqkv_record {
+    int64_t         n_past;   // the window's first token
+    int32_t         n_tokens; // of the window: m
+    int32_t         phase;    // enum actqkv_phase
+    int32_t         layer;
+    int32_t         n_lists;  // 1: a list of chunks for all heads; G: one per KV head
+    int64_t         n_chunks; // N that could be retrieved
+    int64_t         n_chosen; // of each list: the layer's share
+    const int32_t * chosen;   // [n_lists][n_chosen], each list ascending; NULL where n_chosen is N or 0
+    const float *   bias;     // [m] activation bias, of probe BIAS while reading
+    const float *   weights;  // [m] of the window's queries in the probe, while reading
+    const double *  mass;     // [n_lists][N] true attention mass, where asked for: summed over the window's queries,
+                              // averaged over all heads of the layer (of lists: each KV head's part of that average)
+    float           entropy;  // of the softmax over scores, 0 .. 1, as the cut-off has it; NaN: no cut-off, or N <= 1
+};
+enum actqkv_mass { ACTQKV_MASS_NONE = 0, ACTQKV_MASS_ANSWERS = 1, ACTQKV_MASS_ALL = 2 }; // of which windows
 
 // After each window with tokens done / asked for in this call. Return false to stop with ACTQKV_ERR_CANCELLED.
 typedef bool (*actqkv_progress_fn)(void * user, int64_t n_done, int64_t n_total);
@@ -145,6 +169,9 @@ typedef bool (*actqkv_progress_fn)(void * user, int64_t n_done, int64_t n_total)
 // [n,G] in place of scores and plan. mass [N]: true attention mass, where it decides.
 typedef void (*actqkv_observe_fn)(void * user, const char * name, int32_t layer, int64_t n_past, const float * data,
                                   const int64_t * ne);
+
+// Once per window and layer, before the layer attends.
+typedef void (*actqkv_record_fn)(void * user, const struct actqkv_record * record);
 
 // ---- methods
 
@@ -209,6 +236,17 @@ ACTQKV_API int32_t actqkv_checkpoint(actqkv_session * session, struct actqkv_err
 
 ACTQKV_API void actqkv_set_progress(actqkv_session * session, actqkv_progress_fn fn, void * user); // NULL: off
 ACTQKV_API void actqkv_set_observer(actqkv_session * session, actqkv_observe_fn fn, void * user);  // NULL: off
+
+// Records every window from now on; NULL stops. mass: enum actqkv_mass; such a window attends everything once more in
+// every layer, to know the mass, and the session then takes scratch for n_ctx keys. Recording changes no result, and
+// costs a branch per layer while it is off.
+ACTQKV_API int32_t actqkv_set_recorder(actqkv_session * session, actqkv_record_fn fn, void * user, int32_t mass,
+                                       struct actqkv_error * err);
+
+// Every `every`-th answered token (0: off), one KV head of one layer attends everything once more, and the share of its
+// true mass over all chunks that fell on the chosen ones joins the statistics; the heads of all layers that retrieve
+// take turns. Changes no result. ACTQKV_ERR_ARGUMENT when `every` is negative.
+ACTQKV_API int32_t actqkv_set_audit(actqkv_session * session, int32_t every, struct actqkv_error * err);
 
 // ---- state: one self-contained blob, checked against model and parameters when it is set
 

@@ -125,6 +125,7 @@ void planner::make_probe(layer_memory & memory, const float * q_far, const float
         actqkv_probe_weights(impl, &running, q_far, m, E, bias.data(), weights.data(), threads);
         memory.n_tokens = running.n_tokens;
         memory.n_windows = running.n_windows;
+        traced.bias = bias.data();
         if (observe) {
             observe("mean", memory.mean.data(), E, 1, 1);
             observe("var", memory.var.data(), E, 1, 1);
@@ -134,6 +135,7 @@ void planner::make_probe(layer_memory & memory, const float * q_far, const float
     if (method.probe == ACTQKV_PROBE_MEAN || memory.n_windows <= method.probe_warmup) {
         std::fill_n(weights.data(), m, 1.0f / m);
     }
+    traced.weights = weights.data();
     actqkv_probe_mix(impl, q_met, weights.data(), m, E, probe.data(), threads);
     if (observe) {
         observe("weights", weights.data(), m, 1, 1);
@@ -177,6 +179,7 @@ int64_t planner::n_granted(int il, layer_memory & memory, const observer & obser
     const actqkv_method & method = now().method;
     if (n_chunks > 1 && method.cutoff != ACTQKV_CUTOFF_NONE) {
         const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_chunks, method.cutoff_temperature);
+        traced.entropy = h;
         memory.entropies.push_back(h);
         if (memory.entropies.size() > N_ENTROPIES) {
             memory.entropies.erase(memory.entropies.begin());
@@ -279,6 +282,7 @@ const chunk_plan & planner::plan(int il, layer_memory & memory, const kv_store &
     const bool rotated = exact && now().method.summary_keys == ACTQKV_KEYS_ATTENDED;
     chosen.n = 0;
     chosen.n_lists = 1;
+    traced = {nullptr, nullptr, NAN};
     if (store.summarises() && il >= now().method.n_dense_layers) {
         make_probe(memory, q_far, rotated ? q_near : q_far, m, observe);
     }

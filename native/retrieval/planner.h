@@ -59,6 +59,14 @@ public:
     const chunk_plan & plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
                             const float * q_near, int m, const mass_source & true_mass, const observer & observe);
 
+    // Of the layer that was planned last, for recording; NULL and NaN where there is no such thing.
+    struct trace {
+        const float * bias;    // [m]
+        const float * weights; // [m]
+        float entropy;
+    };
+    const trace & last() const { return traced; }
+
     planner_stage probe_stage = {}, score_stage = {}, refine_stage = {};
 
 private:
@@ -85,6 +93,7 @@ private:
     std::vector<float> refined, head_scores, votes;
     std::vector<int32_t> candidates, scratch;
     chunk_plan chosen;
+    trace traced = {};
 };
 
 } // namespace actqkv

@@ -21,9 +21,9 @@ double now_ms() {
 // Long readings keep a checkpoint at window boundaries this many tokens apart, before thinning.
 constexpr int64_t CHECKPOINT_TOKENS = 4096;
 
-uint64_t scratch_bytes(const hparams & hp, const actqkv_params & p) {
+uint64_t scratch_bytes(const hparams & hp, const actqkv_params & p, bool everything) {
     const int64_t some = 2 * (int64_t) p.budget + 2 * p.method.n_chunk_tokens + p.n_window;
-    const int64_t keys = attends_all(p.method) ? p.n_ctx : std::min<int64_t>(p.n_ctx, some);
+    const int64_t keys = everything ? p.n_ctx : std::min<int64_t>(p.n_ctx, some);
     return actqkv_attend_scratch(hp.n_head, hp.n_head_kv, hp.d_head, p.n_window, keys + p.n_window, p.n_threads);
 }
 
@@ -38,7 +38,14 @@ session::session(const llama_model * model, const actqkv_params & wanted)
         buffer->resize(kv);
     }
     sums.resize(store.sums_attention() ? (size_t) hp.n_head * (params.n_local + params.n_window) : 0);
-    scratch.resize(scratch_bytes(hp, params) + 64);
+    reserve_scratch();
+}
+
+// For the widest attention that reading, answering, recording and audits ask for.
+void session::reserve_scratch() {
+    const bool everything = attends_all(params.method) || attends_all(answering.method) ||
+                            recorded_mass != ACTQKV_MASS_NONE || audit_every > 0;
+    scratch.resize(std::max(scratch_bytes(hp, params, everything), scratch_bytes(hp, answering, everything)) + 64);
 }
 
 actqkv_memory session::memory_plan(const llama_model * model, const actqkv_params & wanted) {
@@ -63,7 +70,7 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
         per_chunk += hp.n_head_kv * (sizeof(actqkv_span) + 2 * sizeof(double));
     }
     plan.checkpoint_bytes = (N_CHECKPOINTS + 1) * hp.n_layer * (recent + learnt); // one more while it is made
-    plan.compute_bytes = scratch_bytes(hp, params) + window + hp.n_layer * learnt +
+    plan.compute_bytes = scratch_bytes(hp, params, attends_all(params.method)) + window + hp.n_layer * learnt +
                          runner::memory_plan(hp, w.layers[0].up->ne[1], params.n_window) + per_token * params.n_ctx +
                          per_chunk * shape.n_chunks_max(params.n_ctx);
     return plan;
@@ -75,8 +82,13 @@ void session::set_answering(const actqkv_method & method, int32_t budget) {
     wanted.budget = budget;
     wanted = resolve_params(wanted, hp);
     check_same_stores(params.method, wanted.method);
-    scratch.resize(std::max(scratch_bytes(hp, params), scratch_bytes(hp, wanted)) + 64);
-    answering = wanted;
+    std::swap(answering, wanted);
+    try {
+        reserve_scratch();
+    } catch (...) {
+        answering = wanted;
+        throw;
+    }
 }
 
 // ---- decode: from tokens to windows
@@ -152,6 +164,7 @@ void session::run_window(const window & w) {
     }
     graph.prepare(w.m, w.n_out);
     plans.begin_window(memory, store.n_closed(), w.decode);
+    begin_audit(w);
     for (int il = 0; il < hp.n_layer; il++) {
         run_layer(w, il);
     }
@@ -179,8 +192,20 @@ void session::run_layer(const window & w, int il) {
     t0 = now_ms();
     convert_window(w.m);
     counts.attend.ms += now_ms() - t0;
-    const auto mass = [&](bool per_head) -> const std::vector<double> & { return true_mass(w, il, per_head); };
+    const auto mass = [&](bool per_head) -> const std::vector<double> & {
+        const double start = now_ms();
+        const std::vector<double> & found = true_mass(w, il, per_head);
+        counts.attend.ms += now_ms() - start;
+        return found;
+    };
     const chunk_plan & plan = plans.plan(il, memory[il], store, io.q_far, io.q_near, w.m, mass, observe);
+
+    if (recorder != nullptr) {
+        record(w, il, plan);
+    }
+    if (il == audit_layer) {
+        audit(w, il, plan);
+    }
 
     t0 = now_ms();
     make_spans(w, il, plan);
@@ -312,30 +337,6 @@ void session::attend(const window & w, int il) {
     count_attended(w, il);
 }
 
-// Attention over everything, for its weights: the output that it leaves is overwritten by the layer's own.
-const std::vector<double> & session::true_mass(const window & w, int il, bool per_head) {
-    const double start = now_ms();
-    const int64_t N = store.n_closed();
-    all_chunks.n = (int32_t) N;
-    all_chunks.n_lists = per_head ? hp.n_head_kv : 1;
-    all_chunks.chunks.resize(N * all_chunks.n_lists);
-    for (size_t i = 0; i < all_chunks.chunks.size(); i++) {
-        all_chunks.chunks[i] = (int32_t) (i % N);
-    }
-    make_spans(w, il, all_chunks);
-    actqkv_attend_args args = attend_args(w);
-    span_mass.resize(spans.size());
-    args.span_mass = span_mass.data();
-    actqkv_attend(actqkv_impl_best(), &args);
-    const int64_t before = params.n_sink > 0 ? 1 : 0; // the span of the sinks
-    chunk_mass.resize(all_chunks.chunks.size());
-    for (int64_t i = 0; i < all_chunks.n_lists; i++) {
-        std::copy_n(span_mass.begin() + i * args.n_spans + before, N, chunk_mass.begin() + i * N);
-    }
-    counts.attend.ms += now_ms() - start;
-    return chunk_mass;
-}
-
 void session::count_attended(const window & w, int il) {
     const int64_t n_of_list = (int64_t) spans.size() / n_lists;
     int64_t n_keys = 0;
@@ -464,6 +465,7 @@ std::vector<double> session::end_sources() {
 actqkv_stats session::stats() const {
     actqkv_stats s = counts;
     s.attended_tokens_mean = attended_n > 0 ? counts.attended_tokens_mean / attended_n : 0.0;
+    s.audit_recall = counts.n_audits > 0 ? counts.audit_recall / counts.n_audits : 0.0;
     s.dense_tokens_mean = dense_n > 0 ? counts.dense_tokens_mean / dense_n : 0.0;
     s.probe = {plans.probe_stage.ms, plans.probe_stage.bytes};
     s.score = {plans.score_stage.ms, plans.score_stage.bytes};

@@ -31,6 +31,8 @@ public:
     void rewind(int64_t n_past);
     void keep_checkpoint();
 
+    void set_recorder(actqkv_record_fn fn, void * user, int32_t mass);
+    void set_audit(int32_t every);
     void begin_sources();
     std::vector<double> end_sources();
 
@@ -64,7 +66,14 @@ private:
     void add_list(const window & w, int il, const int32_t * chunks, int32_t n_chunks);
     actqkv_attend_args attend_args(const window & w);
     void attend(const window & w, int il);
+    void reserve_scratch();
+
+    // inspect.cpp
+    actqkv_attend_args everything(const window & w, int il, int32_t lists);
     const std::vector<double> & true_mass(const window & w, int il, bool per_head);
+    void record(const window & w, int il, const chunk_plan & plan);
+    void begin_audit(const window & w);
+    void audit(const window & w, int il, const chunk_plan & plan);
     void count_attended(const window & w, int il);
     void convert_window(int m);
     void learn_question(const window & w, int il);
@@ -101,6 +110,14 @@ private:
 
     bool recording = false;
     std::vector<double> source_mass; // [block]
+
+    actqkv_record_fn recorder = nullptr;
+    void * recorder_user = nullptr;
+    int32_t recorded_mass = ACTQKV_MASS_NONE;
+
+    int32_t audit_every = 0;
+    int64_t n_audit_steps = 0, n_audit_turns = 0; // answered tokens and audits since audits were switched on
+    int audit_layer = -1, audit_head = 0;         // of this window; -1: none
 
     actqkv_stats counts = {};
     double attended_n = 0, dense_n = 0; // queries x layers behind attended_tokens_mean and dense_tokens_mean

@@ -9,7 +9,8 @@ import llama_cpp.llama
 import llama_cpp.llama_chat_format
 import pytest
 
-from actqkv_cpp.llama import Llama, SessionContext
+from actqkv_cpp.context import SessionContext
+from actqkv_cpp.llama import Llama
 
 # Methods of the base that may touch what SessionContext lacks, or the raw pointer, and why that is right.
 ALLOWED = {

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from tiny_gguf import make_gemma_gguf
 
 from actqkv_cpp import Cancelled, ContextError, Llama, ModelError, ParameterError, Retrieval, StateError, ThreadError
-from actqkv_cpp._native import MemoryPlan, Session, Stats, ffi, methods
+from actqkv_cpp._native import Session, ffi, methods
+from actqkv_cpp.figures import MemoryPlan, Stats
 
 SMALL = Retrieval(n_local=64, window=32, n_sink=4, chunk=16, budget=128)
 TOKENS = np.random.default_rng(0).integers(3, 500, 400).astype(np.int32)

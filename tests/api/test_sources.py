@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from actqkv_cpp import sources
-from actqkv_cpp._native import Params
+from actqkv_cpp.figures import Params
 from actqkv_cpp.reader import TextFile
 from actqkv_cpp.template import Span
 

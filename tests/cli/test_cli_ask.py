@@ -128,3 +128,19 @@ def test_ctrl_c_while_answering_keeps_answers(babbler: Path, book: Path, tmp_pat
     assert status == 130
     assert [answer["question"] for answer in json.loads(out)["answers"]] == ["Who?"]
     assert "Traceback" not in err
+
+
+def test_audits(actqkv: Actqkv, book: Path) -> None:
+    """--audit and --min-recall do not reach the answers, or one without the other is ignored."""
+    found = actqkv("ask", "-d", book, QUESTION, "--json", "--audit", "1", "--min-recall", "1")
+    assert found.status == 0
+    audit = json.loads(found.out)["answers"][0]["audit"]
+    assert set(audit) == {"n", "recall", "min_recall", "budget"}
+    assert 0 <= audit["min_recall"] <= audit["recall"] <= 1
+    assert audit["n"] > 0
+    alone = actqkv("ask", "-d", book, QUESTION, "--min-recall", "0.9")
+    assert (alone.status, alone.out) == (1, "")
+    assert alone.err.splitlines()[-2:] == [
+        "error: min_recall needs audits",
+        "hint: give the number of tokens from audit to audit",
+    ]

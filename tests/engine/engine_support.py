@@ -15,7 +15,8 @@ import tiny_gguf as tiny
 from llama_cpp._internals import LlamaModel
 
 from actqkv_cpp import Retrieval
-from actqkv_cpp._native import Phase, Session
+from actqkv_cpp._native import Session
+from actqkv_cpp.figures import Phase
 
 N_VOCAB = 512
 F32Array = npt.NDArray[np.float32]

@@ -19,7 +19,8 @@ from llama_cpp._internals import LlamaModel
 from numpy.typing import NDArray
 
 from actqkv_cpp import Cancelled, Retrieval
-from actqkv_cpp._native import Phase, Session
+from actqkv_cpp._native import Session
+from actqkv_cpp.figures import Phase
 
 METHODS: dict[str, Retrieval] = {
     "default": small(refine=2),

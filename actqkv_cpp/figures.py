@@ -1,0 +1,80 @@
+"""Numbers that the native library reports, as plain records by the names of `actqkv.h`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Phase = Literal["prefill", "decode", "question"]  # how a token enters the history
+Mass = Literal["none", "answers", "all"]  # of which windows a recorder measures the true attention mass
+
+
+@dataclass(frozen=True)
+class Params:
+    """The parameters in force in a session, by the names of struct actqkv_params; `method` as `methods()` has it."""
+
+    method: str
+    columns: dict[str, Any]
+    n_ctx: int
+    n_threads: int
+    n_window: int
+    n_sink: int
+    n_local: int
+    budget: int
+    kv_type: str
+
+    @property
+    def n_chunk_tokens(self) -> int:
+        chunk: int = self.columns["chunk"]
+        return chunk
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes a session needs at most, with all of n_ctx in use (struct actqkv_memory)."""
+
+    kv_bytes: int
+    summary_bytes: int
+    checkpoint_bytes: int
+    compute_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.kv_bytes + self.summary_bytes + self.checkpoint_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Time and bytes that one stage's inner loops took, summed over windows."""
+
+    ms: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Time and traffic since the last reset (struct actqkv_stats)."""
+
+    n_prefill_tokens: int
+    n_decode_tokens: int
+    n_windows: int
+    n_replayed_tokens: int
+    prefill_ms: float
+    decode_ms: float
+    graph: Stage
+    probe: Stage
+    score: Stage
+    refine: Stage
+    attend: Stage
+    append: Stage
+    summarize: Stage
+    attended_tokens_max: int
+    attended_tokens_mean: float
+    dense_tokens_max: int
+    dense_tokens_mean: float
+    n_audits: int
+    audit_ms: float
+    audit_recall: float
+    audit_recall_last: float
+    audit_layer: int
+    audit_head: int
