@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actqkv_cpp import results, sources
 from actqkv_cpp.answering import Generated, OnText, Sampling, generate, stops
@@ -304,6 +305,32 @@ class Document(_Conversation):
     def text(self) -> str:
         """The text of the first document."""
         return self.files[0].text
+
+    def token_ends(self, document: int = 0) -> tuple[int, NDArray[np.int64]]:
+        """Where a document lies: its first token's position in the session, and the character of its text at which each
+        of its tokens ends. Of an interrupted reading, what was read.
+
+        Args:
+            document: number among `files`.
+
+        Example:
+            >>> start, ends = doc.token_ends()
+            >>> doc.text[: ends[9]]  # the first ten tokens
+        """
+        for span in self._reading.here().spans:
+            if span.document == document:
+                return span.start, sources.character_ends(self.files[document].text, span.ends)
+        return self.tokens_read, np.zeros(0, np.int64)
+
+    def tokens_at(self, start: int, end: int, document: int = 0) -> tuple[int, int]:
+        """Positions [first, last) in the session of the tokens that hold characters [start, end) of a document.
+
+        Example:
+            >>> trace.needle_recall(*doc.tokens_at(at, at + len(fact)))
+        """
+        first, ends = self.token_ends(document)
+        begin = int(np.searchsorted(ends, start, side="right"))
+        return first + begin, first + min(int(np.searchsorted(ends, end, side="left")) + 1, len(ends))
 
     @property
     def tokens_total(self) -> int:

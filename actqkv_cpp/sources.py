@@ -59,6 +59,13 @@ def find(
     )
 
 
+def character_ends(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ends of tokens, given in bytes of the text, as ends in whole characters of it [n]."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    begins = np.flatnonzero((data & 0xC0) != 0x80)
+    return np.searchsorted(np.append(begins[1:], len(data)), ends, side="right").astype(np.int64)
+
+
 def _chunks(mass: NDArray[np.float64], params: Params, i: int, span: Span) -> list[_Passage]:
     """The blocks that lie in a span, each a passage of its own; block 0, the sinks, is not among them.
 

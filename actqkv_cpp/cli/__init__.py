@@ -11,6 +11,7 @@ from actqkv_cpp import __version__
 from actqkv_cpp.cli.ask import ask
 from actqkv_cpp.cli.bench import bench
 from actqkv_cpp.cli.chat import chat
+from actqkv_cpp.cli.inspect import inspect
 
 app = typer.Typer(
     add_completion=False,
@@ -50,6 +51,7 @@ def actqkv(
 app.command()(chat)
 app.command()(ask)
 app.command()(bench)
+app.command()(inspect)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from actqkv_cpp.errors import Cancelled, DocumentError, MemoryPlanError, Paramet
 from actqkv_cpp.reader import TextFile
 
 if TYPE_CHECKING:
-    from actqkv_cpp import Llama
+    from actqkv_cpp import Document, Llama
 
 STDIN = "-"
 _SPARE_TOKENS = 8 * 1024  # what the default --ctx has beyond documents, question and answer
@@ -112,6 +112,17 @@ def read_with_progress(output: Output, names: str, work: Callable[[Progress], ob
     result = Reading(names, done, total, seconds, (done - already) / seconds)
     output.note(str(result) if result.complete else f"stopped: {result}")
     return result
+
+
+def read_all(output: Output, llm: Llama, files: list[TextFile], *, system: str | None, reserve: int) -> Document:
+    """The documents, read whole. KeyboardInterrupt where Ctrl-C stopped that."""
+    names = ", ".join(file.name for file in files)
+    reading = read_with_progress(
+        output, names, lambda progress: llm.read(files, system=system, reserve=reserve, progress=progress)
+    )
+    if not reading.complete or llm.document is None:
+        raise KeyboardInterrupt
+    return llm.document
 
 
 def _load_with_room(load: Callable[..., Llama], texts: Sequence[str], reserve: int, *, exact: bool) -> Llama:

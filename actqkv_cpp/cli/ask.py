@@ -12,12 +12,12 @@ import typer
 
 from actqkv_cpp import reader
 from actqkv_cpp.cli import _options as o
+from actqkv_cpp.cli._arguments import split
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._output import Output
-from actqkv_cpp.cli._session import TEMPLATE_TOKENS, load_documents, open_model, read_with_progress
+from actqkv_cpp.cli._session import TEMPLATE_TOKENS, load_documents, open_model, read_all
 from actqkv_cpp.errors import DocumentError, ParameterError
-from actqkv_cpp.reader import TextFile
 
 if TYPE_CHECKING:
     from actqkv_cpp import Answer, Document, Llama
@@ -78,7 +78,7 @@ def ask(
     """
     output = Output(quiet=quiet, verbose=verbose)
     with reported(output):
-        path, asked = _split(([model] if model is not None else []) + (questions or []))
+        path, asked = split(([model] if model is not None else []) + (questions or []))
         if questions_file is not None:
             asked += _load_questions(questions_file)
         if not asked:
@@ -104,23 +104,6 @@ def ask(
         _ask(output, engine, sampling, request)
 
 
-def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """MODEL, or None, and questions."""
-    first = Path(arguments[0]) if arguments else None
-    if first is None or not (first.suffix == ".gguf" or _is_file(first)):
-        return None, arguments
-    if first.suffix != ".gguf" and first.read_bytes()[:4] != b"GGUF":
-        raise ParameterError(f"{first} is a file, but no GGUF model", "give each document a -d of its own")
-    return first, arguments[1:]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a question may be no possible name at all
-        return False
-
-
 def _load_questions(path: Path) -> list[str]:
     lines = [line.strip() for line in reader.load(path).text.splitlines()]
     if path.suffix != ".jsonl":
@@ -140,7 +123,7 @@ def _ask(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, r
     texts = [file.text for file in files] + [max(request.questions, key=len)]
     llm = open_model(output, engine, texts, reserve=sampling.max_tokens)
     reserve = sampling.max_tokens + max(map(llm.count_tokens, request.questions)) + TEMPLATE_TOKENS
-    document = _read(output, llm, files, system=engine.system, reserve=reserve)
+    document = read_all(output, llm, files, system=engine.system, reserve=reserve)
     answers: list[Answer] = []
     answer_all = _answer_silently if request.json else _answer_aloud
     try:
@@ -151,17 +134,6 @@ def _ask(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, r
     finally:  # an interrupt or an error loses nothing of what was answered
         if request.json and answers:
             output.json(to_json(llm, answers))
-
-
-def _read(output: Output, llm: Llama, files: list[TextFile], *, system: str | None, reserve: int) -> Document:
-    """The documents, read whole. KeyboardInterrupt where Ctrl-C stopped that."""
-    names = ", ".join(file.name for file in files)
-    reading = read_with_progress(
-        output, names, lambda progress: llm.read(files, system=system, reserve=reserve, progress=progress)
-    )
-    if not reading.complete or llm.document is None:
-        raise KeyboardInterrupt
-    return llm.document
 
 
 def _answer_aloud(

@@ -1,0 +1,24 @@
+"""The arguments that stand before the options: an optional MODEL, then questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actqkv_cpp.errors import ParameterError
+
+
+def split(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """MODEL, or None, and questions."""
+    first = Path(arguments[0]) if arguments else None
+    if first is None or not (first.suffix == ".gguf" or _is_file(first)):
+        return None, arguments
+    if first.suffix != ".gguf" and first.read_bytes()[:4] != b"GGUF":
+        raise ParameterError(f"{first} is a file, but no GGUF model", "give each document a -d of its own")
+    return first, arguments[1:]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a question may be no possible name at all
+        return False

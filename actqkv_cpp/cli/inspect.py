@@ -1,0 +1,164 @@
+"""`actqkv inspect`: one question about documents, and what the engine did to answer it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from actqkv_cpp.cli import _options as o
+from actqkv_cpp.cli._arguments import split
+from actqkv_cpp.cli._errors import reported
+from actqkv_cpp.cli._interrupt import Interrupt
+from actqkv_cpp.cli._output import Output
+from actqkv_cpp.cli._session import load_documents, open_model, read_all
+from actqkv_cpp.errors import ParameterError
+
+if TYPE_CHECKING:
+    from actqkv_cpp.inspection import Inspection
+
+_N_SHOWN = 5  # anchors and passages in the terminal
+_EXCERPT = 72  # characters of a passage there
+
+
+def inspect(
+    *,
+    model: o.Model = None,
+    question: Annotated[list[str] | None, typer.Argument(metavar="QUESTION", help="Answered and looked into.")] = None,
+    documents: o.Documents,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="OUT", help="Write a page to look at; it needs no network.")
+    ] = None,
+    ctx: o.Ctx = None,
+    budget: o.Budget = 2048,
+    method: o.Method = "actqkv",
+    kv_type: o.KvType = "f16",
+    threads: o.Threads = None,
+    sink: o.Sink = 64,
+    local: o.Local = 512,
+    chunk: o.Chunk = None,
+    max_tokens: o.MaxTokens = 128,
+    system: o.System = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Show what the engine did for a question: anchors, chunks of every layer and step, recall of true attention.
+
+    Every step attends everything once more, to know what it should have found: answers come slowly. The first argument
+    is the MODEL where it ends in .gguf or names a file.
+
+    \b
+    Examples:
+      actqkv inspect -d book.txt "Who kept the key?" --html inspect.html
+      actqkv inspect model.gguf -d book.txt "Who kept the key?" --json > inspect.json
+    """
+    output = Output(quiet=quiet, verbose=verbose)
+    with reported(output):
+        path, asked = split(([model] if model is not None else []) + (question or []))
+        if len(asked) != 1:
+            raise typer.BadParameter(f"ask one question, not {len(asked)}")
+        engine = o.EngineOptions(
+            model=path,
+            ctx=ctx,
+            budget=budget,
+            sink=sink,
+            local=local,
+            chunk=chunk,
+            method=method,
+            kv_type=kv_type,
+            gpu_layers=0,
+            threads=threads,
+            system=system,
+            verbose=verbose,
+        )
+        if html is not None:
+            _check_free(html)
+        found = _inspect(output, engine, documents, asked[0], max_tokens)
+        if html is not None:
+            _write(html, found)
+            output.note(f"wrote {html}")
+        if as_json:
+            output.json(found.to_json())
+        elif html is None:
+            _show(output, found)
+        else:
+            output.line(found.answer.text)
+
+
+def _inspect(
+    output: Output, engine: o.EngineOptions, documents: list[str], question: str, max_tokens: int
+) -> Inspection:
+    from actqkv_cpp.inspection import Inspection  # noqa: PLC0415 (heavy)
+
+    o.check_text(question, "the question")
+    if not question.strip():
+        raise ParameterError("the question is empty", "ask something")
+    files = load_documents(documents)
+    llm = open_model(output, engine, [file.text for file in files] + [question], reserve=max_tokens)
+    with llm.record(mass="answers") as recording:
+        document = read_all(output, llm, files, system=engine.system, reserve=max_tokens + llm.count_tokens(question))
+        with Interrupt() as stop, output.progress("answering", "tokens") as show:
+            said = 0
+
+            def on_text(piece: str) -> bool:
+                nonlocal said
+                said += 1
+                show(said, max_tokens)
+                return not stop.requested
+
+            answer = document.ask(question, max_tokens=max_tokens, on_text=on_text)
+    output.answer_note(answer)
+    return Inspection.of(llm, document, answer, recording)
+
+
+def _check_free(path: Path) -> None:
+    """Only a page of our own is overwritten."""
+    from actqkv_cpp.inspection.page import MARK  # noqa: PLC0415 (heavy)
+
+    if path.is_dir():
+        raise ParameterError(f"{path} is a folder", "give --html a file's name")
+    if path.exists() and not path.read_bytes().startswith(MARK.encode()):
+        raise ParameterError(f"{path} exists and is no page of actqkv inspect", "choose another name")
+    if not path.parent.is_dir():
+        raise ParameterError(f"{path.parent} is no folder", "make it first")
+
+
+def _write(path: Path, found: Inspection) -> None:
+    """The page appears whole or not at all."""
+    from actqkv_cpp.inspection import render  # noqa: PLC0415 (heavy)
+
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(render(found), encoding="utf-8", errors="replace")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _show(output: Output, found: Inspection) -> None:
+    """A summary for a terminal."""
+    output.line(found.answer.text)
+    output.line()
+    output.line("layer  chunks  entropy  mass recall  chunk recall")
+    for layer in found.layers():
+        cells = (_number(layer[name]) for name in ("entropy", "mass_recall", "chunk_recall"))
+        share = "-" if layer["share"] is None else f"{layer['share']:.1f}"
+        output.line(f"{layer['layer']:5}  {share:>6}  {{:>7}}  {{:>11}}  {{:>12}}".format(*cells))
+    if passages := found.passages[:_N_SHOWN]:
+        output.line("\nattended most, by share of layers and steps:")
+        texts = {doc.name: doc.text for doc in found.documents}
+        for passage in passages:
+            excerpt = " ".join(texts[passage.document][passage.start : passage.end].split())[:_EXCERPT]
+            output.line(f"{passage.attended:5.0%}  {passage.document}:{passage.start}-{passage.end}  {excerpt}")
+    if anchors := found.anchors[:_N_SHOWN]:
+        output.line("\nanchors, by activation bias relative to their window:")
+        for anchor in anchors:
+            output.line(f"{anchor.bias:5.1f}  {anchor.document}:{anchor.start}-{anchor.end}  {anchor.text.strip()!r}")
+    output.note("--html OUT writes a page to look at, --json all of it for programs")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
