@@ -2,7 +2,6 @@
 
 measure.py   what is run, in which order, and how a figure is made of samples
 engines.py   our session and a llama.cpp context as two things that read, answer and go back
-host.py      processor, memory and its read bandwidth
 results.py   what came out: rows, as `bench --json` prints them
 report.py    the same as tables and words
 """

@@ -12,9 +12,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from actqkv_cpp import Llama, machine
+from actqkv_cpp import Llama, machine, provenance
 from actqkv_cpp._native import Session
-from actqkv_cpp.bench import host
 from actqkv_cpp.bench.engines import Engine, Ours, Peer, Progress, Tokens
 from actqkv_cpp.bench.results import MemoryUse, Phase, Row, StageUse
 from actqkv_cpp.errors import MemoryPlanError, ParameterError
@@ -210,7 +209,7 @@ class Benchmark:
 
     def _memory(self, session: Session) -> MemoryUse | None:
         """Of the process now, less what is kept for llama.cpp; no context of llama.cpp exists at this point."""
-        resident = host.resident_bytes()
+        resident = provenance.resident_bytes()
         if resident is None:
             return None
         plan, params = session.plan, session.params

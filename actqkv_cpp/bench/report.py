@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from rich import box
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 
+from actqkv_cpp import tables
 from actqkv_cpp.bench.measure import PREFILL_TOKENS
 from actqkv_cpp.bench.results import Phase, Result, Row, StageUse
 
@@ -19,18 +18,12 @@ _SMALL_SHARE = 0.005  # of a row's time: a stage that never takes more has no co
 
 def render(result: Result, *, width: int) -> str:
     """Speeds with ratios, stages and memory as tables, then what was measured and what was not, in words."""
-    text = io.StringIO()
-    console = Console(file=text, width=width, highlight=False, markup=False, emoji=False, color_system=None)
-    console.print(_heading(result))
+    parts: list[RenderableType] = [_heading(result)]
     for method in _methods(result.rows):
-        console.print(_speeds(result, method))
-        if stages := _stages(result, method):
-            console.print(stages)
-        if memory := _memory(result, method):
-            console.print(memory)
-    for sentence in _words(result):
-        console.print(sentence)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+        parts += [
+            table for table in (_speeds(result, method), _stages(result, method), _memory(result, method)) if table
+        ]
+    return tables.to_text([*parts, *_words(result)], width=width)
 
 
 def _heading(result: Result) -> str:
@@ -42,19 +35,12 @@ def _heading(result: Result) -> str:
     )
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, header_style="")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
-
-
 def _speeds(result: Result, method: str) -> Table:
     """ours / llama.cpp is a ratio of speeds at one depth; ours / first, of ours to itself at the least depth."""
     rows = [row for row in result.rows if row.engine == "actqkv" and row.method == method]
     least = min(row.depth for row in rows)
     columns = ("phase", "depth", "tok/s", "ms/token", "least-most", "llama.cpp tok/s", "ours/llama.cpp")
-    table = _table(f"method {method}, {rows[0].kv_type} KV", (*columns, f"ours/ours at {least:,}"))
+    table = tables.table(f"method {method}, {rows[0].kv_type} KV", (*columns, f"ours/ours at {least:,}"))
     for phase in _PHASES:
         first = result.find("actqkv", method, phase, least)
         for row in sorted((row for row in rows if row.phase == phase), key=lambda row: row.depth):
@@ -80,7 +66,7 @@ def _stages(result: Result, method: str) -> Table | None:
     used = [row.stages for row in rows if row.stages]
     names = [name for name in used[0] if any(_share(stages, name) > _SMALL_SHARE for stages in used)]
     columns = [*names, "rest"]
-    table = _table("where the time goes: microseconds per token (GB/s)", ("phase", "depth", *columns))
+    table = tables.table("where the time goes: microseconds per token (GB/s)", ("phase", "depth", *columns))
     for phase in _PHASES:
         for row in rows:
             if row.phase == phase and row.stages:
@@ -104,7 +90,7 @@ def _memory(result: Result, method: str) -> Table | None:
     rows = [row for row in result.rows if row.method == method and row.memory and row.phase == "decode"]
     if not rows:
         return None
-    table = _table("memory in MB", ("depth", "resident", "weights", "KV", "summaries", "resident/sum"))
+    table = tables.table("memory in MB", ("depth", "resident", "weights", "KV", "summaries", "resident/sum"))
     for row in rows:
         if use := row.memory:
             parts = (use.resident_bytes, use.weights_bytes, use.kv_bytes, use.summary_bytes)

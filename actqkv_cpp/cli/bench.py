@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import sys
 from collections.abc import Callable
@@ -117,7 +116,8 @@ def _first_known(methods: tuple[str, ...]) -> str:
 
 
 def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
-    from actqkv_cpp.bench import Result, Row, host  # noqa: PLC0415 (heavy)
+    from actqkv_cpp import provenance  # noqa: PLC0415 (heavy)
+    from actqkv_cpp.bench import Result, Row  # noqa: PLC0415 (heavy)
     from actqkv_cpp.bench.measure import Benchmark, Spec  # noqa: PLC0415 (heavy)
 
     spec = Spec(
@@ -138,7 +138,11 @@ def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
     rows: list[Row] = []
     notes: list[str] = []
     found = Result(
-        machine=host.describe(n_threads=llm.n_threads), model=_model(llm), settings=settings, rows=(), notes=()
+        machine=provenance.describe_machine(n_threads=llm.n_threads),
+        model=provenance.describe_model(llm),
+        settings=settings,
+        rows=(),
+        notes=(),
     )
     benchmark = Benchmark(llm, spec, show=output.progress, note=notes.append)
     try:
@@ -154,22 +158,6 @@ def _positions(llm: Llama) -> str:
     """Positions of keys that are in force: exact up to the trained length, clamped beyond it."""
     assert llm.session is not None
     return str(llm.session.params.columns["positions"])
-
-
-def _model(llm: Llama) -> dict[str, Any]:
-    import llama_cpp  # noqa: PLC0415 (heavy)
-
-    model = llm._model.model
-    description = ctypes.create_string_buffer(128)
-    llama_cpp.llama_model_desc(model, description, len(description))
-    return {
-        "name": Path(llm.model_path).name,
-        "description": description.value.decode("utf-8", "replace"),
-        "bytes": int(llama_cpp.llama_model_size(model)),
-        "parameters": int(llama_cpp.llama_model_n_params(model)),
-        "layers": int(llama_cpp.llama_model_n_layer(model)),
-        "trained_length": int(llama_cpp.llama_model_n_ctx_train(model)),
-    }
 
 
 def _show(output: Output, result: Result, *, as_json: bool) -> None:

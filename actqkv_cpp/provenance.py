@@ -1,28 +1,36 @@
-"""The machine a benchmark ran on: its name, its memory, and how fast memory can be read."""
+"""Where figures come from: the machine, the model, and which actqkv measured them. `bench` and `eval` print it."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
 import platform
+import subprocess
 import threading
 import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
 from actqkv_cpp import machine
 from actqkv_cpp._native import kernel_name
 
+if TYPE_CHECKING:
+    from actqkv_cpp import Llama
+
 _BANDWIDTH_BYTES = 256 << 20  # of all threads together: several times a desktop's last-level cache
 _BANDWIDTH_ROUNDS = 5
+_HASHED_BYTES = 1 << 20  # of one read
 
 
-def describe(*, n_threads: int) -> dict[str, Any]:
-    """What `bench --json` says under `machine`. Takes a fraction of a second, for the bandwidth."""
+def describe_machine(*, n_threads: int) -> dict[str, Any]:
+    """What `--json` says under `machine`. Takes a fraction of a second, for the bandwidth."""
     verdict = machine.extra_buffers()
     return {
         "cpu": _cpu_name(),
@@ -36,6 +44,43 @@ def describe(*, n_threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "llama_cpp_python": version("llama-cpp-python"),
     }
+
+
+def describe_model(llm: Llama) -> dict[str, Any]:
+    """What `--json` says under `model`."""
+    model = llm._model.model
+    description = ctypes.create_string_buffer(128)
+    llama_cpp.llama_model_desc(model, description, len(description))
+    return {
+        "name": Path(llm.model_path).name,
+        "description": description.value.decode("utf-8", "replace"),
+        "bytes": int(llama_cpp.llama_model_size(model)),
+        "parameters": int(llama_cpp.llama_model_n_params(model)),
+        "layers": int(llama_cpp.llama_model_n_layer(model)),
+        "trained_length": int(llama_cpp.llama_model_n_ctx_train(model)),
+    }
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal. A model of 5 GB takes seconds."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while part := file.read(_HASHED_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, with "+" where files differ; None where installed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        differ = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, capture_output=True, check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if differ.returncode else "")
 
 
 def read_bandwidth(n_threads: int) -> float:
