@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import llama_cpp
+import numpy as np
+from llama_cpp import LogitsProcessorList
+from numpy.typing import NDArray
 
 from actqkv_cpp.errors import ParameterError
 from actqkv_cpp.results import FinishReason
@@ -21,9 +24,13 @@ OnText: TypeAlias = Callable[[str], object]  # pieces of the answer as they come
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn. Arguments as in llama_cpp.Llama.create_completion; temperature 0.0 is greedy."""
+    """How an answer is drawn. Arguments as in llama_cpp.Llama.create_completion; temperature 0.0 is greedy.
+
+    Before `min_tokens` no control token is drawn, so that the answer neither ends nor begins another turn.
+    """
 
     max_tokens: int
+    min_tokens: int
     temperature: float
     top_p: float
     min_p: float
@@ -35,6 +42,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ParameterError(f"max_tokens is at least 1, not {self.max_tokens}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ParameterError(f"min_tokens is 0 to max_tokens ({self.max_tokens}), not {self.min_tokens}")
         if self.temperature < 0.0:
             raise ParameterError(f"temperature is at least 0, not {self.temperature}")
 
@@ -95,7 +104,11 @@ def generate(llm: Llama, into: Generated, sampling: Sampling) -> None:
     if sampling.seed is not None:
         llm.set_seed(sampling.seed)
     llm._sampler = llm._init_sampler(
-        temp=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p, top_k=sampling.top_k
+        temp=sampling.temperature,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        top_k=sampling.top_k,
+        logits_processor=LogitsProcessorList([_no_end(llm, into, sampling)]) if sampling.min_tokens else None,
     )
     llm._seed = seed
     try:
@@ -123,3 +136,18 @@ def generate(llm: Llama, into: Generated, sampling: Sampling) -> None:
         llm._sampler = None
         stream.push(b"", final=True)
         into.text = stream.text.rstrip()
+
+
+def _no_end(llm: Llama, into: Generated, sampling: Sampling) -> Callable[..., NDArray[np.single]]:
+    """A logits processor that takes control tokens, ends among them, out of the choice before `min_tokens`."""
+    vocab = llm._model.vocab
+    control = [t for t in range(llm._n_vocab) if llama_cpp.llama_vocab_is_control(vocab, t)]
+    ends = [t for t in range(llm._n_vocab) if llama_cpp.llama_vocab_is_eog(vocab, t)]
+    banned = np.array(sorted({*control, *ends}), np.intp)
+
+    def process(tokens: NDArray[np.intc], logits: NDArray[np.single]) -> NDArray[np.single]:
+        if into.n_tokens < sampling.min_tokens:
+            logits[banned] = -np.inf
+        return logits
+
+    return process

@@ -36,6 +36,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _SIZES = ("budget", "n_sink", "n_local", "chunk", "window")
 _COUNTS = ("representatives", "probe_warmup", "statistics_cap", "refine", "dense_layers")
 _NUMBERS = ("cutoff_temperature", "question_weight")
+LLAMA_CPP = "llama.cpp"  # the method that is not ours: dense attention by llama.cpp itself, for comparison
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", re.IGNORECASE)
 
@@ -70,7 +71,8 @@ class Retrieval:
 
     Args:
         method: name of the row: "actqkv" and its variants "actqkv-uniform" (a plain mean as the probe), "actqkv-equal"
-            (no cut-off) and "published"; "quest", "quest-clamped", "infllm", "streaming", "dense", "oracle".
+            (no cut-off) and "published"; "quest", "quest-clamped", "infllm", "streaming", "dense", "oracle". Or
+            "llama.cpp": densely through llama.cpp itself, for comparison.
         budget: tokens attended per step: sinks + local + retrieved chunks. At least n_sink + n_local + chunk.
         n_sink: first tokens, always attended.
         n_local: last tokens, always attended.

@@ -366,6 +366,7 @@ class Document(_Conversation):
         question: str,
         *,
         max_tokens: int = 1024,
+        min_tokens: int = 0,
         temperature: float = 0.0,
         top_p: float = 0.95,
         min_p: float = 0.05,
@@ -380,6 +381,7 @@ class Document(_Conversation):
         Args:
             question: text; never becomes control tokens.
             max_tokens: of the answer, at least 1. The answer ends earlier, with `context_full`, where n_ctx is full.
+            min_tokens: of the answer, at most max_tokens: it does not end before, save by `stop` or a full n_ctx.
             temperature: 0.0 (default) takes the likeliest token.
             top_p, min_p, top_k: as in llama_cpp, where temperature is above 0.
             seed: of the sampling; None: the Llama's own.
@@ -396,8 +398,8 @@ class Document(_Conversation):
             >>> doc.ask("Who kept the key?", on_text=print).sources[0].text
         """
         sampling = Sampling(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed,
-            stop=stops(stop), on_text=on_text,
+            max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, min_p=min_p,
+            top_k=top_k, seed=seed, stop=stops(stop), on_text=on_text,
         )  # fmt: skip
         return self._answer(
             self._reading.here(), question, sampling, Generated(), reading=self._reading, retrieval=retrieval
@@ -447,6 +449,7 @@ class Chat(_Conversation):
         text: str,
         *,
         max_tokens: int = 1024,
+        min_tokens: int = 0,
         temperature: float = 0.0,
         top_p: float = 0.95,
         min_p: float = 0.05,
@@ -462,8 +465,8 @@ class Chat(_Conversation):
         far, as soon as the question was read; before that, the turn never was.
         """
         sampling = Sampling(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed,
-            stop=stops(stop), on_text=on_text,
+            max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, min_p=min_p,
+            top_k=top_k, seed=seed, stop=stops(stop), on_text=on_text,
         )  # fmt: skip
         place, said = self._place, Generated()
         try:
@@ -480,6 +483,7 @@ class Chat(_Conversation):
         question: str,
         *,
         max_tokens: int = 1024,
+        min_tokens: int = 0,
         temperature: float = 0.0,
         top_p: float = 0.95,
         min_p: float = 0.05,
@@ -494,8 +498,8 @@ class Chat(_Conversation):
         Arguments and errors as in `Document.ask`.
         """
         sampling = Sampling(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed,
-            stop=stops(stop), on_text=on_text,
+            max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, min_p=min_p,
+            top_k=top_k, seed=seed, stop=stops(stop), on_text=on_text,
         )  # fmt: skip
         return self._answer(self._place, question, sampling, Generated(), reading=self._reading, retrieval=retrieval)
 

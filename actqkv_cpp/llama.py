@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from actqkv_cpp import compat, default_model_path, machine, modelfile
 from actqkv_cpp._native import KV_TYPES, Session, memory_plan, model_check
 from actqkv_cpp.auditing import Auditor
-from actqkv_cpp.config import Retrieval, parse_size
+from actqkv_cpp.config import LLAMA_CPP, Retrieval, parse_size
 from actqkv_cpp.context import SessionContext
 from actqkv_cpp.document import Chat, Document, PathLike, Progress, text_files
 from actqkv_cpp.errors import (
@@ -103,7 +103,8 @@ class Llama(llama_cpp.Llama):
         given["n_ctx"] = parse_size(given.get("n_ctx", compat.base_defaults()["n_ctx"]))
         path = modelfile.check(model_path if model_path is not None else default_model_path())
 
-        reason = "vocab_only" if given.get("vocab_only") else compat.dense_reason(given)
+        asked = "vocab_only" if given.get("vocab_only") else LLAMA_CPP if self.retrieval.method == LLAMA_CPP else None
+        reason = asked or compat.dense_reason(given)
         if reason is None:
             own = {"n_ctx": _SMALLEST_N_CTX, "logits_all": False, "type_k": None, "type_v": None}
             self._load(path, given | own)
@@ -120,8 +121,9 @@ class Llama(llama_cpp.Llama):
                 self.close()
                 raise
             return
-        if reason != "vocab_only":
+        if asked is None:
             warnings.warn(f"running densely through llama.cpp: {reason}", stacklevel=2)
+        if asked != "vocab_only":
             kv = None if self.kv_type == "f16" else KV_TYPES[self.kv_type]
             given = {"type_k": kv, "type_v": kv} | given
         self._load(path, given)

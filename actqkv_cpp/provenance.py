@@ -30,7 +30,7 @@ _HASHED_BYTES = 1 << 20  # of one read
 
 
 def describe_machine(*, n_threads: int) -> dict[str, Any]:
-    """What `--json` says under `machine`. Takes a fraction of a second, for the bandwidth."""
+    """What `--json` says under `machine`."""
     verdict = machine.extra_buffers()
     return {
         "cpu": _cpu_name(),
@@ -38,7 +38,6 @@ def describe_machine(*, n_threads: int) -> dict[str, Any]:
         "threads": n_threads,
         "load_average": round(os.getloadavg()[0], 2),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "read_gb_per_s": round(read_bandwidth(n_threads), 1),
         "kernels": kernel_name(),
         "extra_buffers": verdict.safe,
         "system": f"{platform.system()} {platform.release()}",

@@ -11,7 +11,9 @@ from actqkv_cpp import __version__
 from actqkv_cpp.cli.ask import ask
 from actqkv_cpp.cli.bench import bench
 from actqkv_cpp.cli.chat import chat
+from actqkv_cpp.cli.eval import evaluate
 from actqkv_cpp.cli.inspect import inspect
+from actqkv_cpp.cli.report import report
 
 app = typer.Typer(
     add_completion=False,
@@ -52,6 +54,8 @@ app.command()(chat)
 app.command()(ask)
 app.command()(bench)
 app.command()(inspect)
+app.command("eval")(evaluate)
+app.command()(report)
 
 
 def main() -> None:

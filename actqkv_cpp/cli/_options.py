@@ -164,6 +164,11 @@ class SamplingOptions:
         return asdict(self)
 
 
+def parse_list(text: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
+    """The parts of a list with commas, parsed one by one."""
+    return tuple(parse(part.strip()) for part in text.split(",") if part.strip())
+
+
 def check_text(text: str, what: str) -> str:
     """`text` of the command line, where it was UTF-8.
 

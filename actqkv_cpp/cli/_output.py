@@ -9,7 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
@@ -28,6 +28,12 @@ _BAR, _NAME = 20, 12  # columns of the bar, and the fewest for what is going on
 _NO_CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
 
 Progress = Callable[[int, int], object]
+
+
+class Update(Protocol):
+    """Takes how far something is and, where that changes, what is going on."""
+
+    def __call__(self, done: int, total: int, what: str | None = None) -> object: ...
 
 
 class Output:
@@ -119,9 +125,13 @@ class Output:
             yield
 
     @contextmanager
-    def progress(self, what: str, unit: str = "tokens") -> Iterator[Progress]:
-        """Yields a function of (done, total) that shows how far something is, its rate and the time left."""
-        meter = Meter(what, unit)
+    def progress(self, what: str, unit: str = "tokens", *, rate_span_s: float = _RATE_SPAN_S) -> Iterator[Update]:
+        """Yields a function of (done, total) that shows how far something is, its rate and the time left.
+
+        Args:
+            rate_span_s: the rate shown is over the last so many seconds.
+        """
+        meter = Meter(what, unit, rate_span_s)
         if self.quiet:
             yield meter.update
         elif self._err.is_terminal:
@@ -130,13 +140,13 @@ class Output:
         else:
             yield self._plain_progress(meter)
 
-    def _plain_progress(self, meter: Meter) -> Progress:
+    def _plain_progress(self, meter: Meter) -> Update:
         """For logs: a line now and then."""
         shown_at = time.monotonic()
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, total: int, what: str | None = None) -> None:
             nonlocal shown_at
-            meter.update(done, total)
+            meter.update(done, total, what)
             if time.monotonic() - shown_at >= _PLAIN_PROGRESS_S:
                 shown_at = time.monotonic()
                 self.note(f"{meter.what}: {meter.text()}")
@@ -154,18 +164,20 @@ class Output:
 class Meter:
     """How far something is: done, total, rate over the last seconds, time left."""
 
-    def __init__(self, what: str, unit: str) -> None:
+    def __init__(self, what: str, unit: str, rate_span_s: float = _RATE_SPAN_S) -> None:
         self.what = what
         self.unit = unit
+        self._rate_span_s = rate_span_s
         self.done = self.total = 0
         self._spinner = Spinner("line", style="dim")
         self._history: list[tuple[float, int]] = []
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int, what: str | None = None) -> None:
         now = time.monotonic()
         self.done, self.total = done, total
+        self.what = what or self.what
         self._history.append((now, done))
-        while len(self._history) > 2 and now - self._history[1][0] > _RATE_SPAN_S:
+        while len(self._history) > 2 and now - self._history[1][0] > self._rate_span_s:
             self._history.pop(0)
 
     def rate(self) -> float:

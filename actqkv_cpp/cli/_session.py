@@ -44,7 +44,7 @@ def open_model(output: Output, options: EngineOptions, texts: Sequence[str], *, 
         MemoryPlanError: --ctx, or what the texts need, does not fit in RAM.
     """
     if not options.verbose:
-        _silence_llama_cpp()
+        silence_llama_cpp()
     retrieval = _retrieval(options)
     path = options.model or actqkv_cpp.default_model_path()
 
@@ -139,7 +139,7 @@ def _load_with_room(load: Callable[..., Llama], texts: Sequence[str], reserve: i
 
 
 @cache
-def _silence_llama_cpp() -> Any:
+def silence_llama_cpp() -> Any:
     """llama-cpp-python prints libllama's warnings even without verbose. The callback lives as long as the process."""
     import llama_cpp  # noqa: PLC0415 (heavy)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,10 +34,6 @@ class _Request:
     repeat: int
     quick: bool
     json: bool
-
-
-def _parse_list(text: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
-    return tuple(parse(part.strip()) for part in text.split(",") if part.strip())
 
 
 def bench(
@@ -80,8 +75,8 @@ def bench(
     output = Output(quiet=quiet, verbose=verbose)
     with reported(output):
         request = _Request(
-            lengths=_parse_list(lengths, parse_size),
-            methods=_parse_list(methods, str),
+            lengths=o.parse_list(lengths, parse_size),
+            methods=o.parse_list(methods, str),
             peer_read=peer_read,
             repeat=1 if quick else repeat,
             quick=quick,
@@ -138,7 +133,8 @@ def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
     rows: list[Row] = []
     notes: list[str] = []
     found = Result(
-        machine=provenance.describe_machine(n_threads=llm.n_threads),
+        machine=provenance.describe_machine(n_threads=llm.n_threads)
+        | {"read_gb_per_s": round(provenance.read_bandwidth(llm.n_threads), 1)},
         model=provenance.describe_model(llm),
         settings=settings,
         rows=(),

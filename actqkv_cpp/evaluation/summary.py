@@ -1,0 +1,127 @@
+"""A result as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from actqkv_cpp import tables
+from actqkv_cpp.evaluation.results import Result, Row, Score
+
+
+def render(result: Result, *, width: int) -> str:
+    """A table per suite: methods, lengths, scores with their intervals, tokens attended, speeds."""
+    return tables.to_text(_parts(result), width=width)
+
+
+def size(n_tokens: int | None) -> str:
+    """Tokens as people write them: 4k, 128k, 1m, or the plain number."""
+    if n_tokens is None:
+        return "-"
+    for unit, name in ((1024 * 1024, "m"), (1024, "k")):
+        if n_tokens >= unit and n_tokens % unit == 0:
+            return f"{n_tokens // unit}{name}"
+    return f"{n_tokens:,}"
+
+
+def percent(score: float | None) -> str:
+    return "n/a" if score is None else f"{100 * score:.1f}"
+
+
+def _parts(result: Result) -> Iterator[RenderableType]:
+    model, machine = result.model, result.machine
+    yield (
+        f"{model['name']}: {model['description']}, trained on {size(model['trained_length'])} tokens; seed "
+        f"{result.parameters['seed']}\n{machine['cpu']}, {machine['threads']} threads; actqkv {result.version}"
+        + (f" at {result.commit[:10]}" if result.commit else "")
+        + "\n"
+    )
+    for suite in dict.fromkeys(row.cell.suite for row in result.rows):
+        rows = [row for row in result.rows if row.cell.suite == suite]
+        yield _suite(suite, rows)
+        if any(len(row.tasks) > 1 for row in rows):
+            yield _tasks(suite, rows)
+    yield (
+        "Scores are percentages with Wilson's interval of 95 %; questions about one document are counted as if they "
+        "were independent. A length is that of the whole session: template, document, question and answer."
+    )
+    yield from _reasons(result.rows)
+
+
+def _suite(suite: str, rows: Sequence[Row]) -> Table:
+    """A row per method and length; columns that nothing fills are left out."""
+    measures = dict.fromkeys(name for row in rows for name in row.total.measures if name != "nll")
+    recalls = dict.fromkeys(name for row in rows for name in row.total.recalls)
+    columns: dict[str, Callable[[Row], str]] = {
+        "method": lambda row: row.cell.method,
+        "budget": lambda row: size(row.cell.budget),
+        "length": lambda row: size(row.cell.length),
+        "score": lambda row: percent(row.total.score),
+        "95 %": lambda row: _interval(row.total),
+        "n": lambda row: f"{row.total.n:,}",
+        **{name: partial(_measure, name) for name in measures},
+        **{name: partial(_recall, name) for name in recalls},
+        "attended": lambda row: _figure(row.attended_mean, 0),
+        "read tok/s": lambda row: _figure(row.prefill_tokens_per_s, 0),
+        "answer tok/s": lambda row: _figure(row.decode_tokens_per_s, 0),
+    }
+    filled = [name for name, cell in columns.items() if any(cell(row) for row in rows)]
+    table = tables.table(suite, filled)
+    for row in rows:
+        table.add_row(*(columns[name](row) for name in filled))
+    return table
+
+
+def _tasks(suite: str, rows: Sequence[Row]) -> Table:
+    """A row per task and length, a column per method."""
+    methods = dict.fromkeys((row.cell.method, row.cell.budget) for row in rows)
+    names = (method if budget is None else f"{method} {size(budget)}" for method, budget in methods)
+    table = tables.table(f"{suite}, by task (samples)", ("task", "length", *names))
+    for task in dict.fromkeys(task for row in rows for task in row.tasks):
+        for length in dict.fromkeys(row.cell.length for row in rows):
+            found = {
+                (row.cell.method, row.cell.budget): row.tasks[task]
+                for row in rows
+                if row.cell.length == length and task in row.tasks
+            }
+            cells = (f"{percent(found[m].score)} ({found[m].n})" if m in found else "n/a" for m in methods)
+            table.add_row(task, size(length), *cells)
+    return table
+
+
+def _measure(name: str, row: Row) -> str:
+    return _figure(row.total.measures.get(name))
+
+
+def _recall(name: str, row: Row) -> str:
+    return percent(row.total.recalls[name]) if name in row.total.recalls else ""
+
+
+def _reasons(rows: Sequence[Row]) -> Iterator[str]:
+    """Why figures are missing, and what was cut."""
+    for reason in dict.fromkeys(row.reason for row in rows if row.reason):
+        names = dict.fromkeys(
+            f"{row.cell.method} at {size(row.cell.length)}"
+            if row.cell.length
+            else f"{row.cell.suite} {row.cell.method}"
+            for row in rows
+            if row.reason == reason
+        )
+        yield f"n/a: {', '.join(names)}: {reason}."
+    for row in rows:
+        if row.n_cut:
+            documents = f"{row.n_cut} of {row.n_documents} documents"
+            yield f"{row.cell.suite}, {row.cell.method}: the middle was cut out of {documents}."
+
+
+def _interval(score: Score) -> str:
+    return (
+        "" if score.ci_low is None or score.ci_high is None else f"{100 * score.ci_low:.1f}-{100 * score.ci_high:.1f}"
+    )
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
