@@ -175,6 +175,7 @@ def to_json(llm: Llama, answers: Sequence[Answer]) -> dict[str, Any]:
     """The object of --json: one reading, all answers. Prompt tokens count the documents once; rates are over all."""
     last, n = answers[-1], len(answers)
     documents = last.usage.document_tokens
+    dense = max(answer.usage.dense_tokens for answer in answers)
     completion = sum(answer.usage.completion_tokens for answer in answers)
     rates = [(a.usage.completion_tokens, a.timing.decode_tokens_per_s) for a in answers if a.timing.decode_tokens_per_s]
     decode_s = sum(tokens / rate for tokens, rate in rates)
@@ -191,7 +192,8 @@ def to_json(llm: Llama, answers: Sequence[Answer]) -> dict[str, Any]:
             "prompt_tokens": documents + sum(answer.usage.prompt_tokens - documents for answer in answers),
             "completion_tokens": completion,
             "attended_tokens": max(answer.usage.attended_tokens for answer in answers),
-        },
+        }
+        | ({"dense_tokens": dense} if dense else {}),
         "memory": last.memory.to_json(),
         "timing": {
             "prefill_s": last.timing.prefill_s,

@@ -130,6 +130,17 @@ def test_ctrl_c_while_answering_keeps_answers(babbler: Path, book: Path, tmp_pat
     assert "Traceback" not in err
 
 
+def test_dense_layers_are_told(actqkv: Actqkv, book: Path) -> None:
+    """A method's dense layers attend everything, and the figures do not say so."""
+    found = actqkv(
+        "ask", "-d", book, QUESTION, "--json", "--method", "quest-clamped", "--local", "256", "--budget", "400"
+    )
+    assert found.status == 0
+    usage = json.loads(found.out)["usage"]
+    assert usage["attended_tokens"] < 500
+    assert usage["dense_tokens"] > usage["document_tokens"] > 600
+
+
 def test_audits(actqkv: Actqkv, book: Path) -> None:
     """--audit and --min-recall do not reach the answers, or one without the other is ignored."""
     found = actqkv("ask", "-d", book, QUESTION, "--json", "--audit", "1", "--min-recall", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actqkv_cpp import Answer, Memory, ParameterError, Source, Timing, Usage
+from actqkv_cpp import Answer, Audit, Memory, ParameterError, Source, Timing, Usage
 from actqkv_cpp.cli import _errors
-from actqkv_cpp.cli._output import Meter, Output, clock, human_bytes, shorten
+from actqkv_cpp.cli._output import Meter, Output, answer_figures, clock, human_bytes, shorten
 from actqkv_cpp.cli._transcript import Transcript, Turn
 
 _SOURCE = Source(document="book.txt", start=10, end=20, text="ten  words\n", score=0.5)
@@ -29,6 +30,20 @@ def _answer() -> Answer:
         memory=Memory(kv_bytes=2048, summary_bytes=512),
         finish_reason="stop",
     )
+
+
+def test_figures_of_an_answer() -> None:
+    """What /stats says hides the tokens of dense layers, or an audit's recall and the budget it led to."""
+    answer = _answer()
+    plain = answer_figures(answer)
+    assert not any(word in line for line in plain for word in ("audit", "dense"))
+    usage = dataclasses.replace(answer.usage, dense_tokens=5000)
+    audit = Audit(n=12, recall=0.91234, min_recall=0.5, budget=4096)
+    lines = answer_figures(dataclasses.replace(answer, usage=usage, audit=audit))
+    assert "attended: at most 64 of 103 tokens at a time, 5,000 in the method's dense layers" in lines
+    assert "audit: recall 0.912 on average, 0.500 at worst, in 12 checks; budget 4,096" in lines
+    nothing = Audit(n=0, recall=None, min_recall=None, budget=2048)
+    assert "audit: nothing was checked; budget 2,048" in answer_figures(dataclasses.replace(answer, audit=nothing))
 
 
 @pytest.mark.parametrize("width", [8, 20, 40, 60, 80, 200])
