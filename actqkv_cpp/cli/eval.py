@@ -6,7 +6,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -20,6 +20,7 @@ from actqkv_cpp.config import parse_size
 from actqkv_cpp.errors import Cancelled, ParameterError, unknown_name
 
 if TYPE_CHECKING:
+    from actqkv_cpp.evaluation.recalls import Recalls
     from actqkv_cpp.evaluation.results import Result
     from actqkv_cpp.evaluation.runner import Plan
     from actqkv_cpp.evaluation.samples import Suite
@@ -40,6 +41,7 @@ class _Request:
     longbench: tuple[Path, ...]
     infinitebench: tuple[Path, ...]
     truncate: int | None
+    recalls: str
     out: Path | None
     json: bool
 
@@ -98,6 +100,15 @@ def evaluate(
         int | None,
         o._size("--truncate", help="Cut the middle out of documents of files beyond this.", default="nothing is cut"),
     ] = None,
+    recalls: Annotated[
+        str,
+        o._option(
+            "--recalls",
+            metavar="NAME",
+            help="Record while answering: needle (was its chunk chosen), mass (also of true attention; slow) or none.",
+            default="none",
+        ),
+    ] = "none",
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Journal and result; a run that was stopped goes on from there."),
@@ -136,6 +147,7 @@ def evaluate(
             longbench=tuple(longbench or ()),
             infinitebench=tuple(infinitebench or ()),
             truncate=truncate,
+            recalls=recalls,
             out=out,
             json=as_json,
         )
@@ -184,9 +196,18 @@ def _plan(request: _Request) -> Plan:
         seed=request.seed,
         n_samples=request.samples,
         longest=request.truncate,
+        recalls=_recalls(request.recalls),
         text=text,
         files={str(path): provenance.file_hash(path) for path in files},
     )
+
+
+def _recalls(name: str) -> Recalls:
+    from actqkv_cpp.evaluation.recalls import Recalls  # noqa: PLC0415 (heavy)
+
+    if name not in get_args(Recalls):
+        raise unknown_name("value of --recalls", name, get_args(Recalls))
+    return cast("Recalls", name)
 
 
 def _suites(request: _Request) -> tuple[Suite, ...]:

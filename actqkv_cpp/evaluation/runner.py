@@ -19,6 +19,7 @@ from actqkv_cpp.config import LLAMA_CPP
 from actqkv_cpp.errors import ParameterError
 from actqkv_cpp.evaluation.engines import Engines, EngineSettings, Method
 from actqkv_cpp.evaluation.journal import Journal
+from actqkv_cpp.evaluation.recalls import Recalls
 from actqkv_cpp.evaluation.results import Cell, Record, Result, rows
 from actqkv_cpp.evaluation.samples import Finding, Room, Sample, Suite
 from actqkv_cpp.evaluation.suites.perplexity import SUITE as PERPLEXITY
@@ -42,6 +43,7 @@ class Plan:
         n_samples: samples of each suite and length; None: each suite's own number.
         longest: tokens to which longer documents of files are cut in the middle; None: they are not cut.
         text: for perplexity.
+        recalls: what is recorded while answering.
         files: names and SHA-256 of the files that samples come from.
     """
 
@@ -52,6 +54,7 @@ class Plan:
     n_samples: int | None = None
     longest: int | None = None
     text: str | None = None
+    recalls: Recalls = "none"
     files: Mapping[str, str] = field(default_factory=dict)
 
     def lengths_of(self, suite: Suite) -> tuple[int | None, ...]:
@@ -148,6 +151,7 @@ class Runner:
             cut=self.engines.cut,
             n_template=self.engines.n_template_tokens(),
             text=self.plan.text,
+            recalls=self.plan.recalls,
         )
 
     def _suite(self, suite: Suite, length: int | None) -> None:
@@ -270,6 +274,7 @@ def _parameters(plan: Plan, settings: EngineSettings) -> dict[str, Any]:
         "samples": {suite.name: plan.n_samples_of(suite) for suite in plan.suites},
         "seed": plan.seed,
         "truncate": plan.longest,
+        "recalls": plan.recalls,
         "files": dict(plan.files),
         "n_sink": settings.n_sink,
         "n_local": settings.n_local,

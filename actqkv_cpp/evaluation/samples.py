@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from actqkv_cpp.errors import ParameterError
+from actqkv_cpp.evaluation import recalls
+from actqkv_cpp.evaluation.recalls import Recalls
 
 if TYPE_CHECKING:
-    from actqkv_cpp import Llama
+    from actqkv_cpp import Llama, Recording
     from actqkv_cpp.document import Chat, Document, Progress
 
 _SLACK_TOKENS = 16  # where two texts meet, the tokenizer may need a few more than for each alone
@@ -49,6 +51,7 @@ class Sample:
         max_tokens: of one answer.
         seed: of whatever is sampled.
         n_cut: tokens taken out of the middle of the document to make it fit.
+        recalls: what is recorded while answering.
     """
 
     document: str
@@ -57,6 +60,7 @@ class Sample:
     max_tokens: int
     seed: int = 0
     n_cut: int = 0
+    recalls: Recalls = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,7 @@ class Room:
         cut: takes a text and a number of tokens; gives what is left when its middle is taken out to have no more.
         n_template: tokens that the chat template puts around document and question.
         text: a text of the user's, for the suite that scores text; None: a generated one.
+        recalls: what is recorded while answering.
     """
 
     suite: str
@@ -139,6 +144,7 @@ class Room:
     cut: Callable[[str, int], str]
     n_template: int
     text: str | None = None
+    recalls: Recalls = "none"
 
     def rng(self, index: int) -> random.Random:
         """A source of chance that depends on suite, length, seed and sample alone."""
@@ -192,6 +198,7 @@ class Room:
             n_ctx=self.n_ctx,
             max_tokens=max_tokens,
             seed=seed,
+            recalls=self.recalls,
         )
 
 
@@ -233,7 +240,9 @@ class Suite:
 
     def ask(self, document: Document | Chat, question: Question, sample: Sample) -> Finding:
         """Ask one question, greedily."""
-        said = document.ask(question.text, max_tokens=sample.max_tokens)
+        llm = document.llm
+        with recalls.recorded(llm, sample.recalls) as trace:
+            said = document.ask(question.text, max_tokens=sample.max_tokens)
         rate = said.timing.decode_tokens_per_s
         decode_s = said.usage.completion_tokens / rate if rate else 0.0
         return Finding(
@@ -250,4 +259,11 @@ class Suite:
             decode_tokens_per_s=rate,
             kv_bytes=said.memory.kv_bytes,
             summary_bytes=said.memory.summary_bytes,
+            recalls=_recalls(llm, trace, question) if trace is not None else {},
         )
+
+
+def _recalls(llm: Llama, trace: Recording, question: Question) -> dict[str, float]:
+    """Of the answer that `trace` recorded; needles stand in the document that was read last."""
+    assert llm.document is not None
+    return recalls.measure(trace, [llm.document.tokens_at(*needle) for needle in question.needles])

@@ -69,7 +69,7 @@ def _suite(suite: str, rows: Sequence[Row]) -> Table:
         "answer tok/s": lambda row: _figure(row.decode_tokens_per_s, 0),
     }
     filled = [name for name, cell in columns.items() if any(cell(row) for row in rows)]
-    table = tables.table(suite, filled)
+    table = tables.table(suite, (name.replace("_", " ") for name in filled))
     for row in rows:
         table.add_row(*(columns[name](row) for name in filled))
     return table

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actqkv_cpp.errors import StateError
+from actqkv_cpp.evaluation.recalls import SELECTED
 from actqkv_cpp.evaluation.results import Result, Row, Score
 from actqkv_cpp.evaluation.summary import size
-
-SELECTED = "needle_selected"  # the recall that the second heat map shows
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def test_ctrl_c_and_on(babbler: Path, tmp_path: Path) -> None:
         (["--longbench", "half.jsonl"], ["half.jsonl:2", "'context'"]),
         (["--infinitebench", "half.jsonl"], ["half", "kv_retrieval"]),
         (["--kv-type", "f64"], ["f64", "f16"]),
+        (["--recalls", "neddle"], ["neddle", "needle"]),
         (["--out", "half.jsonl"], ["half.jsonl"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

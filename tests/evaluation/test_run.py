@@ -264,3 +264,13 @@ def test_progress_reaches_its_end() -> None:
     assert {total for _, total in seen} == {2 * 2048}
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert all(done <= total for done, total in seen)
+
+
+def test_recalls_are_kept_where_asked_for() -> None:
+    """Recalls are recorded without being asked for, or lost on their way to the rows."""
+    names = tuple(methods(["actqkv", "streaming", "llama.cpp"], [512]))
+    ours, streaming, peer = run(plan("passkey", methods=names, lengths=(1024,), recalls="needle")).rows
+    assert ours.total.recalls["needle_selected"] >= 0.0
+    assert streaming.depths[0.5].recalls["needle_selected"] in (0.0, 1.0)
+    assert peer.total.recalls == {}
+    assert "attention_mass" not in ours.total.recalls

@@ -51,6 +51,7 @@ class Task:
             n_ctx=room.n_ctx if n_cut else -(-(n_tokens + n_other) // _N_CTX_STEP) * _N_CTX_STEP,
             max_tokens=self.max_tokens,
             n_cut=n_cut,
+            recalls=room.recalls,
         )
 
 
