@@ -10,6 +10,7 @@ so are a header of another version or with other parameters; nothing is overwrit
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -48,15 +49,14 @@ class Journal:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / JOURNAL
-        if path.exists() and path.stat().st_size:
-            self._take_back(path)
-        elif (folder / RESULT).exists():
-            raise StateError(
-                f"{folder / RESULT} has no journal beside it", "give another --out, or move that file away"
-            )
+        if not path.exists() and (folder / RESULT).exists():
+            raise StateError(f"{folder / RESULT} has no journal beside it", _AWAY)
         self._file = path.open("a", encoding="utf-8")
-        if not self._file.tell():
-            self._write(self._header | {"facts": facts})
+        try:
+            self._open(path)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Journal:
         return self
@@ -85,6 +85,18 @@ class Journal:
         part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
         return path
+
+    def _open(self, path: Path) -> None:
+        """Take back what the file holds, or begin it."""
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except OSError:
+            raise StateError(f"another run writes {path}", "wait for its end, or give another --out") from None
+        if path.stat().st_size:
+            self._take_back(path)
+        if not path.stat().st_size:
+            self._write(self._header | {"facts": self.facts})
 
     def _write(self, value: dict[str, Any]) -> None:
         assert self._file is not None

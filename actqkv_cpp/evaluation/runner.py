@@ -88,6 +88,11 @@ class _Task:
     index: int
     sample: Sample
 
+    @property
+    def n_tokens(self) -> int:
+        """What it counts for in telling the time left."""
+        return self.length or self.suite.n_tokens
+
     def cell(self, method: Method) -> Cell:
         return cell(self.suite, self.length, method)
 
@@ -134,7 +139,7 @@ class Runner:
             for method in self.plan.methods
             for index in range(self.plan.n_samples_of(suite))
         )
-        return n_left * (length or 1)
+        return n_left * (length or suite.n_tokens)
 
     def _why_not(self, suite: Suite, length: int | None, method: Method) -> str | None:
         if suite is PERPLEXITY and (method.name == LLAMA_CPP or method.question_aware):
@@ -214,10 +219,15 @@ class Runner:
     def _progress(self, task: _Task, method: Method) -> Progress:
         where = task.cell(method)
         label = f"{where.suite} {task.sample.n_ctx:,} {where.method}, sample {task.index + 1}"
-        return lambda done, _: self.watch(self._done + done, self._total, label)
+
+        def progress(done: int, total: int) -> object:
+            share = min(done / total, 1.0) if total else 0.0
+            return self.watch(self._done + int(share * task.n_tokens), self._total, label)
+
+        return progress
 
     def _record(self, task: _Task, method: Method, findings: Sequence[Finding], n_read: int, read_s: float) -> None:
-        self._done += task.length or 1
+        self._done += task.n_tokens
         self.journal.add(
             Record(
                 cell=task.cell(method),

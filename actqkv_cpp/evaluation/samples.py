@@ -228,6 +228,11 @@ class Suite:
     shares_reading: ClassVar[bool] = True
     from_file: ClassVar[bool] = False  # its documents have lengths of their own
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a sample, about; of suites from files, whose documents have lengths of their own."""
+        return 1
+
     def read(self, llm: Llama, sample: Sample, progress: Progress, *, question: str | None = None) -> Document | None:
         """Read the sample's document; `question` stands before it in question-aware reading."""
         return llm.read(text=sample.document, question=question, reserve=0, progress=progress)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import llama_cpp
 import pytest
 from test_template import NO_SYSTEM
 from tiny_gguf import make_tiny_gguf
@@ -248,6 +249,22 @@ def test_max_tokens_and_context_full(tiny_sparse: Llama) -> None:
     assert answer is not None
     assert answer.context_full
     assert answer.finish_reason == "length"
+
+
+@pytest.mark.model
+def test_min_tokens(needle: Llama) -> None:
+    """An answer that must be long ends early, or is made long by ends and turns of the template."""
+    doc = needle.read(text=_text())
+    short = doc.ask(next(iter(FACTS)), max_tokens=60)
+    long = doc.ask(next(iter(FACTS)), min_tokens=50, max_tokens=60)
+    assert short.usage.completion_tokens < 20
+    assert long.usage.completion_tokens >= 50
+    assert long.text.startswith(short.text)
+    said = needle.input_ids[long.usage.prompt_tokens : long.usage.prompt_tokens + 50]
+    assert not any(llama_cpp.llama_vocab_is_control(needle._model.vocab, int(token)) for token in said)
+    for least in (-1, 61):
+        with pytest.raises(ParameterError, match="min_tokens"):
+            doc.ask("Who?", min_tokens=least, max_tokens=60)
 
 
 def test_sampling(tiny_sparse: Llama) -> None:

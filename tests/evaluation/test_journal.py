@@ -113,6 +113,14 @@ def test_result_is_written_whole_or_not(tmp_path: Path) -> None:
         Journal(tmp_path, HEADER, {})
 
 
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    """Two runs write into one journal at the same time."""
+    with Journal(tmp_path, HEADER, {}), pytest.raises(StateError, match="another run") as caught:
+        Journal(tmp_path, HEADER, {})
+    assert "--out" in str(caught.value.hint)
+    Journal(tmp_path, HEADER, {}).__exit__(None, None, None)
+
+
 def test_in_memory() -> None:
     """Without a folder something is written."""
     with Journal(None, HEADER, {}) as journal:

@@ -12,6 +12,8 @@ from actqkv_cpp.errors import DocumentError, ParameterError
 from actqkv_cpp.evaluation.samples import Question, Room, Sample, Suite
 
 _CONTEXT = "{context}"
+_Given = Mapping[str, Any]  # attributes of a Question, its text aside
+_CHARS_PER_TOKEN = 4  # about, for telling the time left
 _N_CTX_STEP = 1024  # sessions for prompts of about one length are made alike
 
 
@@ -28,7 +30,7 @@ class Task:
     max_tokens: int
     score: Callable[[Question, str], float]
 
-    def sample(self, room: Room, slots: Mapping[str, str], question: dict[str, Any]) -> Sample:
+    def sample(self, room: Room, slots: Mapping[str, str], question: _Given) -> Sample:
         """The sample of one line: `slots` fill the prompt, `question` are the other attributes of its Question."""
         before, _, after = self.prompt.partition(_CONTEXT)
         text = fill(after, slots).strip("\n") or fill(before, slots).strip()  # an instruction alone is said again, last
@@ -67,12 +69,22 @@ class FileSuite(Suite):
     """A suite whose samples are lines of a file, as long as they are."""
 
     from_file: ClassVar[bool] = True
+    n_chars: int = 0  # of all samples
+
+    @property
+    def n_tokens(self) -> int:
+        return max(self.n_chars // (_CHARS_PER_TOKEN * self.n_samples), 1)
 
 
-def suite(name: str, about: str, task: Task, make: Sequence[Callable[[Room], Sample]]) -> Suite:
-    """The suite of one data set, a sample per element of `make`."""
+def suite(name: str, about: str, task: Task, slots: Sequence[Mapping[str, str]], questions: Sequence[_Given]) -> Suite:
+    """The suite of one data set; of each sample what fills the prompt, and the other attributes of its question."""
     return FileSuite(
-        name=name, about=about, n_samples=len(make), make=lambda room, index: make[index](room), score=task.score
+        name=name,
+        about=about,
+        n_samples=len(slots),
+        make=lambda room, index: task.sample(room, slots[index], questions[index]),
+        score=task.score,
+        n_chars=sum(len(one["context"]) for one in slots),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from actqkv_cpp.errors import DocumentError, unknown_name
 from actqkv_cpp.evaluation import metrics
-from actqkv_cpp.evaluation.samples import Question, Room, Sample, Suite
+from actqkv_cpp.evaluation.samples import Question, Suite
 from actqkv_cpp.evaluation.suites.files import Task, lines, suite
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {"context": str, "input": str, "answer": (list, str, int, float)}
@@ -105,15 +105,10 @@ def load(path: Path) -> list[Suite]:
         error = unknown_name("task of InfiniteBench (the file's name tells it)", name, TASKS)
         raise type(error)(f"{path}: {error}", error.hint)
     fields = _FIELDS | ({"options": list} if name in _WITH_OPTIONS else {})
-    made = []
-    for number, row in lines(path, fields):
-        slots, references = _slots(path, number, name, row), _references(path, number, name, row)
-        made.append(partial(_sample, TASKS[name], slots, references))
-    return [suite(f"infinitebench/{name}", "InfiniteBench", TASKS[name], made)]
-
-
-def _sample(task: Task, slots: dict[str, str], references: tuple[str, ...], room: Room) -> Sample:
-    return task.sample(room, slots, {"references": references})
+    found = list(lines(path, fields))
+    slots = [_slots(path, number, name, row) for number, row in found]
+    questions = [{"references": _references(path, number, name, row)} for number, row in found]
+    return [suite(f"infinitebench/{name}", "InfiniteBench", TASKS[name], slots, questions)]
 
 
 def _slots(path: Path, number: int, name: str, row: dict[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from actqkv_cpp.errors import unknown_name
 from actqkv_cpp.evaluation import metrics
-from actqkv_cpp.evaluation.samples import Question, Room, Sample, Suite
+from actqkv_cpp.evaluation.samples import Question, Suite
 from actqkv_cpp.evaluation.suites.files import Task, lines, suite
 
 _FIELDS = {"input": str, "context": str, "answers": list, "dataset": str}
@@ -168,18 +168,23 @@ def load(path: Path) -> list[Suite]:
         DocumentError: a line lacks a field, or has another type there; with its number.
         ParameterError: a data set that LongBench does not have.
     """
-    made: dict[str, list[Callable[[Room], Sample]]] = defaultdict(list)
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number, row in lines(path, _FIELDS):
         name = row["dataset"].removesuffix("_e")
         if name not in TASKS:
             error = unknown_name("data set of LongBench", name, TASKS)
             raise type(error)(f"{path}:{number}: {error}", error.hint)
-        made[name].append(partial(_sample, TASKS[name], row))
-    return [suite(f"longbench/{name}", "LongBench v1", TASKS[name], make) for name, make in made.items()]
+        found[name].append(row)
+    return [_suite(name, rows) for name, rows in found.items()]
 
 
-def _sample(task: Task, row: dict[str, Any], room: Room) -> Sample:
-    references = tuple(str(answer) for answer in row["answers"]) or ("",)
-    classes = tuple(row.get("all_classes") or ())
-    slots = {"context": row["context"], "input": row["input"]}
-    return task.sample(room, slots, {"references": references, "classes": classes})
+def _suite(name: str, rows: list[dict[str, Any]]) -> Suite:
+    slots = [{"context": row["context"], "input": row["input"]} for row in rows]
+    questions = [
+        {
+            "references": tuple(str(answer) for answer in row["answers"]) or ("",),
+            "classes": tuple(row.get("all_classes") or ()),
+        }
+        for row in rows
+    ]
+    return suite(f"longbench/{name}", "LongBench v1", TASKS[name], slots, questions)
