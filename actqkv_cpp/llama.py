@@ -195,8 +195,9 @@ class Llama(llama_cpp.Llama):
 
     @property
     def n_ctx_train(self) -> int:
-        """Tokens the model was trained on: exact positions end there."""
-        return int(self._model.n_ctx_train())
+        """Tokens the model was trained on: exact positions end there. 0 where the file does not say."""
+        arch = self.metadata.get("general.architecture")  # libllama itself knows nothing with vocab_only
+        return int(self._model.n_ctx_train() or self.metadata.get(f"{arch}.context_length", 0))
 
     # -- evaluating
 

@@ -128,7 +128,8 @@ def read_all(output: Output, llm: Llama, files: list[TextFile], *, system: str |
 def _load_with_room(load: Callable[..., Llama], texts: Sequence[str], reserve: int, *, exact: bool) -> Llama:
     """exact: the method's positions end at the trained length, so the room to spare does too."""
     vocabulary = load(1, vocab_only=True)
-    needed = sum(vocabulary.count_tokens(text) for text in texts) + TEMPLATE_TOKENS + reserve
+    template = 2 * TEMPLATE_TOKENS  # around the documents, and around the question
+    needed = sum(vocabulary.count_tokens(text) for text in texts) + template + reserve
     trained = vocabulary.n_ctx_train
     vocabulary.close()
     roomy = needed + _SPARE_TOKENS
@@ -176,6 +177,7 @@ def _engine(llm: Llama) -> str:
     n_tokens = {
         "all": "all",
         "top": f"{retrieval.budget:,}",
+        "oracle": f"{retrieval.budget:,}",
         "none": f"{int(retrieval.n_sink) + int(retrieval.n_local):,}",
     }[retrieval.decode or actqkv_cpp.methods()[retrieval.method]["decode"]]
     return f"method {retrieval.method} attends {n_tokens} tokens at a time"

@@ -130,6 +130,17 @@ def test_ctrl_c_while_answering_keeps_answers(babbler: Path, book: Path, tmp_pat
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("method", ["oracle", "streaming", "quest"])
+def test_methods(actqkv: Actqkv, babbler: Path, tmp_path: Path, method: str) -> None:
+    """A method of another kind of retrieval cannot be asked for, or the notes do not say what it attends."""
+    document = tmp_path / "short.txt"
+    document.write_text("The cook kept the key. " * 10, encoding="utf-8")
+    found = actqkv("ask", babbler, "-d", document, "Who?", "--method", method, "--max-tokens", "2")
+    assert found.status == 0, found.err
+    n_tokens = {"oracle": "2,048", "streaming": "576", "quest": "2,048"}[method]
+    assert f"method {method} attends {n_tokens} tokens at a time" in found.err
+
+
 def test_dense_layers_are_told(actqkv: Actqkv, book: Path) -> None:
     """A method's dense layers attend everything, and the figures do not say so."""
     found = actqkv(
