@@ -148,7 +148,7 @@ def _show(output: Output, found: Inspection) -> None:
         share = "-" if layer["share"] is None else f"{layer['share']:.1f}"
         output.line(f"{layer['layer']:5}  {share:>6}  {{:>7}}  {{:>11}}  {{:>12}}".format(*cells))
     if passages := found.passages[:_N_SHOWN]:
-        output.line("\nattended most, by share of layers and steps:")
+        output.line("\nattended most, by share of steps and layers that choose:")
         texts = {doc.name: doc.text for doc in found.documents}
         for passage in passages:
             excerpt = " ".join(texts[passage.document][passage.start : passage.end].split())[:_EXCERPT]

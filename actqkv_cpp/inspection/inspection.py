@@ -51,7 +51,7 @@ class Anchor:
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A chunk of the text, and the share (0..1) of layers and steps that attended it."""
+    """A chunk of the text, and the share (0..1) of the choosing layers' steps that attended it."""
 
     chunk: int
     document: str
@@ -139,14 +139,26 @@ class Inspection:
         return tuple(found[:_N_BEST])
 
     @cached_property
+    def choosing(self) -> tuple[int, ...]:
+        """Layers that left something out in some step: the others are dense and tell nothing. All, where all are."""
+        found = sorted({record.layer for record in self.recording.answers() if record.chosen is not None})
+        return tuple(found or range(self.recording.n_layer))
+
+    @property
+    def mass_recall(self) -> float:
+        """Attention-mass recall averaged over the steps of the layers that choose; NaN: there was nothing to find."""
+        recalls = np.array([r.mass_recall for r in self.recording.answers() if r.layer in self.choosing])
+        return float(np.nanmean(recalls)) if np.isfinite(recalls).any() else math.nan
+
+    @cached_property
     def attended(self) -> NDArray[np.float64]:
         """Share of the steps that attended each chunk, per layer [n_layer, n_chunks]."""
         return self.recording.chosen_counts() / max(len(self.steps), 1)
 
     @cached_property
     def passages(self) -> tuple[Passage, ...]:
-        """The chunks that most layers and steps attended, best first."""
-        mean = self.attended.mean(axis=0) if self.attended.size else np.zeros(0)
+        """The chunks that most steps of the layers that choose attended, best first."""
+        mean = self.attended[list(self.choosing)].mean(axis=0) if self.attended.size else np.zeros(0)
         c, n_sink = self.recording.n_chunk_tokens, self.recording.n_sink
         found = []
         for chunk in np.argsort(-mean, kind="stable")[:_N_BEST].tolist():
@@ -177,7 +189,6 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """One object for programs; offsets count Unicode code points of a document's text."""
-        recalls = [step.mass_recall for step in self.recording.answers()]
         return {
             "model": self.model,
             "method": self.method,
@@ -185,7 +196,7 @@ class Inspection:
             "question": self.answer.question,
             "answer": self.answer.text,
             "usage": self.answer.usage.to_json(),
-            "mass_recall": plain(float(np.nanmean(recalls))) if np.isfinite(recalls).any() else None,
+            "mass_recall": plain(self.mass_recall),
             "documents": [self._document_json(doc) for doc in self.documents],
             "anchors": [asdict(anchor) for anchor in self.anchors],
             "passages": [asdict(passage) for passage in self.passages],

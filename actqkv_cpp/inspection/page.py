@@ -37,6 +37,7 @@ def _data(inspection: Inspection) -> dict[str, Any]:
         "nSink": recording.n_sink,
         "chunk": recording.n_chunk_tokens,
         "nLayer": recording.n_layer,
+        "choosing": inspection.choosing,
         "nChunks": inspection.attended.shape[1],
         "documents": [
             {"name": doc.name, "text": doc.text, "start": doc.start, "sizes": np.diff(doc.ends, prepend=0).tolist()}

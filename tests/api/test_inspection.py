@@ -71,8 +71,11 @@ def test_figures_follow_from_the_records(found: Inspection) -> None:
         assert layer["mass_recall"] == pytest.approx(np.mean([r.mass_recall for r in of_layer]), abs=1e-3)
         assert layer["share"] == pytest.approx(np.mean([r.n_chosen for r in of_layer]), abs=1e-3)
     best = found.passages[0]
-    masks = [r.chosen_mask().mean(axis=0)[best.chunk] for r in recording.answers() if r.n_chunks > best.chunk]
-    assert best.attended == pytest.approx(sum(masks) / n_steps / recording.n_layer)
+    assert found.choosing == ((0, 1, 2) if found.method == "actqkv" else (1, 2))  # not the dense layer
+    choosing = [r for r in recording.answers() if r.layer in found.choosing]
+    assert found.mass_recall == pytest.approx(np.mean([r.mass_recall for r in choosing]))
+    masks = [r.chosen_mask().mean(axis=0)[best.chunk] for r in choosing if r.n_chunks > best.chunk]
+    assert best.attended == pytest.approx(sum(masks) / n_steps / len(found.choosing))
     doc = next(doc for doc in found.documents if doc.name == best.document)
     token = recording.n_sink + best.chunk * recording.n_chunk_tokens
     assert (best.start, best.end) == doc.range_of(token, token + recording.n_chunk_tokens)
