@@ -13,7 +13,7 @@ import llama_cpp
 import numpy as np
 
 from actqkv_cpp import Llama, machine, provenance
-from actqkv_cpp._native import Session
+from actqkv_cpp._native import Session, methods
 from actqkv_cpp.bench.engines import Engine, Ours, Peer, Progress, Tokens
 from actqkv_cpp.bench.results import MemoryUse, Phase, Row, StageUse
 from actqkv_cpp.errors import MemoryPlanError, ParameterError
@@ -144,6 +144,11 @@ class Benchmark:
 
     def _session(self, method: str) -> Session:
         spec, retrieval = self._spec, replace(self._retrieval, method=method)
+        if methods()[method]["positions"] == "exact" and spec.n_ctx > self._model.n_ctx_train():
+            retrieval = replace(retrieval, positions="clamped")
+            self._note(
+                f"{method} is measured at clamped positions: its exact ones end at {self._model.n_ctx_train():,}."
+            )
         return Session(self._model, retrieval, n_ctx=spec.n_ctx, n_threads=self._n_threads, kv_type=spec.kv_type)
 
     def _method(self, ours: Ours, *, with_peer: bool) -> Iterator[Row]:

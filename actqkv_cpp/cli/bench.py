@@ -89,7 +89,7 @@ def bench(
             sink=sink,
             local=local,
             chunk=chunk,
-            method=_first_known(request.methods),
+            method=_to_open_with(request.methods),
             kv_type=kv_type,
             gpu_layers=0,
             threads=threads,
@@ -99,15 +99,15 @@ def bench(
         _bench(output, engine, request)
 
 
-def _first_known(methods: tuple[str, ...]) -> str:
-    """The first of methods that all exist."""
+def _to_open_with(methods: tuple[str, ...]) -> str:
+    """The first of methods that all exist; not one that ends at the trained length."""
     known = actqkv_cpp.methods()
     for name in methods:
         if name not in known:
             raise unknown_name("method", name, known)
     if not methods:
         raise ParameterError("no method to measure", f"name some of {', '.join(sorted(known))}")
-    return methods[0]
+    return next((name for name in methods if known[name]["positions"] != "exact"), "actqkv")
 
 
 def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:

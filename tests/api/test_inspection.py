@@ -90,7 +90,7 @@ def test_anchors_are_the_tokens_of_most_bias(found: Inspection) -> None:
     biases = [anchor.bias for anchor in found.anchors]
     assert biases == sorted(biases, reverse=True)
     if biases:
-        assert biases[0] == pytest.approx(np.nanmax(np.nanmean(found.bias[:, found.documents[0].start :], axis=0)))
+        assert biases[0] == pytest.approx(np.nanmax(found.bias[:, found.documents[0].start :].mean(axis=0)))
 
 
 def test_json(found: Inspection) -> None:

@@ -62,6 +62,13 @@ def test_json(actqkv: Actqkv, babbler: Path) -> None:
     assert math.isclose(2 * ours[0]["memory"]["kv_bytes"], ours[2]["memory"]["kv_bytes"], rel_tol=0.1)
 
 
+def test_exact_methods_beyond_the_trained_length(actqkv: Actqkv, babbler: Path) -> None:
+    """A method that answers nothing beyond the trained 2,048 tokens ends the benchmark there, first or not."""
+    found = actqkv("bench", babbler, "--lengths", "2k", "--peer-read", "256", "--methods", "dense", *FAST)
+    assert found.status == 0, found.err
+    assert "dense is measured at clamped positions: its exact ones end at 2,048." in found.out
+
+
 def test_tables(actqkv: Actqkv, babbler: Path) -> None:
     """The tables lack a ratio, or do not say what was copied."""
     found = actqkv("bench", babbler, "--lengths", "256,512", "--peer-read", "256", "--methods", "actqkv,dense", *FAST)
