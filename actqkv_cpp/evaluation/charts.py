@@ -14,6 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40
 _INSET = 10  # of the outermost points from the sides
 _N_TICKS = 4
 _TICK_WIDTH = 34
+_WIDEST, _NARROWEST = 4.0, 1.6  # lines, in CSS pixels
 _CELL_W, _CELL_H = 46, 22  # of a heat map
 _MAP_LEFT, _MAP_TOP = 44, 8
 _MARKERS = 5
@@ -125,7 +126,9 @@ class _Plot:
     def line(self, curve: Curve) -> str:
         colour, dash = self.style(curve.series)
         way = " ".join(f"{self.x(point.x):.1f},{self.y(point.y):.1f}" for point in curve.points)
-        parts = [f'<polyline points="{way}" class="line {"flat" if curve.flat else f"d{dash}"}"/>']
+        width = max(_WIDEST - colour, _NARROWEST)  # so that lines on each other show both
+        dashes = "flat" if curve.flat else f"d{dash}"
+        parts = [f'<polyline points="{way}" class="line {dashes}" style="stroke-width:{width:g}"/>']
         for point in [] if curve.flat else curve.points:
             said = f"{escape(self.label(curve.series))}, {size(point.x)}: {self._said(point)}"
             parts.append(f"<g><title>{said}</title>{marker(self.x(point.x), self.y(point.y), colour)}</g>")

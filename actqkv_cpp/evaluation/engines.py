@@ -206,7 +206,8 @@ class Engines:
     def _load(self, method: Method | None, n_ctx: int) -> Llama:
         """A new Llama; without a method one that has the vocabulary only."""
         settings = self.settings
-        options: dict[str, Any] = {"verbose": False, "n_threads": settings.n_threads}
+        n_threads = settings.n_threads
+        options: dict[str, Any] = {"verbose": False, "n_threads": n_threads, "n_threads_batch": n_threads}
         if method is None:
             return Llama(settings.model, vocab_only=True, **options)
         with warnings.catch_warnings():

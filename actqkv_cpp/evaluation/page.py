@@ -209,7 +209,7 @@ def _details(view: View) -> str:
     measures = list(dict.fromkeys(name for row in view.rows for name in row.total.measures if name != "nll"))
     columns = [
         "suite", "method", "budget", "length", "score", "95 %", "n", "documents", *measures, *recalls,
-        "attended", "at most", "read tok/s", "answer tok/s", "KV MB", "summaries MB",
+        "attended", "at most", "dense layers", "read tok/s", "answer tok/s", "KV MB", "summaries MB", "resident MB",
     ]  # fmt: skip
     head = "".join(f'<th scope="col">{escape(name.replace("_", " "))}</th>' for name in columns)
     body = []
@@ -221,14 +221,16 @@ def _details(view: View) -> str:
             f"{total.n:,}", f"{row.n_documents:,}",
             *(_figure(total.measures.get(name), 3) for name in measures),
             *(percent(total.recalls[name]) if name in total.recalls else "" for name in recalls),
-            _figure(row.attended_mean), _figure(row.attended_max), _figure(row.prefill_tokens_per_s),
-            _figure(row.decode_tokens_per_s), _megabytes(row.kv_bytes), _megabytes(row.summary_bytes),
+            _figure(row.attended_mean), _figure(row.attended_max), _figure(row.dense_max),
+            _figure(row.prefill_tokens_per_s), _figure(row.decode_tokens_per_s), _megabytes(row.kv_bytes),
+            _megabytes(row.summary_bytes), _megabytes(row.resident_bytes),
         ]  # fmt: skip
         words = "".join(f"<td>{escape(cell)}</td>" for cell in cells[:2])
         figures = "".join(f'<td class="n">{escape(cell)}</td>' for cell in cells[2:])
         body.append(f"<tr>{words}{figures}</tr>")
-        if row.reason:
-            body.append(f'<tr class="reason"><td></td><td colspan="{len(columns) - 1}">{escape(row.reason)}</td></tr>')
+        cut = f"The middle was cut out of {row.n_cut} documents." if row.n_cut else ""
+        if note := f"{row.reason or ''} {cut}".strip():
+            body.append(f'<tr class="reason"><td></td><td colspan="{len(columns) - 1}">{escape(note)}</td></tr>')
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     tasks = _tasks(view)
     return f'<details><summary>{len(view.rows)} rows</summary><div class="scroll">{table}</div></details>' + (

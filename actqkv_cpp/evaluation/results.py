@@ -46,6 +46,7 @@ class Record:
         findings: one for each question.
         n_read, read_s: tokens of the document and the seconds it took to read them; 0 where a reading was shared.
         n_cut: tokens taken out of the middle of the document.
+        resident_bytes: of the process, after the last answer; 0 where the system does not tell.
         reason: why there are no findings.
     """
 
@@ -55,6 +56,7 @@ class Record:
     n_read: int = 0
     read_s: float = 0.0
     n_cut: int = 0
+    resident_bytes: int = 0
     reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -99,9 +101,11 @@ class Row:
         n_documents: documents read.
         reason: why there is no score, or not one of every sample.
         attended_mean, attended_max: tokens that one query attended.
+        dense_max: the same of layers that attend everything under a method that chooses (Quest's first two); None:
+            there are none.
         length_mean: tokens of prompts, on average.
         prefill_tokens_per_s, decode_tokens_per_s: over all samples; None where nothing was measured.
-        kv_bytes, summary_bytes: the most that one session held.
+        kv_bytes, summary_bytes: the most that one session held; resident_bytes: the most the process did.
         n_cut: documents whose middle was cut out.
     """
 
@@ -113,11 +117,13 @@ class Row:
     reason: str | None
     attended_mean: float | None
     attended_max: int | None
+    dense_max: int | None
     length_mean: float | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
     kv_bytes: int | None
     summary_bytes: int | None
+    resident_bytes: int | None
     n_cut: int
 
     def to_json(self) -> dict[str, Any]:
@@ -252,11 +258,13 @@ def _row(cell: Cell, records: Sequence[Record]) -> Row:
         reason=reason,
         attended_mean=_mean([finding.attended_mean for finding in attended]),
         attended_max=max((finding.attended_max for finding in attended), default=None),
+        dense_max=max((finding.dense_max for finding in attended), default=0) or None,
         length_mean=_mean([float(finding.prompt_tokens) for finding in findings if finding.prompt_tokens]),
         prefill_tokens_per_s=sum(record.n_read for record in done) / read_s if read_s else None,
         decode_tokens_per_s=sum(f.completion_tokens for f in decoded) / decode_s if decode_s else None,
         kv_bytes=max((finding.kv_bytes for finding in attended), default=None),
         summary_bytes=max((finding.summary_bytes for finding in attended), default=None),
+        resident_bytes=max((record.resident_bytes for record in done), default=0) or None,
         n_cut=sum(record.n_cut > 0 for record in done),
     )
 

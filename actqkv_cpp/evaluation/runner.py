@@ -236,6 +236,7 @@ class Runner:
                 n_read=n_read,
                 read_s=read_s,
                 n_cut=task.sample.n_cut,
+                resident_bytes=provenance.resident_bytes() or 0,
             )
         )
 

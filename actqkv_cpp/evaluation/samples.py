@@ -72,6 +72,7 @@ class Finding:
         n: how many samples it counts for: 1, or the positions of a stretch of text.
         answer: what was said.
         attended_max, attended_mean: tokens that one query attended.
+        dense_max: the same of layers that attend everything under a method that chooses, most.
         prompt_tokens, completion_tokens: as in `Usage`.
         seconds: from the question to the end of the answer.
         kv_bytes, summary_bytes: of the session then.
@@ -87,6 +88,7 @@ class Finding:
     answer: str = ""
     attended_max: int = 0
     attended_mean: float = 0.0
+    dense_max: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
@@ -216,7 +218,7 @@ class Suite:
         about: what a reader of results should know of it, in one sentence.
         n_samples: samples per length, where the user does not say.
         make: sample number `index` (0 .. n_samples - 1) for a room.
-        score: of an answer, 0 to 1.
+        score: of an answer, 0 to 1; None where nothing is asked.
         shares_reading: whether one reading serves several methods.
     """
 
@@ -224,7 +226,7 @@ class Suite:
     about: str
     n_samples: int
     make: Callable[[Room, int], Sample]
-    score: Callable[[Question, str], float]
+    score: Callable[[Question, str], float] | None
     shares_reading: ClassVar[bool] = True
     from_file: ClassVar[bool] = False  # its documents have lengths of their own
 
@@ -245,6 +247,7 @@ class Suite:
 
     def ask(self, document: Document | Chat, question: Question, sample: Sample) -> Finding:
         """Ask one question, greedily."""
+        assert self.score is not None
         llm = document.llm
         with recalls.recorded(llm, sample.recalls) as trace:
             said = document.ask(question.text, max_tokens=sample.max_tokens)
@@ -258,6 +261,7 @@ class Suite:
             answer=said.text,
             attended_max=said.usage.attended_tokens,
             attended_mean=said.usage.attended_tokens_mean,
+            dense_max=said.usage.dense_tokens,
             prompt_tokens=said.usage.prompt_tokens,
             completion_tokens=said.usage.completion_tokens,
             seconds=said.timing.first_token_s + decode_s,

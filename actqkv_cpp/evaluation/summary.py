@@ -65,6 +65,7 @@ def _suite(suite: str, rows: Sequence[Row]) -> Table:
         **{name: partial(_measure, name) for name in measures},
         **{name: partial(_recall, name) for name in recalls},
         "attended": lambda row: _figure(row.attended_mean, 0),
+        "dense layers": lambda row: _figure(row.dense_max, 0),
         "read tok/s": lambda row: _figure(row.prefill_tokens_per_s, 0),
         "answer tok/s": lambda row: _figure(row.decode_tokens_per_s, 0),
     }

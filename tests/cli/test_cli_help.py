@@ -15,6 +15,7 @@ from cli_support import Actqkv, environment
 from actqkv_cpp import __version__, parse_size
 from actqkv_cpp.cli.ask import ask
 from actqkv_cpp.cli.chat import chat
+from actqkv_cpp.cli.eval import evaluate
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -41,7 +42,7 @@ def test_reference_page() -> None:
     assert _words(DOCS.read_text(encoding="utf-8")) == _words(reference())
 
 
-@pytest.mark.parametrize("command", [chat, ask])
+@pytest.mark.parametrize("command", [chat, ask, evaluate])
 def test_defaults_in_help(command: object) -> None:
     """The help promises another default than the command has."""
     assert callable(command)

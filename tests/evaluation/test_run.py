@@ -40,7 +40,7 @@ def run(plan: Plan, folder: Path | None = None, **change: Any) -> Result:
     return evaluate(plan, replace(SETTINGS, **change), folder=folder, watch=lambda done, total, what: None)
 
 
-VARYING = ("prefill_tokens_per_s", "decode_tokens_per_s", "started", "load_average")
+VARYING = ("prefill_tokens_per_s", "decode_tokens_per_s", "resident_bytes", "started", "load_average")
 
 
 def plain(value: Any) -> Any:
@@ -152,6 +152,12 @@ def test_what_cannot_run_is_not_zero(trained: int) -> None:
         reason = next(row.reason for row in rows if (row.cell.method, row.cell.length) == (name, trained + 256))
         assert f"trained length of {trained:,}" in (reason or "")
     assert scores["actqkv", trained + 256] is not None
+    assert {row.cell.method: row.dense_max is not None for row in rows if row.cell.length == 1024} == {
+        "dense": False,
+        "llama.cpp": False,
+        "quest": True,
+        "actqkv": False,
+    }
 
 
 def test_beyond_memory(monkeypatch: pytest.MonkeyPatch) -> None:

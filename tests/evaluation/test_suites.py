@@ -66,6 +66,7 @@ def test_answers_stand_where_needles_say(suite: Suite) -> None:
 
 def test_right_answers_are_right(suite: Suite) -> None:
     """A perfect answer does not get the full score, or an empty one gets some."""
+    assert suite.score is not None
     for sample in samples(suite):
         for question in sample.questions:
             assert suite.score(question, ", ".join(question.references)) == 1.0
@@ -75,6 +76,7 @@ def test_right_answers_are_right(suite: Suite) -> None:
 def test_depths_are_swept() -> None:
     """All needles stand at one depth."""
     for name in ("passkey", "number", "needle"):
+        assert [sample.questions[0].depth for sample in samples(SUITES[name], 3)] == [0.0, 0.5, 1.0]
         depths = [sample.questions[0].depth for sample in samples(SUITES[name], 11)]
         assert depths == [i / 10 for i in range(11)]
         for sample in samples(SUITES[name], 11):

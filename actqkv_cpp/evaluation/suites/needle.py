@@ -14,7 +14,8 @@ _PIECE_TOKENS = 32  # of prose: fitting counts in such pieces
 
 def _needle(room: Room, index: int) -> Sample:
     rng = room.rng(index)
-    depth = spread(index % N_DEPTHS, N_DEPTHS)
+    n_depths = min(N_DEPTHS, room.n_samples)
+    depth = spread(index % n_depths, n_depths)
     subject = f"{rng.choice(ADJECTIVES)}-{rng.choice(OBJECTS)}"
     number = str(rng.randrange(10**6, 10**7))
     fact = f"One of the special magic numbers for {subject} is: {number}."
