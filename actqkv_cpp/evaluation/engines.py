@@ -79,6 +79,9 @@ def _columns(method: Method) -> dict[str, Any]:
     return actqkv_cpp.methods()["dense" if method.name == LLAMA_CPP else method.retrieval]
 
 
+_SMALLEST = (Method(name="dense", budget=None), 1)  # what is loaded where any session will do
+
+
 class Engines:
     """One model, and at any time one Llama of it: for the method and the length last asked for. A context manager.
 
@@ -91,6 +94,7 @@ class Engines:
         self._llm: Llama | None = None
         self._key: tuple[Method, int] | None = None
         self.words = self._load(None, 0)
+        self._reasons: dict[tuple[Method, int], str | None] = {}
         self._no_graph: str | None = None  # why our graph lacks the model
         if _TEMPLATE_KEY not in self.words.metadata:
             self.close()
@@ -142,8 +146,17 @@ class Engines:
     # -- methods
 
     def why_not(self, method: Method, n_ctx: int) -> str | None:
-        """Why a method gives no figure in a session of `n_ctx` tokens; None where it does."""
-        llm = self.any()
+        """Why a method gives no figure in a session of `n_ctx` tokens; None where it does.
+
+        Looked into once, with nothing in memory that another session would free.
+        """
+        if (method, n_ctx) not in self._reasons:
+            if self._key != _SMALLEST:
+                self._drop()
+            self._reasons[method, n_ctx] = self._find_reason(self.any(), method, n_ctx)
+        return self._reasons[method, n_ctx]
+
+    def _find_reason(self, llm: Llama, method: Method, n_ctx: int) -> str | None:
         trained = int(llm._model.n_ctx_train())
         exact = _columns(method)["positions"] == "exact"
         if exact and n_ctx > trained:
@@ -199,8 +212,7 @@ class Engines:
     def any(self) -> Llama:
         """Some Llama with a loaded model: what is at hand."""
         if self._llm is None:
-            first = Method(name="dense", budget=None)
-            self._llm, self._key = self._load(first, 1), (first, 1)
+            self._llm, self._key = self._load(*_SMALLEST), _SMALLEST
         return self._llm
 
     def _load(self, method: Method | None, n_ctx: int) -> Llama:
