@@ -11,6 +11,9 @@ from rich.table import Table
 from actqkv_cpp import tables
 from actqkv_cpp.evaluation.results import Result, Row, Score
 
+_Columns = dict[str, Callable[[Row], str]]
+_N_SCORES = 4  # columns of scores beside which what they cost fits a terminal
+
 
 def render(result: Result, *, width: int) -> str:
     """A table per suite: methods, lengths, scores with their intervals, tokens attended, speeds."""
@@ -41,7 +44,7 @@ def _parts(result: Result) -> Iterator[RenderableType]:
     )
     for suite in dict.fromkeys(row.cell.suite for row in result.rows):
         rows = [row for row in result.rows if row.cell.suite == suite]
-        yield _suite(suite, rows)
+        yield from _suite(suite, rows)
         if any(len(row.tasks) > 1 for row in rows):
             yield _tasks(suite, rows)
     yield (
@@ -51,26 +54,39 @@ def _parts(result: Result) -> Iterator[RenderableType]:
     yield from _reasons(result.rows)
 
 
-def _suite(suite: str, rows: Sequence[Row]) -> Table:
-    """A row per method and length; columns that nothing fills are left out."""
+def _suite(suite: str, rows: Sequence[Row]) -> Iterator[Table]:
+    """A row per method and length: scores, and what they cost, as one table where that is narrow enough."""
     measures = dict.fromkeys(name for row in rows for name in row.total.measures if name != "nll")
     recalls = dict.fromkeys(name for row in rows for name in row.total.recalls)
-    columns: dict[str, Callable[[Row], str]] = {
+    cells: _Columns = {
         "method": lambda row: row.cell.method,
         "budget": lambda row: size(row.cell.budget),
         "length": lambda row: size(row.cell.length),
+    }
+    scores: _Columns = {
         "score": lambda row: percent(row.total.score),
         "95 %": lambda row: _interval(row.total),
         "n": lambda row: f"{row.total.n:,}",
         **{name: partial(_measure, name) for name in measures},
         **{name: partial(_recall, name) for name in recalls},
+    }
+    costs: _Columns = {
         "attended": lambda row: _figure(row.attended_mean, 0),
         "dense layers": lambda row: _figure(row.dense_max, 0),
         "read tok/s": lambda row: _figure(row.prefill_tokens_per_s, 0),
         "answer tok/s": lambda row: _figure(row.decode_tokens_per_s, 0),
     }
+    if len(scores) > _N_SCORES:
+        yield _table(suite, rows, cells | scores)
+        yield _table(f"{suite}, cost", rows, cells | costs)
+    else:
+        yield _table(suite, rows, cells | scores | costs)
+
+
+def _table(title: str, rows: Sequence[Row], columns: _Columns) -> Table:
+    """Columns that nothing fills are left out."""
     filled = [name for name, cell in columns.items() if any(cell(row) for row in rows)]
-    table = tables.table(suite, (name.replace("_", " ") for name in filled))
+    table = tables.table(title, (name.replace("_", " ") for name in filled))
     for row in rows:
         table.add_row(*(columns[name](row) for name in filled))
     return table
