@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.files import written_atomically
-from models.network import Llama, NetworkConfig
+from models.network import Llama
+from models.recipe import RECIPE_KEY, NetworkConfig
 from models.tokenizer import add_prompt_format
 
 FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
@@ -30,7 +31,7 @@ LAYER_TENSOR_NAMES = {
 }
 
 
-def export(network: Llama, *, tokenizer: Any, path: Path, file_type: str, name: str = "needle") -> None:
+def export(network: Llama, *, tokenizer: Any, path: Path, file_type: str, recipe: str) -> None:
     """Write one GGUF file.
 
     Args:
@@ -38,7 +39,7 @@ def export(network: Llama, *, tokenizer: Any, path: Path, file_type: str, name: 
         tokenizer: a SentencePiece processor with the vocabulary of the network.
         path: of the file, which is complete or not there.
         file_type: a key of `FILE_TYPES`: the type of the matrices. Vectors are stored as F32.
-        name: the model's name in the metadata.
+        recipe: digest of the recipe, for the metadata.
 
     Raises:
         ValueError: the tokenizer's vocabulary has another size than the network's.
@@ -48,7 +49,8 @@ def export(network: Llama, *, tokenizer: Any, path: Path, file_type: str, name: 
         raise ValueError(f"tokenizer of {n_tokens} tokens, expected the network's {network.config.n_vocab}")
     with written_atomically(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")
-        writer.add_name(name)
+        writer.add_name("needle")
+        writer.add_string(RECIPE_KEY, recipe)
         writer.add_description("tiny retrieval model trained from scratch on synthetic documents")
         writer.add_file_type(FILE_TYPES[file_type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -9,54 +9,18 @@ A run that was cut off goes on where it was when the same command is given again
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from models import tokenizer as tokenizers
 from models.export import FILE_TYPES, export
 from models.files import written_atomically
-from models.network import NetworkConfig
-from models.tokenizer import TokenizerConfig
-from models.train import Stage, TrainConfig, train
+from models.recipe import FULL, SMOKE, Recipe
+from models.train import train
 
 TOKENIZER = "tokenizer.model"
 RECIPE = "recipe.json"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that the files of a run follow from."""
-
-    tokenizer: TokenizerConfig
-    network: NetworkConfig
-    training: TrainConfig
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-
-FULL = Recipe(
-    tokenizer=TokenizerConfig(),
-    network=NetworkConfig(),
-    training=TrainConfig(
-        stages=(Stage(256, 16, 2, 150), Stage(512, 8, 2, 1300), Stage(2048, 2, 2, 400), Stage(8192, 1, 1, 150))
-    ),
-)
-SMOKE = Recipe(
-    tokenizer=TokenizerConfig(n_vocab=512, n_documents=12, n_document_tokens=400),
-    network=NetworkConfig(n_vocab=512, n_embd=128, n_layers=2, n_heads=4, n_kv_heads=2, n_ff=128, n_context=512),
-    training=TrainConfig(
-        stages=(Stage(256, 2, 2, 8), Stage(512, 2, 1, 4)),
-        n_warmup=2,
-        save_every=3,
-        eval_every=8,
-        compiled=False,
-        n_threads=1,
-    ),
-)
 
 
 def make(folder: Path, recipe: Recipe) -> list[Path]:
@@ -78,7 +42,7 @@ def make(folder: Path, recipe: Recipe) -> list[Path]:
     paths = []
     for file_type in FILE_TYPES:
         paths.append(folder / f"needle-{file_type}.gguf")
-        export(network, tokenizer=tokenizer, path=paths[-1], file_type=file_type)
+        export(network, tokenizer=tokenizer, path=paths[-1], file_type=file_type, recipe=recipe.digest())
     return paths
 
 
@@ -98,13 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--smoke", action="store_true", help="a toy scale, to see every step run")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="train without torch.compile: no C++ compiler, slower"
-    )
     args = parser.parse_args(argv)
     recipe = SMOKE if args.smoke else FULL
-    if args.no_compile:
-        recipe = replace(recipe, training=replace(recipe.training, compiled=False))
     try:
         paths = make(args.out, recipe)
     except (ValueError, ImportError) as error:

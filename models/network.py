@@ -8,42 +8,23 @@ function.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.recipe import NetworkConfig
 
-@dataclass(frozen=True)
-class NetworkConfig:
-    """Shape of the network; the defaults are the shipped model's (11.3 M parameters)."""
-
-    n_vocab: int = 2048
-    n_embd: int = 512
-    n_layers: int = 5
-    n_heads: int = 8
-    n_kv_heads: int = 2
-    head_dim: int = 64
-    n_ff: int = 768
-    rope_base: float = 500_000.0
-    norm_eps: float = 1e-5
-    n_context: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} KV heads evenly")
-
-    @property
-    def heads_per_kv(self) -> int:
-        return self.n_heads // self.n_kv_heads
+N_STAGES = 3  # last layers whose attention training guides, each to one stage of a lookup
+N_GUIDED = 2  # of their heads, the first ones, which share a KV head
 
 
 class Rotation:
     """Cosines and sines of the rotary embedding at `positions` [B, T], which need not be consecutive."""
 
     def __init__(self, positions: Tensor, config: NetworkConfig) -> None:
-        angles = positions.float()[:, None, :, None] * rope_frequencies(config)  # [B, 1, T, head_dim / 2]
+        frequencies = rope_frequencies(config).to(positions.device)
+        angles = positions.float()[:, None, :, None] * frequencies  # [B, 1, T, head_dim / 2]
         self.cos, self.sin = angles.cos(), angles.sin()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -90,12 +71,27 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.n_ff, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, rotate: Rotation) -> Tensor:
-        x = x + self._attend(self.attn_norm(x), rotate)
+        return self.mix(self.attend(x, rotate)[0])
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The second half of the layer: [..., n_embd] -> [..., n_embd]."""
         h = self.ffn_norm(x)
         hidden: Tensor = self.down(functional.silu(self.gate(h)) * self.up(h))
         return x + hidden
 
-    def _attend(self, h: Tensor, rotate: Rotation) -> Tensor:
+    def attend(self, x: Tensor, rotate: Rotation, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The first half of the layer.
+
+        Args:
+            x: [B, T, n_embd].
+            rotate: of the positions of `x`.
+            rows: [B, R], tokens whose attention is wanted.
+
+        Returns:
+            [B, T, n_embd], and the attention logits of `rows` in the first `N_GUIDED` heads, [B, N_GUIDED, R, T], not
+            masked; empty without `rows`.
+        """
+        h = self.attn_norm(x)
         config = self.config
         n_batch, n_tokens, _ = h.shape
 
@@ -108,7 +104,12 @@ class Layer(nn.Module):
         v = heads(self.v, config.n_kv_heads).repeat_interleave(config.heads_per_kv, dim=1)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.attn_out(attended.transpose(1, 2).reshape(n_batch, n_tokens, -1))
-        return out
+        if rows is None:
+            return x + out, x.new_zeros(0)
+        index = rows[:, None, :, None].expand(-1, N_GUIDED, -1, config.head_dim)
+        looking = q[:, :N_GUIDED].gather(2, index)
+        logits = looking @ k[:, :N_GUIDED].transpose(2, 3) / math.sqrt(config.head_dim)
+        return x + out, logits
 
 
 class Llama(nn.Module):
@@ -128,18 +129,46 @@ class Llama(nn.Module):
 
     def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the output matrix reads: `tokens` and `positions` [B, T] -> [B, T, n_embd]."""
-        x: Tensor = self.embedding(tokens)
-        if torch.is_autocast_enabled("cpu"):
-            x = x.bfloat16()
-        rotate = Rotation(positions, self.config)
+        x, rotate = self._embed(tokens, positions)
         for layer in self.layers:
             x = layer(x, rotate)
         normed: Tensor = self.norm(x)
         return normed
 
+    def guided_features(
+        self, tokens: Tensor, positions: Tensor, *, indices: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`features` of some tokens, and where other tokens look in the last layers.
+
+        Args:
+            tokens, positions: [B, T].
+            indices: [n], into the B x T tokens laid end to end.
+            rows: [B, R], tokens whose attention is wanted.
+
+        Returns:
+            [n, n_embd], and the attention logits of the last `N_STAGES` layers, [N_STAGES, B, N_GUIDED, R, T].
+        """
+        x, rotate = self._embed(tokens, positions)
+        layers = [layer for layer in self.layers if isinstance(layer, Layer)]
+        logits = []
+        for index, layer in enumerate(layers):
+            guided = index >= len(layers) - N_STAGES
+            x, looks = layer.attend(x, rotate, rows if guided else None)
+            logits += [looks] if guided else []
+            last = index == len(layers) - 1
+            x = layer.mix(x.flatten(0, 1)[indices] if last else x)
+        normed: Tensor = self.norm(x)
+        return normed, torch.stack(logits)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
+        x: Tensor = self.embedding(tokens)
+        if torch.is_autocast_enabled(tokens.device.type):
+            x = x.bfloat16()
+        return x, Rotation(positions, self.config)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits at consecutive positions: [B, T] -> [B, T, n_vocab]."""
-        logits: Tensor = self.output(self.features(tokens, torch.arange(tokens.shape[1])[None]))
+        logits: Tensor = self.output(self.features(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None]))
         return logits
 
     def n_parameters(self) -> int:
@@ -150,8 +179,8 @@ class Llama(nn.Module):
 # appear from random weights on two CPU cores, so the weights start with it. All of them stay trainable.
 
 N_BACK = 4  # layer 0 copies the tokens 1 to 4 places back
-N_FAST = 16  # rotary pairs, from the fastest, by which layer 0 finds its place
-SHARPNESS = 7.0  # of layer 0's attention to that place
+N_FAST = 10  # rotary pairs, from the fastest, by which layer 0 finds its place
+SHARPNESS = 8.5  # of layer 0's attention to that place
 EMBEDDING = None  # a head of a later layer whose keys read the token itself instead of a copied one
 # for layers 1, 2, ...: what the keys of each KV head read
 KEY_SLOTS: tuple[tuple[int | None, int | None], ...] = ((0, EMBEDDING), (0, 1), (0, 0), (0, 1), (0, EMBEDDING))

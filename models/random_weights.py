@@ -22,8 +22,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from actqkv_cpp import default_model_path
 from models.files import written_atomically
-from models.tokenizer import SHIPPED_GGUF, add_prompt_format
+from models.tokenizer import add_prompt_format
 
 FILE_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 N_CONTEXT = 8192  # trained length in the metadata: longer sessions read with clamped positions, as long documents do
@@ -137,7 +138,7 @@ def _add_shape(writer: gguf.GGUFWriter, shape: Shape) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
     """The bundled model's tokens, then unused ones."""
-    fields = gguf.GGUFReader(SHIPPED_GGUF).fields
+    fields = gguf.GGUFReader(default_model_path()).fields
     pieces: list[str] = fields["tokenizer.ggml.tokens"].contents()
     scores: list[float] = fields["tokenizer.ggml.scores"].contents()
     types: list[int] = fields["tokenizer.ggml.token_type"].contents()

@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import accumulate
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.facts import TASKS
-from models.generate import Mix, Question, build_document
+from actqkv_cpp.evaluation.generator.documents import Mix, Question, build_document
+from actqkv_cpp.evaluation.generator.facts import TASKS
+from actqkv_cpp.evaluation.generator.smalltalk import SMALL_TALK
+from models.network import N_STAGES
+from models.recipe import SampleConfig
 from models.tokenizer import ASSISTANT, BOS, DOCUMENT, END, FIRST_TEXT_ID, USER
 
-TASK_ODDS: Final = {
-    "passkey": 1.2,
-    "fact": 3.0,
-    "multi": 1.0,
-    "json": 0.35,
-    "twohop": 1.4,
-    "var": 0.9,
-    "quote": 0.8,
-    "absent": 3.0,
-}
 CHARS_PER_TOKEN: Final = 2.75  # low on purpose: the document must leave room for the questions
 SYSTEM_PROMPTS: Final = (
     "You are a helpful assistant.",
@@ -64,20 +60,7 @@ class Role(IntEnum):
 N_LOOKUP = 3
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """How samples are drawn.
-
-    Attributes:
-        heldout: names and places that training never draws.
-        max_gap: longest random jump of the positions, in tokens; jumps are meant to make heads indifferent to distance,
-            after PoSE (Zhu et al. 2023, arXiv:2309.10400).
-        gap_share: share of the samples with jumps.
-    """
-
-    heldout: bool = False
-    max_gap: int = 16384
-    gap_share: float = 0.6
+MAX_TARGETS = 12  # tokens of one such place
 
 
 @dataclass(frozen=True)
@@ -89,13 +72,22 @@ class Span:
     task: str
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Where token `query` finds the next token: `stages[i]` are the tokens to look at in the i-th look."""
+
+    query: int
+    stages: tuple[tuple[int, ...], ...]
+
+
 @dataclass
 class Sample:
-    """Token ids with one role each, and the answers among them."""
+    """Token ids with one role each, the answers among them, and what they are read from."""
 
     ids: list[int] = field(default_factory=lambda: [BOS])
     roles: list[int] = field(default_factory=lambda: [int(Role.TEXT)])
     spans: list[Span] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)
 
     def put(self, ids: list[int], role: Role = Role.TEXT) -> None:
         self.ids += ids
@@ -106,16 +98,40 @@ class Sample:
         self.put([END] * (n_tokens - len(self.ids)), Role.PADDING)
         del self.ids[n_tokens:], self.roles[n_tokens:]
         self.spans = [span for span in self.spans if span.start + span.length <= n_tokens]
+        self.lookups = [lookup for lookup in self.lookups if lookup.query < n_tokens - 1]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A text inside a sample: its characters from `offset` on are a document's, its tokens start at `start`."""
+
+    start: int
+    begins: Sequence[int]  # of each token, in characters of the text
+    offset: int
+
+    def token_at(self, character: int) -> int:
+        """Index in the sample of the token that holds a character of the document."""
+        return self.start + bisect_right(self.begins, self.offset + character) - 1
+
+    def tokens_in(self, start: int, end: int) -> tuple[int, ...]:
+        return tuple(range(self.token_at(start), self.token_at(end - 1) + 1))[:MAX_TARGETS]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens`, `roles` and `positions` [B, T + 1] (int64), and the answers of each sample."""
+    """Samples side by side.
+
+    Attributes:
+        tokens, roles, positions: [B, T + 1] (int64).
+        spans: the answers of each sample.
+        lookups: of each sample.
+    """
 
     tokens: Tensor
     roles: Tensor
     positions: Tensor
     spans: list[list[Span]]
+    lookups: list[list[Lookup]]
 
 
 class Sampler:
@@ -130,6 +146,11 @@ class Sampler:
         self.tokenizer = tokenizer
         self.config = config
         self.rng = random.Random(seed)
+        self.lengths = [
+            1 if tokenizer.is_byte(token) else len(tokenizer.id_to_piece(token))
+            for token in range(tokenizer.vocab_size())
+        ]  # in characters; control symbols never come from text
+        self.space = tokenizer.piece_to_id("\u2581")
         self.sentence_ends = {END, tokenizer.piece_to_id("."), tokenizer.piece_to_id("<0x0A>")}
 
     def batch(self, n_tokens: int, n_samples: int, *, repeat_share: float = 0.0) -> Batch:
@@ -144,6 +165,7 @@ class Sampler:
             roles=torch.tensor([sample.roles for sample in samples]),
             positions=torch.from_numpy(np.stack(positions)),
             spans=[sample.spans for sample in samples],
+            lookups=[sample.lookups for sample in samples],
         )
 
     def _repeated(self, n_tokens: int) -> Sample:
@@ -170,64 +192,99 @@ class Sampler:
         if rng.random() < 0.12:
             sample.put([DOCUMENT, *self._encode(f" {rng.choice(SYSTEM_PROMPTS)}"), END])
         layout = rng.random()
-        if layout < 0.55 or not questions:
-            sample.put([DOCUMENT, *self._encode(lead + text), END])
+        if layout < 0.6 or not questions:
+            document = self._put_text(sample, DOCUMENT, lead, text)
         else:
-            self._first_exchange(sample, layout, lead, text, questions.pop(), n_tokens)
+            document = self._first_exchange(sample, layout, lead, text, questions.pop())
         max_absent = 2 + n_tokens // 700  # "not stated" is half of all answers otherwise
         for question in questions:
             if len(sample.ids) >= n_tokens:
                 break
+            if rng.random() < self.config.small_talk_share:
+                self._put_small_talk(sample)
             if question.task == "absent":
                 max_absent -= 1
                 if max_absent < 0:
                     continue
             self._put_question(sample, question)
-            self._put_answer(sample, question, n_tokens)
+            self._put_answer(sample, question, document)
         sample.cut(n_tokens)
         return sample
 
-    def _first_exchange(  # noqa: PLR0917 (private, one caller)
-        self, sample: Sample, layout: float, lead: str, text: str, question: Question, n_tokens: int
-    ) -> None:
-        """Other layouts than a document turn: one user turn with everything, or the question before the document."""
+    def _first_exchange(self, sample: Sample, layout: float, lead: str, text: str, question: Question) -> Placed:
+        """The document and its first question in other orders than the usual one, and the answer."""
         rng = self.rng
-        if layout < 0.75:
+        if layout < 0.78:
             introduction = f"{rng.choice(INTRODUCTIONS)}\n\n" if rng.random() < 0.5 else ""
             asked = rng.choice(QUESTION_FORMS).format(q=question.question)
-            sample.put([USER, *self._encode(f"{lead}{introduction}{text}\n\n{asked}"), END])
-        elif layout < 0.88:
+            document = self._put_text(sample, USER, lead + introduction, text, f"\n\n{asked}")
+        elif layout < 0.9:
             again = f"\n\n{question.question}" if rng.random() < 0.5 else ""
-            sample.put([USER, *self._encode(f"{lead}{question.question}\n\n{text}{again}"), END])
+            document = self._put_text(sample, USER, f"{lead}{question.question}\n\n", text, again)
         else:
             self._put_question(sample, question)
-            sample.put([DOCUMENT, *self._encode(lead + text), END])
-        self._put_answer(sample, question, n_tokens)
+            document = self._put_text(sample, DOCUMENT, lead, text)
+        self._put_answer(sample, question, document)
+        return document
+
+    def _put_text(self, sample: Sample, role: int, before: str, text: str, after: str = "") -> Placed:
+        """A turn that holds the document."""
+        ids, begins = self._encode_with_places(before + text + after)
+        placed = Placed(len(sample.ids) + 1, begins, len(before))
+        sample.put([role, *ids, END])
+        return placed
 
     def _put_question(self, sample: Sample, question: Question) -> None:
         lead = " " if self.rng.random() < 0.8 else ""
         sample.put([USER, *self._encode(lead + question.question), END])
 
-    def _put_answer(self, sample: Sample, question: Question, n_tokens: int) -> None:
+    def _put_answer(self, sample: Sample, question: Question, document: Placed) -> None:
         sample.put([ASSISTANT])
-        ids = self._encode(f" {question.answer}")
-        if len(sample.ids) + len(ids) < n_tokens:
-            sample.spans.append(Span(len(sample.ids), len(ids) + 1, question.task))
+        ids, begins = self._encode_with_places(f" {question.answer}")
+        start = len(sample.ids)
+        sample.spans.append(Span(start, len(ids) + 1, question.task))
         sample.put(ids[:N_LOOKUP], Role.LOOKUP)
         sample.put([*ids[N_LOOKUP:], END], Role.QUOTE if question.task == "quote" else Role.ANSWER)
+        if not question.copies:
+            sample.lookups.append(Lookup(start - 1, ((0,),) * N_STAGES))
+        bridges = [document.tokens_in(*bridge) for bridge in question.bridges]
+        for index, begin in enumerate(begins):
+            character = max(0, begin - 1)  # of the answer, without the space before it
+            for copy in question.copies:
+                if copy.start <= character < copy.start + copy.length:
+                    value = (document.token_at(copy.at + character - copy.start),)
+                    if begin == 0 and ids[0] == self.space and sample.ids[value[0] - 1] == self.space:
+                        value = (value[0] - 1,)
+                    first = bridges if character == copy.start else []
+                    stages = (*first, *(value,) * (N_STAGES - len(first)))
+                    sample.lookups.append(Lookup(start + index - 1, stages))
+
+    def _put_small_talk(self, sample: Sample) -> None:
+        talk = self.rng.choice(SMALL_TALK)
+        sample.put([USER, *self._encode(f" {self.rng.choice(talk.said)}"), END, ASSISTANT])
+        ids = self._encode(f" {talk.reply}")
+        sample.spans.append(Span(len(sample.ids), len(ids) + 1, "small talk"))
+        sample.put([*ids, END], Role.ANSWER)
 
     def _document(self, n_tokens: int) -> tuple[str, list[Question]]:
         """A document that leaves room for questions, dense in facts where it is short."""
         rng = self.rng
-        tasks, odds = list(TASK_ODDS), list(TASK_ODDS.values())
+        task_odds = self.config.task_odds
+        tasks, odds = list(task_odds), list(task_odds.values())
         n_chars = int(n_tokens * rng.uniform(*document_share(n_tokens)) * CHARS_PER_TOKEN)
         if rng.random() < 0.25:  # a document about few kinds of facts
             answerable = [task for task in TASKS if task != "absent"]
             tasks = [*rng.sample(answerable, rng.choice((1, 2, 3))), "absent"]
-            odds = [TASK_ODDS[task] for task in tasks]
+            odds = [task_odds[task] for task in tasks]
         while True:
             density = rng.uniform(*fact_density(n_tokens - 1))
-            mix = Mix(tasks=tasks, weights=odds, density=density, heldout=self.config.heldout)
+            mix = Mix(
+                tasks=tasks,
+                weights=odds,
+                density=density,
+                heldout=self.config.heldout,
+                sentence_share=self.config.sentence_share,
+            )
             document = build_document(rng, n_chars, mix)
             if len(self._encode(document.text)) < n_tokens * 0.92 - 40:
                 return document.text, list(document.questions)
@@ -244,6 +301,11 @@ class Sampler:
         for end in rng.sample(ends, min(len(ends), rng.choice((1, 1, 2, 3, 5)))):
             positions[end:] += int(math.exp(rng.uniform(0.0, math.log(max_gap))))
         return plain if positions[-1] > 2 * max_gap else positions
+
+    def _encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids, and the character of `text` (ASCII) at which each begins."""
+        ids = self._encode(text)
+        return ids, list(accumulate((self.lengths[token] for token in ids), initial=0))[:-1]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text)

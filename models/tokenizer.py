@@ -7,19 +7,16 @@ where each text is written with the space before it, because the tokenizer adds 
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from actqkv_cpp.evaluation.generator.documents import make_document
 from models.files import written_atomically
-from models.generate import make_document
+from models.recipe import TokenizerConfig
 
 if TYPE_CHECKING:
     import gguf
-
-SHIPPED_GGUF: Final = Path(__file__).parents[1] / "actqkv_cpp" / "data" / "needle-q8_0.gguf"
 
 UNKNOWN, BOS, EOS, USER, ASSISTANT, END, DOCUMENT = range(7)
 CONTROL_SYMBOLS = ("<|user|>", "<|assistant|>", "<|end|>", "<|document|>")  # of the ids USER to DOCUMENT
@@ -31,15 +28,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '<|document|> ' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Size of the vocabulary, and the generated text it is learnt from."""
-
-    n_vocab: int = 2048
-    n_documents: int = 900
-    n_document_tokens: int = 1500
 
 
 def train(path: Path, *, config: TokenizerConfig) -> None:
@@ -82,35 +70,6 @@ def load(path: Path) -> Any:
         ImportError: sentencepiece is not installed.
     """
     return _sentencepiece().SentencePieceProcessor(model_file=str(path))
-
-
-class GgufTokenizer:
-    """The tokenizer inside a GGUF, through llama-cpp-python; the weights are not read.
-
-    Raises:
-        ImportError: llama-cpp-python is not installed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import llama_cpp  # noqa: PLC0415 (optional)
-        except ImportError as error:
-            raise ImportError("the tokenizer of a GGUF needs llama-cpp-python") from error
-        self._llama_cpp: Any = llama_cpp
-        params = llama_cpp.llama_model_default_params()
-        params.vocab_only = True
-        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # what Llama(verbose=False) does
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if not self._model:
-            raise ValueError(f"{path}: expected a GGUF file")
-        self._vocab = self._llama_cpp.llama_model_get_vocab(self._model)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without BOS; control symbols in it are taken as plain text."""
-        data = text.encode()
-        ids = (self._llama_cpp.llama_token * (len(data) + 1))()
-        n_ids = self._llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, False)
-        return list(ids[:n_ids])
 
 
 def _corpus(config: TokenizerConfig) -> Iterator[str]:

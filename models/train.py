@@ -9,10 +9,11 @@ lines with the share of held-out answers predicted in full (teacher-forced).
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,83 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from models.draw import Selection, drawn
 from models.files import written_atomically
-from models.network import Llama, NetworkConfig, wire
-from models.samples import Batch, Role, SampleConfig, Sampler
+from models.network import Llama, wire
+from models.recipe import NetworkConfig, TrainConfig
+from models.samples import Role, Sampler
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 
-ROLE_WEIGHTS = {Role.ANSWER: 1.0, Role.REPEAT: 1.0, Role.QUOTE: 0.3, Role.LOOKUP: 2.0}
-REPEAT_SHARE = 0.3  # of repeated random tokens among the samples at the very start
-SELECTED_SHARE = 5 / 8  # of a batch's tokens enter the loss: all answers, the rest drawn from the text
-MAX_COMPILED_TOKENS = 4096  # longer samples run uncompiled: their few steps do not repay the compilation
-
-
-@dataclass(frozen=True)
-class Stage:
-    """`n_steps` steps, each on `n_accumulated` batches of `n_samples` samples of `n_tokens` tokens."""
-
-    n_tokens: int
-    n_samples: int
-    n_accumulated: int
-    n_steps: int
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The recipe of a run.
-
-    Attributes:
-        stages: run in order.
-        seed: of weights and samples.
-        matrix_lr: peak learning rate of Muon.
-        other_lr: peak learning rate of AdamW; for the embedding `embedding_lr`.
-        n_warmup: steps over which learning rates rise.
-        decay_share: last share of all steps, over which learning rates fall linearly, to `min_lr_scale` of the peak.
-        text_weight: weight in the loss of predicting plain text, beside 1 for answers.
-        wired: start with `network.wire`.
-        save_every: steps between checkpoints; between evaluations `eval_every`.
-        compiled: through torch.compile, which needs a C++ compiler.
-        n_threads: threads of PyTorch; results are repeatable for one number of threads on one machine.
-    """
-
-    stages: tuple[Stage, ...]
-    seed: int = 1234
-    matrix_lr: float = 0.005
-    other_lr: float = 2e-3
-    embedding_lr: float = 1e-2
-    n_warmup: int = 40
-    decay_share: float = 0.6
-    min_lr_scale: float = 0.03
-    text_weight: float = 0.1
-    wired: bool = True
-    save_every: int = 20
-    eval_every: int = 100
-    compiled: bool = True
-    n_threads: int = 2
-
-    @property
-    def n_steps(self) -> int:
-        return sum(stage.n_steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> tuple[int, float]:
-        """Index of the stage that `step`, from 0, belongs to, and how much of that stage is done, 0 to 1."""
-        for index, stage in enumerate(self.stages):
-            if step < stage.n_steps:
-                return index, step / stage.n_steps
-            step -= stage.n_steps
-        raise ValueError(f"step {step + self.n_steps}: expected fewer than {self.n_steps}")
-
-    def lr_scale(self, step: int) -> float:
-        """What the peak learning rates are multiplied by at `step`."""
-        done = step / self.n_steps
-        fall = 1.0 if done < 1 - self.decay_share else max(self.min_lr_scale, (1 - done) / self.decay_share)
-        return min(1.0, (step + 1) / self.n_warmup) * fall
-
 
 def train(folder: Path, *, tokenizer: Any, network_config: NetworkConfig, config: TrainConfig) -> Llama:
-    """Train a network, or finish a run that was cut off, in `folder`.
+    """Train a network, or finish a run that was cut off, in `folder`, on a CUDA GPU where there is one.
 
     Args:
         folder: holds the run's checkpoint and log.
@@ -108,15 +44,17 @@ def train(folder: Path, *, tokenizer: Any, network_config: NetworkConfig, config
         The trained network.
     """
     torch.set_num_threads(config.n_threads)
-    torch.use_deterministic_algorithms(True)
-    trainer = Trainer(tokenizer, network_config=network_config, config=config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    trainer = Trainer(tokenizer, network_config=network_config, config=config, device=device)
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
         trainer.load(checkpoint)
     log = folder / LOG
     _keep_log_until(log, trainer.step)
-    while trainer.step < config.n_steps:
-        records = [trainer.train_step()]
+    n_processes = 0 if device.type == "cpu" else max(1, (os.cpu_count() or 1) - 2)  # a GPU outruns one that draws
+    for selections in drawn(tokenizer, config, trainer.step, n_processes=n_processes):
+        records = [trainer.train_step(selections)]
         if trainer.step % config.eval_every == 0 or trainer.step == config.n_steps:
             records.append(trainer.evaluate())
         with log.open("a", encoding="utf-8") as file:
@@ -175,60 +113,14 @@ def orthogonalised(matrix: Tensor, n_iterations: int = 5) -> Tensor:
     return result.float()
 
 
-@dataclass(frozen=True)
-class Selection:
-    """A batch, and those of its tokens that enter the loss.
-
-    Attributes:
-        tokens, positions: [B, T], what the network reads.
-        indices: [n], into the B x T predictions laid end to end.
-        targets: [n], the tokens to predict.
-        weights: [n], in the loss.
-        roles: [n].
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    indices: Tensor
-    targets: Tensor
-    weights: Tensor
-    roles: Tensor
-
-
-def select(batch: Batch, *, n_answer_tokens: int, text_weight: float, generator: torch.Generator) -> Selection:
-    """All answer tokens of a batch and as many random text tokens as fill up `SELECTED_SHARE`, a fixed number.
-
-    Args:
-        batch: tokens to choose from.
-        n_answer_tokens: of the whole step; the weights of answers are divided by it.
-        text_weight: what the weights of text add up to.
-        generator: draws the text tokens.
-    """
-    targets, roles = batch.tokens[:, 1:].reshape(-1), batch.roles[:, 1:].reshape(-1)
-    n_selected = int(len(targets) * SELECTED_SHARE)
-    answers = (roles > Role.TEXT).nonzero()[:, 0][:n_selected]
-    text = (roles == Role.TEXT).nonzero()[:, 0]
-    text = text[torch.randperm(len(text), generator=generator)[: n_selected - len(answers)]]
-    indices = torch.cat((answers, text))
-    of_role = torch.tensor([0.0, *(ROLE_WEIGHTS[role] for role in sorted(ROLE_WEIGHTS))])
-    answer_weights = of_role[roles[answers]] / n_answer_tokens
-    weights = torch.cat((answer_weights, torch.full((len(text),), text_weight / max(1, len(text)))))
-    missing = (0, n_selected - len(indices))  # padding may leave too few; compiled code wants one shape
-    return Selection(
-        tokens=batch.tokens[:, :-1].contiguous(),
-        positions=batch.positions[:, :-1].contiguous(),
-        indices=functional.pad(indices, missing),
-        targets=functional.pad(targets[indices], missing),
-        weights=functional.pad(weights, missing),
-        roles=functional.pad(roles[indices], missing, value=int(Role.PADDING)),
-    )
-
-
 class Trainer:
     """A network, its optimisers, and how far they are."""
 
-    def __init__(self, tokenizer: Any, *, network_config: NetworkConfig, config: TrainConfig) -> None:
+    def __init__(
+        self, tokenizer: Any, *, network_config: NetworkConfig, config: TrainConfig, device: torch.device
+    ) -> None:
         self.tokenizer = tokenizer
+        self.device = device
         self.config = config
         self.step = 0
         self.n_tokens_seen = 0
@@ -238,21 +130,17 @@ class Trainer:
         self.network = Llama(network_config)
         if config.wired:
             wire(self.network)
+        self.network.to(device)
         self._muon, self._adam, self._others = self._optimisers()
-        self._compiled_stage = -1
-        self._loss: Callable[..., tuple[Tensor, Tensor]] = self._loss_of
 
-    def train_step(self) -> dict[str, Any]:
-        """One step of the optimisers; returns its line of the log."""
+    def train_step(self, selections: Sequence[Selection]) -> dict[str, Any]:
+        """One step of the optimisers on what was drawn for it; returns its line of the log."""
         config = self.config
-        index, progress = config.stage_at(self.step)
-        stage = config.stages[index]
-        self._compile(index)
-        loss = {"answer": Mean(), "text": Mean(), "repeat": Mean()}
-        for selection in self._draw(stage, REPEAT_SHARE * max(0.0, 1 - 2 * progress) if index == 0 else 0.0):
-            total, per_token = self._loss(
-                selection.tokens, selection.positions, selection.indices, selection.targets, selection.weights
-            )
+        stage = config.stages[config.stage_at(self.step)[0]]
+        loss = {"answer": Mean(), "text": Mean(), "repeat": Mean(), "guide": Mean()}
+        for selection in (one.to(self.device) for one in selections):
+            total, per_token, guided = self._loss(selection)
+            loss["guide"].add(guided)
             total.backward()  # type: ignore[no-untyped-call]
             loss["text"].add(per_token[selection.roles == Role.TEXT])
             loss["repeat"].add(per_token[selection.roles == Role.REPEAT])
@@ -270,14 +158,14 @@ class Trainer:
         """Share of held-out answers of which every token is the likeliest one; returns its line of the log."""
         stage = self.config.stages[self.config.stage_at(self.step - 1)[0]]
         n_samples = max(4, min(n_samples, n_samples * 1024 // stage.n_tokens))
-        sampler = Sampler(self.tokenizer, config=SampleConfig(heldout=True, gap_share=0.0), seed=seed)
+        sampler = Sampler(self.tokenizer, config=replace(self.config.samples, heldout=True, gap_share=0.0), seed=seed)
         n_asked: Counter[str] = Counter()
         n_right: Counter[str] = Counter()
         for _ in range(n_samples):
             batch = sampler.batch(stage.n_tokens - 1, 1)
-            with torch.autocast("cpu", torch.bfloat16):
-                features = self.network.features(batch.tokens[:, :-1], batch.positions[:, :-1])
-                predicted = self.network.output(features)[0].argmax(-1)
+            tokens, positions = batch.tokens[:, :-1].to(self.device), batch.positions[:, :-1].to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                predicted = self.network.output(self.network.features(tokens, positions))[0].argmax(-1).cpu()
             for span in batch.spans[0]:
                 answer = batch.tokens[0, span.start : span.start + span.length]
                 n_asked[span.task] += 1
@@ -300,7 +188,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of the same recipe."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=self.device, weights_only=True)
         self.network.load_state_dict(state["network"])
         for mean, saved in zip(self._muon.means, state["muon"], strict=True):
             mean.copy_(saved)
@@ -326,37 +214,18 @@ class Trainer:
         )
         return Muon(matrices, lr=config.matrix_lr), adam, [*others, embedding]
 
-    def _compile(self, stage: int) -> None:
-        if stage == self._compiled_stage:
-            return
-        self._compiled_stage = stage
-        compiled = self.config.compiled and self.config.stages[stage].n_tokens <= MAX_COMPILED_TOKENS
-        self._loss = torch.compile(self._loss_of, dynamic=False) if compiled else self._loss_of
-
-    def _draw(self, stage: Stage, repeat_share: float) -> list[Selection]:
-        """The step's batches, which depend on the seed and the number of the step alone."""
-        sampler = Sampler(self.tokenizer, config=SampleConfig(), seed=f"train-{self.config.seed}-{self.step}")
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        batches = [
-            sampler.batch(stage.n_tokens, stage.n_samples, repeat_share=repeat_share)
-            for _ in range(stage.n_accumulated)
-        ]
-        n_answer_tokens = max(1, sum(int((batch.roles[:, 1:] > Role.TEXT).sum()) for batch in batches))
-        text_weight = self.config.text_weight / stage.n_accumulated
-        return [
-            select(batch, n_answer_tokens=n_answer_tokens, text_weight=text_weight, generator=generator)
-            for batch in batches
-        ]
-
-    def _loss_of(
-        self, tokens: Tensor, positions: Tensor, indices: Tensor, targets: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The weighted loss, and the plain one per selected token, [n], detached; see `Selection`."""
-        with torch.autocast("cpu", torch.bfloat16):
-            features = self.network.features(tokens, positions)
-            logits = self.network.output(features.flatten(0, 1)[indices])
-        per_token = functional.cross_entropy(logits.float(), targets, reduction="none")
-        return (per_token * weights).sum(), per_token.detach()
+    def _loss(self, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted loss; detached, the plain one per selected token, [n], and that of guided attention, [1]."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            features, looks = self.network.guided_features(
+                selection.tokens, selection.positions, indices=selection.indices, rows=selection.rows
+            )
+            logits = self.network.output(features)
+        per_token = functional.cross_entropy(logits.float(), selection.targets, reduction="none")
+        misplaced = misplaced_attention(looks.float(), selection.rows, selection.places, selection.place_weights)
+        total = (per_token * selection.weights).sum() + misplaced
+        mean = misplaced.detach() / selection.place_weights.sum().clamp(min=1e-9)
+        return total, per_token.detach(), mean[None]
 
     def _update(self, lr_scale: float) -> None:
         torch.nn.utils.clip_grad_norm_(self._others, 1.0)
@@ -377,6 +246,20 @@ class Trainer:
             "n_tokens_seen": self.n_tokens_seen,
             "seconds": round(self._seconds(), 1),
         }
+
+
+def misplaced_attention(logits: Tensor, rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of attention against the places it should go to, the mean over the guided heads.
+
+    Args:
+        logits: [N_STAGES, B, N_GUIDED, R, T], not masked.
+        rows: [B, R], the tokens that look.
+        places, weights: [N_STAGES, B, R, MAX_TARGETS].
+    """
+    later = torch.arange(logits.shape[-1], device=logits.device) > rows[:, :, None]  # [B, R, T]
+    log_shares = logits.masked_fill(later[None, :, None], -1e9).log_softmax(-1)
+    wanted = log_shares.gather(-1, places[:, :, None].expand(-1, -1, logits.shape[2], -1, -1))
+    return -(wanted.mean(2) * weights).sum()
 
 
 class Mean:

@@ -1,228 +1,39 @@
-"""Breaks when the bundled model cannot be made again: other documents, or the recipe does not run, resume or export."""
+"""Breaks when the bundled model cannot be made again: the recipe does not run, resume or export, or is another."""
 
 from __future__ import annotations
 
 import json
-import random
-import re
 import signal
-import string
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).parents[1]))  # models/ belongs to the repository, not to the installed package
 
-from models import lexicon, templates
-from models.facts import TASKS
-from models.generate import Document, make_document, parse_size
-from models.generate import main as generate_main
-from models.source import VALUE_KINDS, Source
+from actqkv_cpp import default_model_path
+from actqkv_cpp.evaluation.generator import make_document
+from actqkv_cpp.evaluation.generator.vocabulary import Vocabulary
+from models.recipe import FULL, RECIPE_KEY, SMOKE
 
 ROOT = Path(__file__).parents[1]
-NEEDS_LLAMA_CPP = "lengths are fitted with the tokenizer in the GGUF, through llama-cpp-python"
-EXAMPLE = ["--tasks", "passkey,fact,multi,twohop,absent", "--styles", "prose,people", "--heldout"]
-EXAMPLE += ["--tokens", "32k", "--count", "4", "--seed", "harbour-master"]
-HELDOUT_SETS = {"eval_2k": 20, "eval_8k": 10, "eval_32k": 6, "eval_128k": 3}  # documents in each
 
-# against float32, measured on the smoke model: 1.6e-5 (a third of it from rounding the weights) and 6e-4; q and k
-# with their rows in the wrong order give 0.8
-MAX_NMSE = {"f16": 1e-4, "q8_0": 3e-3}
+# against float32, measured on the smoke model: 1.7e-4 (a third of it from rounding the weights) and 8.8e-3, large as
+# its wired heads attend sharply; q and k with their rows in the wrong order give 0.8
+MAX_NMSE = {"f16": 1e-3, "q8_0": 4e-2}
 
 
-def generate(*options: str) -> str:
-    """What `python -m models.generate` prints."""
-    command = [sys.executable, "-m", "models.generate", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-
-def heldout_set(name: str) -> list[dict[str, Any]]:
-    with (ROOT / "models" / "heldout" / f"{name}.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def documents(*, heldout: bool = False) -> list[Document]:
-    """Sparse and dense documents, with every task."""
-    densities = (0.1, 0.4, 0.8)
-    return [
-        make_document(1500, seed=f"test-{index}", heldout=heldout, density=densities[index % 3]) for index in range(24)
-    ]
-
-
-# the generator
-
-
-def test_same_seed_gives_the_same_document() -> None:
-    assert make_document(800, seed=5) == make_document(800, seed=5)
-    assert make_document(800, seed=5) != make_document(800, seed=6)
-
-
-def test_heldout_set_is_reproduced() -> None:
-    pytest.importorskip("llama_cpp", reason=NEEDS_LLAMA_CPP)
-    rows = heldout_set("eval_2k")
-    options = ["--tokens", "2k", "--count", "2", "--seed", "held-2048", "--documents", str(len(rows)), "--heldout"]
-    again = [json.loads(line) for line in generate(*options, "--jsonl").splitlines()]
-    same_library = sys.version_info[:2] == (3, 11)  # docstring sentences come from the standard library
-    for row, made in zip(rows, again, strict=True):
-        styles = make_document(2048, seed=row["id"], heldout=True, count=2).styles
-        if same_library or "docstring" not in styles:
-            assert made == row
-
-
-def test_example_is_reproduced() -> None:
-    pytest.importorskip("llama_cpp", reason=NEEDS_LLAMA_CPP)
-    assert generate(*EXAMPLE, "--text") == (ROOT / "examples" / "harbour.txt").read_text(encoding="utf-8")
-    assert generate(*EXAMPLE, "--questions") == (ROOT / "examples" / "questions.jsonl").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("name", HELDOUT_SETS)
-def test_shipped_sets_hold_their_answers(name: str) -> None:
-    rows = heldout_set(name)
-    assert len(rows) == HELDOUT_SETS[name]
-    for row in rows:
-        for question in row["questions"]:
-            assert_answer_follows(row["document"], question)
-
-
-def test_answers_are_in_the_document_where_depth_says() -> None:
-    for document in documents():
-        for question in document.questions:
-            assert_answer_follows(document.text, vars(question))
-
-
-def assert_answer_follows(text: str, question: Mapping[str, Any]) -> None:
-    """The answer stands in the document, and at the depth for the tasks whose last fact states it."""
-    if question["task"] == "absent":
-        assert (question["answer"], question["depth"]) == (templates.NOT_STATED, -1.0)
-        return
-    assert question["answer"] in text, question
-    if question["task"] in ("passkey", "multi", "json", "quote"):
-        near = int(question["depth"] * len(text) - 0.0001 * len(text)) - 1  # depth is rounded to four places
-        assert question["answer"] in text[max(0, near) : near + 400 + len(text) // 5000], question
-
-
-def test_every_task_is_asked_as_often_as_wanted() -> None:
-    document = make_document(4000, seed=1, count=3)
-    for task in TASKS:
-        assert sum(question.task == task for question in document.questions) >= 3
-
-
-def test_not_stated_is_not_stated() -> None:
-    n_absent = n_stated = 0
-    for document in [*documents(), *documents(heldout=True)]:
-        for question in document.questions:
-            patterns = list(statements_that_answer(question.question))
-            stated = any(pattern.search(document.text) for pattern in patterns)
-            if question.task == "absent":
-                assert patterns, f"no template asks {question.question!r}"
-                assert not stated, question
-                n_absent += 1
-            elif question.task in ("passkey", "multi", "json"):
-                assert stated, question  # so that the search above would find an answer
-                n_stated += 1
-    assert n_absent > 100
-    assert n_stated > 100
-
-
-def statements_that_answer(question: str) -> Iterator[re.Pattern[str]]:
-    """Patterns of all sentences that would answer the question, found by inverting the templates."""
-    pairs: list[tuple[Sequence[str], Sequence[str]]] = [
-        (templates.ATTRIBUTE_QUESTIONS, templates.ATTRIBUTE_STATEMENTS),
-        (templates.JSON_QUESTIONS, templates.JSON_LINES),
-        *((relation.questions, relation.statements) for relation in templates.RELATIONS),
-        *(([phrase.question], [phrase.statement]) for phrase in (*templates.PLAIN_KEYS, *templates.KEYED_KEYS)),
-    ]
-    for asked, stated in pairs:
-        for template in asked:
-            slots = pattern_of(template, {}).fullmatch(question)
-            if slots is None:
-                continue
-            values = {name.lower(): value for name, value in slots.groupdict().items()}
-            yield from (pattern_of(statement, values, start=r"(?:\A|(?<=\n)|(?<=[.;\w] ))") for statement in stated)
-
-
-def pattern_of(template: str, slots: Mapping[str, str], *, start: str = "") -> re.Pattern[str]:
-    """A template with the given slots filled, and the others open; {Subject} and {subject} are one slot."""
-    parts = []
-    seen: set[str] = set()
-    for text, slot, _, _ in string.Formatter().parse(template):
-        parts.append(re.escape(text))
-        if slot is None:
-            continue
-        if slot.lower() in slots:
-            parts.append(re.escape(slots[slot.lower()]))
-        else:
-            words = "|".join(lexicon.ATTRIBUTES) if slot == "attribute" else r"[^.\n]+"
-            parts.append(rf"(?P={slot})" if slot in seen else rf"(?P<{slot}>{words})")
-            seen.add(slot)
-    return re.compile(start + "".join(parts), re.IGNORECASE)
-
-
-@pytest.mark.parametrize("names", [lexicon.first_names(), lexicon.surnames(), lexicon.places()])
-def test_heldout_names_are_disjoint_from_training_names(names: tuple[str, ...]) -> None:
-    n_training = lexicon.n_training(names)
-    assert len(set(names)) == len(names)
-    assert not set(names[:n_training]) & set(names[n_training:])
-    assert n_training / len(names) == pytest.approx(10 / 11, abs=1e-3)
-
-
-@pytest.mark.parametrize("draw", [Source.first_name, Source.surname, Source.place])
-def test_sources_keep_to_their_part_of_the_names(draw: Any) -> None:
-    training, heldout = (
-        {draw(source) for _ in range(3000)}
-        for source in (Source(random.Random(1)), Source(random.Random(1), heldout=True))
-    )
-    assert not training & heldout
-    assert len(training) > len(heldout) > 300
-
-
-def test_every_value_kind_is_known() -> None:
-    kinds = {*lexicon.ATTRIBUTES.values(), *(relation.value for relation in templates.RELATIONS)}
-    assert kinds == set(VALUE_KINDS)
-
-
-def test_filler_says_nothing_about_what_is_asked() -> None:
-    document = make_document(3000, tasks=["quote"], seed=3, count=5, styles=["people"])
-    for question in document.questions:
-        assert document.text.count(question.answer) == 1
-
-
-@pytest.mark.parametrize(("text", "n"), [("2k", 2048), ("1m", 1 << 20), ("128K", 131072), ("700", 700), ("0.5k", 512)])
-def test_sizes(text: str, n: int) -> None:
-    assert parse_size(text) == n
-
-
-@pytest.mark.parametrize("options", [{"tasks": ["riddle"]}, {"tasks": []}, {"styles": ["verse"]}])
-def test_unknown_tasks_and_styles_are_refused(options: dict[str, list[str]]) -> None:
-    with pytest.raises(ValueError, match="expected some of"):
-        make_document(100, **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "required"),
-        (["--text", "--jsonl"], "not allowed with"),
-        (["--text", "--tasks", "riddle"], "expected some of passkey"),
-        (["--text", "--tokenizer", "missing.gguf"], "no such file"),
-        (["--text", "--tokens", "many"], "invalid parse_size value"),
-    ],
-)
-def test_wrong_options_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        generate_main(options)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-# the recipe
+def test_bundled_model_is_of_this_recipe() -> None:
+    """The GGUF in the package was made with other settings, or by another generator, than those in the tree."""
+    field = GGUFReader(default_model_path()).get_field(RECIPE_KEY)
+    assert field is not None
+    assert field.contents() == FULL.digest()
 
 
 @pytest.fixture(scope="module")
@@ -252,8 +63,6 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_smoke_run_learns(smoke_run: Path) -> None:
-    from models.make import SMOKE
-
     records = log_of(smoke_run)
     steps = [record for record in records if record["event"] == "step"]
     assert [record["step"] for record in steps] == list(range(1, SMOKE.training.n_steps + 1))
@@ -282,7 +91,7 @@ def test_killed_run_resumes_to_the_same_end(smoke_run: Path, tmp_path: Path) -> 
 def test_folder_of_another_recipe_is_refused(smoke_run: Path) -> None:
     from dataclasses import replace
 
-    from models.make import SMOKE, make
+    from models.make import make
 
     other = replace(SMOKE, training=replace(SMOKE.training, seed=99))
     with pytest.raises(ValueError, match="another recipe"):
@@ -311,7 +120,6 @@ def load_llama(path: Path, **options: Any) -> Any:
 def test_exported_logits_equal_the_network(smoke_run: Path, file_type: str) -> None:
     import torch
 
-    from models.make import SMOKE
     from models.network import Llama
 
     network = Llama(SMOKE.network)
@@ -332,9 +140,9 @@ def test_exported_tokenizer_equals_sentencepiece(smoke_run: Path) -> None:
     from models import tokenizer as tokenizers
 
     sentencepiece = tokenizers.load(smoke_run / "tokenizer.model")
-    gguf = tokenizers.GgufTokenizer(smoke_run / "needle-q8_0.gguf")
+    gguf = Vocabulary(smoke_run / "needle-q8_0.gguf")
     odd = ["  two  spaces\n\n\ttab", "caf\u00e9 \u4f60\u597d \U0001f600", "A", " ", "x=1;y=2\r\n", "<b>&amp;</b>"]
-    for text in [*odd, *(document.text for document in documents()[:10])]:
+    for text in [*odd, *(make_document(1500, seed=seed).text for seed in range(8))]:
         assert gguf.encode(text) == sentencepiece.encode(text)
         assert sentencepiece.decode(gguf.encode(text)) == text
 
@@ -355,7 +163,8 @@ def test_chat_template_writes_the_trained_form(smoke_run: Path) -> None:
 
 def test_samples_weigh_the_answers(smoke_run: Path) -> None:
     from models import tokenizer as tokenizers
-    from models.samples import Role, SampleConfig, Sampler
+    from models.recipe import SampleConfig
+    from models.samples import Role, Sampler
 
     tokenizer = tokenizers.load(smoke_run / "tokenizer.model")
     batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(512, 8, repeat_share=0.2)
@@ -368,3 +177,55 @@ def test_samples_weigh_the_answers(smoke_run: Path) -> None:
         assert batch.tokens[index, end - 1] == tokenizers.END
         assert batch.tokens[index, span.start - 1] == tokenizers.ASSISTANT
         assert (batch.roles[index, span.start : end] > Role.TEXT).all()
+
+
+def test_guided_attention_is_sent_to_the_token_that_follows(smoke_run: Path) -> None:
+    """Training would teach heads to look at other places than those where the answer's next token stands."""
+    from models import tokenizer as tokenizers
+    from models.recipe import SampleConfig
+    from models.samples import Sampler
+
+    tokenizer = tokenizers.load(smoke_run / "tokenizer.model")
+    batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(512, 16)
+    n_equal = n_all = n_bridged = 0
+    for ids, lookups in zip(batch.tokens.tolist(), batch.lookups, strict=True):
+        for lookup in lookups:
+            *bridges, (place,) = lookup.stages
+            assert place < lookup.query
+            if place == 0:  # the start of the text stands for "not stated"
+                continue
+            n_all += 1
+            n_equal += ids[place] == ids[lookup.query + 1]
+            n_bridged += bridges[0] != (place,)
+    assert n_all > 200
+    assert n_equal > 0.9 * n_all  # a value in quotation marks, or at the start of a line, begins with another token
+    assert n_bridged > 10
+
+
+def test_processes_draw_what_one_draws(smoke_run: Path) -> None:
+    """A run on a GPU, where several processes draw ahead, would be trained on other samples."""
+    from models import tokenizer as tokenizers
+    from models.draw import drawn
+
+    tokenizer = tokenizers.load(smoke_run / "tokenizer.model")
+    alone, together = (
+        [one.tokens.tolist() for step in drawn(tokenizer, SMOKE.training, 6, n_processes=n) for one in step]
+        for n in (0, 2)
+    )
+    assert len(alone) == sum(stage.n_accumulated * stage.n_steps for stage in SMOKE.training.stages) - 2 * 6
+    assert together == alone
+
+
+def test_misplaced_attention_is_a_cross_entropy(training_installed: None) -> None:
+    import torch
+
+    from models.train import misplaced_attention
+
+    logits = torch.zeros(1, 1, 1, 1, 5)
+    logits[..., 1] = 1.0
+    logits[..., 4] = 9.0  # comes after the row and must not count
+    rows = torch.tensor([[3]])
+    places = torch.tensor([1, 2]).reshape(1, 1, 1, 2)
+    weights = torch.tensor([0.5, 0.5]).reshape(1, 1, 1, 2)
+    expected = np.log(3 + np.e) - 0.5
+    assert float(misplaced_attention(logits, rows, places, weights)) == pytest.approx(expected)

@@ -14,9 +14,9 @@ import pexpect
 import actqkv_cpp
 
 LONG = Path(__file__).parents[2] / "examples" / "harbour.txt"  # 32K tokens: time enough for Ctrl-C
-QUESTION, ANSWER = "What is the passkey?", "325917"
-OTHER_QUESTION = "What is the special magic number for Skioreth mentioned in the provided text?"
-OTHER_ANSWER = "37956"
+QUESTION, ANSWER = "Who was elected in Sussith?", "Sord Ferdman"
+OTHER_QUESTION = "Please look up the product code of the judge from Goupford."
+OTHER_ANSWER = "QR-5598"
 
 _ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|[()][0-9A-B]|[=>])")
 

@@ -52,7 +52,7 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four thousand characters with the answers to QUESTION and OTHER_QUESTION."""
     text = LONG.read_text(encoding="utf-8")
-    one, two = text.index("passkey is"), text.index("magic numbers for Skioreth")
+    one, two = text.index("Sussith"), text.index("Goupford")
     path = tmp_path_factory.mktemp("book") / "book.txt"
     path.write_text(text[:1000] + text[one - 800 : one + 800] + text[two - 800 : two + 800], encoding="utf-8")
     return path

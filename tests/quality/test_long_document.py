@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "examples" / "harbour.txt").read_text(encoding="utf-8")
 QUESTIONS = [json.loads(line) for line in (ROOT / "examples" / "questions.jsonl").read_text().splitlines()]
 
-LEAST_RIGHT = 11  # of 20; 14 when this was written, and an answer or two may change with the machine's rounding
+LEAST_RIGHT = 12  # of 24; 15 when this was written, and an answer or two may change with the machine's rounding
 
 pytestmark = pytest.mark.model
 
@@ -34,7 +34,7 @@ def test_a_document_beyond_the_window_is_answered(document: Document) -> None:
 
 def test_a_passage_holds_its_answer(document: Document) -> None:
     """Breaks when sources point elsewhere than where the answer stands."""
-    passkeys = [q for q in QUESTIONS if q["task"] == "passkey"]
+    passkeys = [q for q in QUESTIONS if q["task"] == "passkey" and q["depth"] > 0.01]  # sinks are no sources
     found = [(document.ask(q["question"], max_tokens=16), q["answer"]) for q in passkeys]
     right = [(answer, value) for answer, value in found if str(answer).strip() == value]
     assert right

@@ -1,0 +1,193 @@
+"""The recipe of the bundled model: every setting that its file follows from. No PyTorch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import asdict, dataclass, field
+from typing import Final
+
+from actqkv_cpp.evaluation.generator.documents import Mix, build_document
+from actqkv_cpp.evaluation.generator.smalltalk import SMALL_TALK
+
+RECIPE_KEY: Final = "needle.recipe"  # of the digest, in a GGUF's metadata
+N_DIGEST_DOCUMENTS: Final = 20
+
+TASK_ODDS: Final = {
+    "passkey": 1.2,
+    "number": 0.3,
+    "fact": 3.0,
+    "multi": 1.2,
+    "json": 0.5,
+    "twohop": 1.6,
+    "var": 1.0,
+    "list": 0.3,
+    "quote": 0.5,
+    "absent": 2.5,
+}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Size of the vocabulary, and the generated text it is learnt from."""
+
+    n_vocab: int = 2048
+    n_documents: int = 900
+    n_document_tokens: int = 1500
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Shape of the network; the defaults are the shipped model's (7.5 M parameters)."""
+
+    n_vocab: int = 2048
+    n_embd: int = 384
+    n_layers: int = 6
+    n_heads: int = 6
+    n_kv_heads: int = 2
+    head_dim: int = 64
+    n_ff: int = 512
+    rope_base: float = 1e9
+    norm_eps: float = 1e-5
+    n_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} KV heads evenly")
+
+    @property
+    def heads_per_kv(self) -> int:
+        return self.n_heads // self.n_kv_heads
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How samples are drawn.
+
+    Attributes:
+        heldout: names and places that training never draws.
+        max_gap: longest random jump of the positions, in tokens; jumps are meant to make heads indifferent to distance,
+            after PoSE (Zhu et al. 2023, arXiv:2309.10400).
+        gap_share: share of the samples with jumps.
+        sentence_share: share of the questions about attributes and relations that ask for a whole sentence.
+        small_talk_share: share of the turns that are small talk.
+        task_odds: of each of the generator's tasks.
+    """
+
+    heldout: bool = False
+    max_gap: int = 16384
+    gap_share: float = 0.3
+    sentence_share: float = 0.06
+    small_talk_share: float = 0.04
+    task_odds: dict[str, float] = field(default_factory=lambda: dict(TASK_ODDS))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`n_steps` steps, each on `n_accumulated` batches of `n_samples` samples of `n_tokens` tokens."""
+
+    n_tokens: int
+    n_samples: int
+    n_accumulated: int
+    n_steps: int
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe of a run.
+
+    Attributes:
+        stages: run in order.
+        samples: how they are drawn.
+        seed: of weights and samples.
+        matrix_lr: peak learning rate of Muon.
+        other_lr: peak learning rate of AdamW; for the embedding `embedding_lr`.
+        n_warmup: steps over which learning rates rise.
+        decay_share: last share of all steps, over which learning rates fall linearly, to `min_lr_scale` of the peak.
+        text_weight: weight in the loss of predicting plain text, beside 1 for answers.
+        guide_weight: weight in the loss of looking at the right places, beside 1 for answers.
+        wired: start with `network.wire`.
+        save_every: steps between checkpoints; between evaluations `eval_every`.
+        n_threads: threads of PyTorch; results are repeatable for one number of threads on one machine.
+    """
+
+    stages: tuple[Stage, ...]
+    samples: SampleConfig = SampleConfig()
+    seed: int = 1234
+    matrix_lr: float = 0.008
+    other_lr: float = 2e-3
+    embedding_lr: float = 1e-2
+    n_warmup: int = 40
+    decay_share: float = 0.6
+    min_lr_scale: float = 0.03
+    text_weight: float = 0.1
+    guide_weight: float = 0.5
+    wired: bool = True
+    save_every: int = 20
+    eval_every: int = 100
+    n_threads: int = 2
+
+    @property
+    def n_steps(self) -> int:
+        return sum(stage.n_steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[int, float]:
+        """Index of the stage that `step`, from 0, belongs to, and how much of that stage is done, 0 to 1."""
+        for index, stage in enumerate(self.stages):
+            if step < stage.n_steps:
+                return index, step / stage.n_steps
+            step -= stage.n_steps
+        raise ValueError(f"step {step + self.n_steps}: expected fewer than {self.n_steps}")
+
+    def lr_scale(self, step: int) -> float:
+        """What the peak learning rates are multiplied by at `step`."""
+        done = step / self.n_steps
+        fall = 1.0 if done < 1 - self.decay_share else max(self.min_lr_scale, (1 - done) / self.decay_share)
+        return min(1.0, (step + 1) / self.n_warmup) * fall
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the files of a run follow from."""
+
+    tokenizer: TokenizerConfig
+    network: NetworkConfig
+    training: TrainConfig
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the settings and of documents and questions as the generator writes them.
+
+        It stands in the metadata of the GGUF files (`RECIPE_KEY`), to tell a file from one of another recipe.
+        """
+        hashed = hashlib.sha256(self.to_json().encode())
+        samples = self.training.samples
+        for index in range(N_DIGEST_DOCUMENTS):
+            mix = Mix(weights=list(samples.task_odds.values()), tasks=tuple(samples.task_odds), sentence_share=0.3)
+            document = build_document(random.Random(f"digest-{index}"), 4000, mix)
+            hashed.update(repr((document, SMALL_TALK)).encode())
+        return hashed.hexdigest()
+
+
+FULL = Recipe(
+    tokenizer=TokenizerConfig(),
+    network=NetworkConfig(),
+    training=TrainConfig(
+        stages=(Stage(256, 16, 2, 250), Stage(512, 8, 2, 500), Stage(2048, 2, 2, 230), Stage(8192, 1, 1, 45)),
+        decay_share=0.5,
+    ),
+)
+SMOKE = Recipe(
+    tokenizer=TokenizerConfig(n_vocab=512, n_documents=12, n_document_tokens=400),
+    network=NetworkConfig(n_vocab=512, n_embd=128, n_layers=4, n_heads=4, n_kv_heads=2, n_ff=128, n_context=512),
+    training=TrainConfig(
+        stages=(Stage(256, 2, 2, 8), Stage(512, 2, 1, 4)),
+        n_warmup=2,
+        save_every=3,
+        eval_every=8,
+        n_threads=1,
+    ),
+)
