@@ -103,12 +103,17 @@ class View:
 
     @property
     def rows(self) -> list[Row]:
+        """Suite by suite in the order of the results, each from its shortest length."""
+        return sorted(self._given, key=lambda row: (self.suites.index(row.cell.suite), row.cell.length or 0))
+
+    @property
+    def _given(self) -> list[Row]:
         return [row for result in self.results for row in result.rows]
 
     @property
     def series(self) -> list[Series]:
         """All methods in the order of the results, each with its budgets from the least."""
-        found = dict.fromkeys(Series(row.cell.method, row.cell.budget) for row in self.rows)
+        found = dict.fromkeys(Series(row.cell.method, row.cell.budget) for row in self._given)
         methods = list(dict.fromkeys(series.method for series in found))
         return sorted(found, key=lambda series: (methods.index(series.method), series.budget or 0))
 
@@ -120,7 +125,7 @@ class View:
 
     @property
     def suites(self) -> list[str]:
-        return list(dict.fromkeys(row.cell.suite for row in self.rows))
+        return list(dict.fromkeys(row.cell.suite for row in self._given))
 
     @property
     def lengths(self) -> list[int]:

@@ -99,10 +99,14 @@ def test_without_recalls() -> None:
 
 
 def test_results_are_joined() -> None:
-    """Results of different models, or one result twice, are drawn as one."""
+    """Results of different models, or one result twice, are drawn as one; or rows stand in the order of the files."""
     one = make_result()
-    halves = [make_result(rows=one.rows[:12]), make_result(rows=one.rows[12:])]
-    assert View(tuple(halves)).rows == list(one.rows)
+    halves = [make_result(rows=one.rows[12:]), make_result(rows=one.rows[:12])]
+    joined = View(tuple(halves))
+    assert sorted(map(str, joined.rows)) == sorted(map(str, one.rows))
+    for suite in joined.suites:
+        lengths = [row.cell.length or 0 for row in joined.rows if row.cell.suite == suite]
+        assert lengths == sorted(lengths)
     with pytest.raises(StateError, match="two results have needle under actqkv at 4k"):
         page.render([one, one])
     with pytest.raises(StateError, match="different models"):
