@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.files import written_atomically
+from actqkv_cpp.files import written_atomically
 from models.network import Llama
 from models.recipe import RECIPE_KEY, NetworkConfig
 from models.tokenizer import add_prompt_format

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from actqkv_cpp.files import written_atomically
 from models import tokenizer as tokenizers
 from models.export import FILE_TYPES, export
-from models.files import written_atomically
 from models.recipe import FULL, SMOKE, Recipe
 from models.train import train
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actqkv_cpp import default_model_path
-from models.files import written_atomically
+from actqkv_cpp.files import written_atomically
 from models.tokenizer import add_prompt_format
 
 FILE_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")

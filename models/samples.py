@@ -47,7 +47,7 @@ QUESTION_FORMS: Final = ("Question: {q}", "{q}", "{q}", "Now answer: {q}", "{q} 
 
 
 class Role(IntEnum):
-    """What a token is to the loss (weights: `train.ROLE_WEIGHTS`)."""
+    """What a token is to the loss (weights: `draw.ROLE_WEIGHTS`)."""
 
     PADDING = -1
     TEXT = 0
@@ -58,9 +58,7 @@ class Role(IntEnum):
 
 
 N_LOOKUP = 3
-
-
-MAX_TARGETS = 12  # tokens of one such place
+MAX_TARGETS = 12  # tokens of one place to look at
 
 
 @dataclass(frozen=True)
@@ -250,14 +248,14 @@ class Sampler:
         bridges = [document.tokens_in(*bridge) for bridge in question.bridges]
         for index, begin in enumerate(begins):
             character = max(0, begin - 1)  # of the answer, without the space before it
-            for copy in question.copies:
-                if copy.start <= character < copy.start + copy.length:
-                    value = (document.token_at(copy.at + character - copy.start),)
-                    if begin == 0 and ids[0] == self.space and sample.ids[value[0] - 1] == self.space:
-                        value = (value[0] - 1,)
-                    first = bridges if character == copy.start else []
-                    stages = (*first, *(value,) * (N_STAGES - len(first)))
-                    sample.lookups.append(Lookup(start + index - 1, stages))
+            copy = next((c for c in question.copies if c.start <= character < c.start + c.length), None)
+            if copy is None:
+                continue
+            place = document.token_at(copy.at + character - copy.start)
+            if begin == 0 and ids[0] == self.space == sample.ids[place - 1]:
+                place -= 1  # the space is a token of its own in both texts
+            first = bridges if character == copy.start else []
+            sample.lookups.append(Lookup(start + index - 1, (*first, *((place,),) * (N_STAGES - len(first)))))
 
     def _put_small_talk(self, sample: Sample) -> None:
         talk = self.rng.choice(SMALL_TALK)

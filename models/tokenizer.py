@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actqkv_cpp.evaluation.generator.documents import make_document
-from models.files import written_atomically
+from actqkv_cpp.files import written_atomically
 from models.recipe import TokenizerConfig
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from actqkv_cpp.files import written_atomically
 from models.draw import Selection, drawn
-from models.files import written_atomically
 from models.network import Llama, wire
 from models.recipe import NetworkConfig, TrainConfig
 from models.samples import Role, Sampler

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from actqkv_cpp.errors import ParameterError
+from actqkv_cpp.files import written_atomically
 from actqkv_cpp.results import Answer
 
 
@@ -36,12 +36,8 @@ class Transcript:
         if path.exists() and not overwrite:
             raise ParameterError(f"{path} exists", "choose another name, or remove it first")
         text = self.to_json() if path.suffix.lower() == ".json" else self.to_markdown()
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(text, encoding="utf-8", errors="replace")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with written_atomically(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
 
     def to_json(self) -> str:
         turns: list[dict[str, Any]] = [{"kind": turn.kind, **turn.answer.to_json()} for turn in self.turns]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,7 @@ from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._session import load_documents, open_model, read_all
 from actqkv_cpp.errors import ParameterError
+from actqkv_cpp.files import written_atomically
 
 if TYPE_CHECKING:
     from actqkv_cpp.inspection import Inspection
@@ -130,12 +130,8 @@ def _write(path: Path, found: Inspection) -> None:
     """The page appears whole or not at all."""
     from actqkv_cpp.inspection import render  # noqa: PLC0415 (heavy)
 
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(render(found), encoding="utf-8", errors="replace")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_atomically(path) as temporary:
+        temporary.write_text(render(found), encoding="utf-8", errors="replace")
 
 
 def _show(output: Output, found: Inspection) -> None:

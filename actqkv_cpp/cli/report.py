@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from actqkv_cpp.cli import _options as o
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.errors import ParameterError
+from actqkv_cpp.files import written_atomically
 
 _PAGES = (".html", ".htm")
 
@@ -49,8 +49,7 @@ def _report(files: list[Path], out: Path) -> None:
         )
     found = [results.read(path) for path in files]
     if out.suffix in _PAGES:
-        part = out.with_name(f".{out.name}.{os.getpid()}.part")
-        part.write_text(page.render(found), encoding="utf-8")
-        part.replace(out)
+        with written_atomically(out) as temporary:
+            temporary.write_text(page.render(found), encoding="utf-8")
     else:
         figure.draw(found, out)

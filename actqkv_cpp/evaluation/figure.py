@@ -12,6 +12,7 @@ from actqkv_cpp.errors import ParameterError
 from actqkv_cpp.evaluation.results import Result
 from actqkv_cpp.evaluation.summary import size
 from actqkv_cpp.evaluation.views import Chart, HeatMap, Series, View
+from actqkv_cpp.files import written_atomically
 
 FORMATS = (".png", ".svg")
 _COLUMNS = 3
@@ -43,9 +44,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure = _figure(len(panels))
     for i, panel in enumerate(panels):
         panel(figure.add_subplot(-(-len(panels) // _COLUMNS), min(_COLUMNS, len(panels)), i + 1))
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    figure.savefig(part, dpi=_DPI, facecolor="white")
-    part.replace(path)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=_DPI, facecolor="white")
 
 
 def _with(panel: Callable[[Any, Any, View], None], what: Any, view: View) -> Callable[[Any], None]:

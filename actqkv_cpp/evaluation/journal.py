@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from actqkv_cpp.errors import StateError
 from actqkv_cpp.evaluation.results import FORMAT, FORMAT_VERSION, Cell, Record
+from actqkv_cpp.files import written_atomically
 
 JOURNAL, RESULT = "journal.jsonl", "result.json"
 
@@ -81,9 +82,8 @@ class Journal:
         if self.folder is None:
             return None
         path = self.folder / RESULT
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        with written_atomically(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return path
 
     def _open(self, path: Path) -> None:

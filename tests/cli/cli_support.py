@@ -88,3 +88,13 @@ class Terminal:
 
     def close(self) -> None:
         self._child.close(force=True)
+
+
+def assert_failed(found: Result, *words: str) -> None:
+    """One error with a hint, nothing on standard output, and `words` among the two."""
+    assert (found.status, found.out) == (1, ""), found.err
+    error, hint = found.err.splitlines()[-2:]
+    assert error.startswith("error: "), found.err
+    assert hint.startswith("hint: "), found.err
+    for word in words:
+        assert word in error + hint, found.err

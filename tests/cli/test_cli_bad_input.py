@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_support import LONG, Actqkv, Result
+from cli_support import LONG, Actqkv, Result, assert_failed
 from tiny_gguf import (
     make_absurd_gguf,
     make_empty_file,
@@ -19,14 +19,8 @@ QUESTION = "Who?"
 
 
 def _assert_failed(found: Result, *words: str) -> None:
-    assert (found.status, found.out) == (1, "")
-    error, *hint = found.err.splitlines()[-2:]
-    assert error.startswith("error: "), found.err
-    assert hint, f"no hint: {found.err}"
-    assert hint[0].startswith("hint: "), found.err
+    assert_failed(found, *words)
     assert len(found.err.splitlines()) <= 4, found.err  # error and hint, after notes on model and reading
-    for word in words:
-        assert word in error + hint[0], found.err
 
 
 @pytest.mark.parametrize(

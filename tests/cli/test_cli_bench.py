@@ -6,24 +6,14 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cli_support import Actqkv
+from cli_support import Actqkv, assert_failed
 from tiny_gguf import make_tiny_gguf
 
 FAST = ("--quick", "--threads", "1")
 KEYS = {"engine", "method", "kv_type", "phase", "depth", "tokens_per_s", "ms_per_token", "measured", "n"}
 STAGES = {"graph", "probe", "score", "refine", "attend", "append", "summarize", "other"}
-
-
-def _assert_failed(found: Any, *words: str) -> None:
-    assert (found.status, found.out) == (1, ""), found.err
-    error, hint = found.err.splitlines()[-2:]
-    assert error.startswith("error: "), found.err
-    assert hint.startswith("hint: "), found.err
-    for word in words:
-        assert word in error + hint, found.err
 
 
 def test_json(actqkv: Actqkv, babbler: Path) -> None:
@@ -96,7 +86,7 @@ def test_tables(actqkv: Actqkv, babbler: Path) -> None:
 )
 def test_wrong_values(actqkv: Actqkv, babbler: Path, arguments: list[str], words: list[str]) -> None:
     """A value that means nothing ends in a traceback, or in figures."""
-    _assert_failed(actqkv("bench", babbler, *arguments, *FAST), *words)
+    assert_failed(actqkv("bench", babbler, *arguments, *FAST), *words)
 
 
 def test_wrong_use(actqkv: Actqkv, babbler: Path) -> None:
@@ -108,4 +98,4 @@ def test_wrong_use(actqkv: Actqkv, babbler: Path) -> None:
 def test_model_that_llama_cpp_runs(actqkv: Actqkv, tmp_path: Path) -> None:
     """llama.cpp is compared with itself and called ours."""
     model = make_tiny_gguf(tmp_path / "gemma.gguf", arch="gemma", tied=True)
-    _assert_failed(actqkv("bench", model, "--lengths", "256", *FAST), "llama.cpp")
+    assert_failed(actqkv("bench", model, "--lengths", "256", *FAST), "llama.cpp")

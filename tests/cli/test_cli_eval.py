@@ -10,21 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_support import Actqkv, Result, command, environment
+from cli_support import Actqkv, assert_failed, command, environment
 from tiny_gguf import make_tiny_gguf
 
 FAST = ("--threads", "1", "--samples", "1")
 ROW = {"suite", "method", "budget", "length", "n", "score", "ci_low", "ci_high"}
 SMALL = ("--lengths", "1k", "--budgets", "256", "--local", "128", "--sink", "16", *FAST)
-
-
-def _assert_failed(found: Result, *words: str) -> None:
-    assert (found.status, found.out) == (1, ""), found.err
-    error, hint = found.err.splitlines()[-2:]
-    assert error.startswith("error: "), found.err
-    assert hint.startswith("hint: "), found.err
-    for word in words:
-        assert word in error + hint, found.err
 
 
 def test_json_and_files(actqkv: Actqkv, babbler: Path, tmp_path: Path) -> None:
@@ -47,7 +38,7 @@ def test_json_and_files(actqkv: Actqkv, babbler: Path, tmp_path: Path) -> None:
         assert 0 <= row["ci_low"] <= row["score"] <= row["ci_high"] <= 1
     again = actqkv(*run)
     assert again.out == found.out
-    _assert_failed(actqkv(*run, "--seed", "1"), "seed", "--out")
+    assert_failed(actqkv(*run, "--seed", "1"), "seed", "--out")
 
 
 def test_tables_and_report(actqkv: Actqkv, babbler: Path, tmp_path: Path) -> None:
@@ -111,20 +102,20 @@ def test_wrong_values(actqkv: Actqkv, babbler: Path, tmp_path: Path, arguments: 
     line = {"input": "Who?", "context": "Anna.", "answers": ["Anna"], "dataset": "hotpotqa"}
     text = json.dumps(line) + "\n" + json.dumps({"input": "Who?"}) + "\n"
     (tmp_path / "half.jsonl").write_text(text, encoding="utf-8")
-    _assert_failed(actqkv("eval", babbler, "--lengths", "1k", *arguments, *FAST), *words)
+    assert_failed(actqkv("eval", babbler, "--lengths", "1k", *arguments, *FAST), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["half.jsonl"]
 
 
 def test_text_that_is_too_short(actqkv: Actqkv, babbler: Path, tmp_path: Path) -> None:
     """Perplexity of a short text is that of another length."""
     (tmp_path / "short.txt").write_text("A few words.", encoding="utf-8")
-    _assert_failed(actqkv("eval", babbler, "--suite", "perplexity", "--text", "short.txt", *SMALL), "1024", "--text")
+    assert_failed(actqkv("eval", babbler, "--suite", "perplexity", "--text", "short.txt", *SMALL), "1024", "--text")
 
 
 def test_without_chat_template(actqkv: Actqkv, tmp_path: Path) -> None:
     """A base model is asked in prompts that it has never seen."""
     model = make_tiny_gguf(tmp_path / "base.gguf", chat_template=None)
-    _assert_failed(actqkv("eval", model, *SMALL), "base.gguf", "chat template")
+    assert_failed(actqkv("eval", model, *SMALL), "base.gguf", "chat template")
 
 
 @pytest.mark.parametrize(
@@ -141,14 +132,14 @@ def test_wrong_results(actqkv: Actqkv, tmp_path: Path, name: str, text: str | No
     if text is not None:
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "report.html").write_text("before", encoding="utf-8")
-    _assert_failed(actqkv("report", name, "-o", "report.html"), *words)
+    assert_failed(actqkv("report", name, "-o", "report.html"), *words)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == "before"
 
 
 @pytest.mark.parametrize("name", ["report.pdf", "report"])
 def test_unknown_kind_of_report(actqkv: Actqkv, name: str) -> None:
     """A page is written under a name that means something else."""
-    _assert_failed(actqkv("report", "result.json", "-o", name), name, ".html")
+    assert_failed(actqkv("report", "result.json", "-o", name), name, ".html")
 
 
 def test_wrong_use(actqkv: Actqkv) -> None:

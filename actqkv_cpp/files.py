@@ -16,7 +16,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
         >>> with written_atomically(Path("notes.txt")) as temporary:
         ...     temporary.write_text("complete")
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
