@@ -160,3 +160,36 @@ class Retrieval:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
                 raise ParameterError(f"{name} is a number, not {value!r}")
+
+
+def parse_columns(text: str) -> dict[str, Any]:
+    """Parameters of a `Retrieval` as people write them behind a method's name: "chunk=16:refine=4".
+
+    Raises:
+        ParameterError: an unknown name, with the nearest known one; a value that is no number where one is expected.
+
+    Example:
+        >>> parse_columns("chunk=16:score=cosine")
+        {'chunk': 16, 'score': 'cosine'}
+    """
+    known = [field.name for field in dataclasses.fields(Retrieval) if field.name not in ("method", "budget")]
+    columns: dict[str, Any] = {}
+    for part in text.split(":"):
+        name, sign, value = part.partition("=")
+        if name not in known:
+            raise unknown_name("retrieval option", name, known)
+        if not sign or name in columns:
+            raise ParameterError(f"{part!r}: expected each option once, with its value", f"write {name}=VALUE")
+        columns[name] = _parse_column(name, value)
+    return columns
+
+
+def _parse_column(name: str, value: str) -> object:
+    if name in _CHOICES:
+        return value
+    if name in _SIZES:
+        return parse_size(value)
+    try:
+        return int(value) if name in _COUNTS else float(value)
+    except ValueError:
+        raise ParameterError(f"{name} is a number, not {value!r}") from None

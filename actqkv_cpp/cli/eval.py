@@ -67,7 +67,8 @@ def evaluate(
         o._option(
             "--methods",
             metavar="NAMES",
-            help="Methods to compare. llama.cpp: its own dense attention; NAME+question: the question first too.",
+            help="Methods to compare. llama.cpp: its own dense attention; NAME:chunk=16:refine=4: with other "
+            "parameters of Retrieval; NAME+question: the question first too.",
             default="actqkv",
         ),
     ] = "actqkv",

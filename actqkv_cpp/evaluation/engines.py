@@ -12,7 +12,7 @@ from typing import Any
 import actqkv_cpp
 from actqkv_cpp import Llama, machine
 from actqkv_cpp._native import memory_plan
-from actqkv_cpp.config import LLAMA_CPP, Retrieval
+from actqkv_cpp.config import LLAMA_CPP, Retrieval, parse_columns
 from actqkv_cpp.errors import ModelError, ParameterError, unknown_name
 
 _QUESTION_AWARE = "+question"
@@ -25,8 +25,8 @@ class Method:
     """A column of the comparison: a method at a budget.
 
     Attributes:
-        name: as on the command line: a method of ours or "llama.cpp"; "+question" behind it has the question stand
-            before the document too.
+        name: as on the command line: a method of ours or "llama.cpp"; columns of its row to change, as in
+            "actqkv:chunk=16:refine=4"; "+question" behind it has the question stand before the document too.
         budget: tokens attended; None where all are.
     """
 
@@ -36,7 +36,17 @@ class Method:
     @property
     def retrieval(self) -> str:
         """The method's name in the native table."""
-        return self.name.removesuffix(_QUESTION_AWARE)
+        return self.name.removesuffix(_QUESTION_AWARE).partition(":")[0]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What differs from the method's row.
+
+        Raises:
+            ParameterError: as `parse_columns`.
+        """
+        changes = self.name.removesuffix(_QUESTION_AWARE).partition(":")[2]
+        return parse_columns(changes) if changes else {}
 
     @property
     def question_aware(self) -> bool:
@@ -59,24 +69,27 @@ def methods(names: Sequence[str], budgets: Sequence[int]) -> list[Method]:
     """Every name at every budget; once only where all tokens are attended.
 
     Raises:
-        ParameterError: an unknown name, with the nearest known one; no names or no budgets.
+        ParameterError: an unknown name, with the nearest known one; a wrong column or value; no names or no budgets.
     """
     table = actqkv_cpp.methods()
     if not names or not budgets:
         raise ParameterError("no method to evaluate", f"name some of {', '.join(table)}, and a budget")
     found: list[Method] = []
     for name in names:
-        plain = name.removesuffix(_QUESTION_AWARE)
-        if plain not in table and name != LLAMA_CPP:
+        method = Method(name=name, budget=None)
+        if method.retrieval not in table and name != LLAMA_CPP:
             raise unknown_name("method", name, [*table, LLAMA_CPP])
-        everything = name == LLAMA_CPP or table[plain]["decode"] == "all"
+        if method.columns:
+            Retrieval(method.retrieval, **method.columns)  # checks the values
+        everything = _columns(method)["decode"] == "all"
         found += [Method(name=name, budget=budget) for budget in ([None] if everything else budgets)]
     return list(dict.fromkeys(found))
 
 
 def _columns(method: Method) -> dict[str, Any]:
-    """Of the native table; llama.cpp is as dense as ours."""
-    return actqkv_cpp.methods()["dense" if method.name == LLAMA_CPP else method.retrieval]
+    """Of the native table, with the method's changes; llama.cpp is as dense as ours."""
+    row = actqkv_cpp.methods()["dense" if method.name == LLAMA_CPP else method.retrieval]
+    return {**row, **method.columns}
 
 
 _SMALLEST = (Method(name="dense", budget=None), 1)  # what is loaded where any session will do
@@ -174,22 +187,17 @@ class Engines:
     def retrieval(self, method: Method) -> Retrieval:
         """The parameters of a method at its budget, sizes as of every other method."""
         settings = self.settings
-        columns = _columns(method)
-        n_chunk = settings.chunk or int(columns["chunk"])
-        budget, n_local = method.budget, settings.n_local
+        row = _columns(method)
+        sizes = {"n_sink": settings.n_sink, "n_local": settings.n_local, "chunk": settings.chunk, **method.columns}
+        n_chunk = int(sizes["chunk"] or row["chunk"])
+        budget = method.budget
         if budget is None:
-            budget = settings.n_sink + n_local + n_chunk
-        elif columns["decode"] == "none":
+            budget = sizes["n_sink"] + sizes["n_local"] + n_chunk
+        elif row["decode"] == "none":
             # what others retrieve, this one attends in its local window: as many tokens as they
-            n_local = budget - settings.n_sink - n_chunk
-        return Retrieval(
-            method=method.retrieval,
-            budget=budget,
-            n_sink=settings.n_sink,
-            n_local=n_local,
-            chunk=settings.chunk,
-            window=min(_WINDOW_TOKENS, n_local),
-        )
+            sizes["n_local"] = budget - sizes["n_sink"] - n_chunk
+        window = min(_WINDOW_TOKENS, sizes["n_local"])
+        return Retrieval(method=method.retrieval, budget=budget, **{"window": window, **sizes})
 
     def reads_alike(self, one: Method, other: Method) -> bool:
         """Whether the budget lets one reading serve both; what else it takes, `Llama.answering` says."""

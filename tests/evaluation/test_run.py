@@ -135,6 +135,16 @@ def test_budgets_are_not_shared_where_reading_uses_them(readings: list[str]) -> 
     assert (small.attended_max or 0) < (large.attended_max or 0)
 
 
+def test_changed_columns(readings: list[str]) -> None:
+    """A change to a method's row is ignored, or a reading that it changes is shared."""
+    names = ["actqkv", "actqkv:refine=1", "actqkv:n_local=128", "actqkv:probe=mean", "actqkv:chunk=16"]
+    rows = run(plan("kv", methods=tuple(methods(names, [512])), lengths=(1024,))).rows
+    assert [row.cell.method for row in rows] == names
+    assert readings == ["actqkv", "actqkv", "actqkv", "actqkv"]  # refinement is a matter of answering alone
+    chunk_tokens = {row.cell.method: (row.attended_max or 0) for row in rows}
+    assert chunk_tokens["actqkv:chunk=16"] <= chunk_tokens["actqkv"]
+
+
 def test_question_aware(readings: list[str]) -> None:
     """A question-aware column is read once for all questions, which would know only one of them."""
     (row,) = run(plan("kv", methods=tuple(methods(["actqkv+question"], [512])), lengths=(1024,))).rows
@@ -243,6 +253,13 @@ def test_model_that_only_llama_cpp_runs(tmp_path: Path) -> None:
         ([], [2048], "no method"),
         (["actqkv"], [], "no method"),
         (["+question"], [1], "question"),
+        (["actqkv:chunk"], [2048], "once, with its value"),
+        (["actqkv:chnk=16"], [2048], "chnk"),
+        (["actqkv:chunk=16:chunk=32"], [2048], "once"),
+        (["actqkv:chunk=many"], [2048], "many"),
+        (["actqkv:refine=few"], [2048], "few"),
+        (["actqkv:score=cosin"], [2048], "cosin"),
+        (["actqkv:budget=512"], [2048], "budget"),
     ],
 )
 def test_unknown_methods(names: list[str], budgets: list[int], words: str) -> None:
