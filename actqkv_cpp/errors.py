@@ -2,7 +2,7 @@
 
 ActqkvError                 everything raised here on purpose; `.hint` says what to do about it, or is None
 ├── ModelError              the GGUF is missing, broken, or has no graph here           (also ValueError)
-├── DocumentError           a document is missing, empty, binary or not UTF-8           (also ValueError)
+├── DocumentError           a document is missing, empty, damaged or cannot be read as text (also ValueError)
 ├── ContextError            the tokens do not fit n_ctx; names both sizes               (also ValueError)
 ├── MemoryPlanError         the session would not fit in RAM; names the plan in bytes   (also MemoryError)
 ├── ParameterError          a value is out of range, contradictory or unknown           (also ValueError)
@@ -35,7 +35,7 @@ class ModelError(ActqkvError, ValueError):
 
 
 class DocumentError(ActqkvError, ValueError):
-    """A document is missing, empty, binary or not UTF-8."""
+    """A document is missing, empty, damaged, protected, or in a format or encoding that cannot be read as text."""
 
 
 class ContextError(ActqkvError, ValueError):

@@ -498,7 +498,8 @@ class Llama(llama_cpp.Llama):
         """Read documents into the session, replacing its history; questions come later, any number of them.
 
         Args:
-            source: a UTF-8 file, or several that are read one after another.
+            source: a file (PDF, DOCX, EPUB, HTML, Markdown, text or source code), or several that are read one after
+                another.
             text: the document itself, instead of `source`.
             name: what `text` is called in sources; default "text".
             system: instructions that stand before the documents.
@@ -507,7 +508,7 @@ class Llama(llama_cpp.Llama):
             progress: called with (tokens done, tokens in all) after each window; returning False stops the reading.
 
         Raises:
-            DocumentError: a file is missing, empty, binary or not UTF-8.
+            DocumentError: a file is missing, empty, damaged or cannot be read as text; says what to do.
             ContextError: documents, template and reserve exceed n_ctx; refused before anything is read.
             Cancelled, KeyboardInterrupt: what was read is kept; `llm.document` is the partial reading.
 

@@ -1,22 +1,34 @@
-"""Documents as files: UTF-8 text and Markdown from a path or from standard input, checked before any work starts."""
+"""Documents as files: their text from a path or from standard input, checked before any work starts."""
 
 from __future__ import annotations
 
+import io
+import re
 import sys
+import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
-from actqkv_cpp.errors import DocumentError
+from actqkv_cpp.errors import DocumentError, StateError
+from actqkv_cpp.formats import docx, epub, html, markdown, pdf
+from actqkv_cpp.formats.extract import Anchor, Extract, last_before, one_line
 
 STDIN_NAME = "stdin"
+
+_HTML_NAMES, _MARKDOWN_NAMES = (".html", ".htm", ".xhtml"), (".md", ".markdown")
+_HTML_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+_UNPACKED_BYTES = 1 << 30  # of a zip archive, at most
 
 # First bytes of what people hand over by mistake, and what to do about it.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"GGUF", "a GGUF model", "the model is an argument of its own: actqkv chat model.gguf -d book.txt"),
-    (b"%PDF", "a PDF", "take its text first, for example with pdftotext book.pdf book.txt"),
-    (b"PK\x03\x04", "a zip archive (docx, epub, odt, ...)", "take its text first, for example with pandoc -t plain"),
-    (b"\xd0\xcf\x11\xe0", "an Office file", "save it as plain text first"),
-    (b"{\\rtf", "an RTF file", "save it as plain text first"),
+    (
+        b"\xd0\xcf\x11\xe0",
+        "an Office file of the old kind, or one with a password",
+        "save it as DOCX without a password",
+    ),
+    (b"{\\rtf", "an RTF file", "save it as DOCX or as plain text first"),
     (b"\x1f\x8b", "a gzip file", "unpack it first with gunzip"),
     (b"\xff\xfe", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 book.txt > book.utf8.txt"),
     (b"\xfe\xff", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 book.txt > book.utf8.txt"),
@@ -25,40 +37,92 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
 
 @dataclass(frozen=True)
 class TextFile:
-    """A document in memory. `text` is the whole file as decoded: offsets into it are offsets of the file."""
+    """A document in memory.
+
+    Attributes:
+        name: what sources are reported under.
+        text: of text, Markdown and source code the whole file as decoded, so that offsets into it are offsets of the
+            file; of other formats the text taken out of it, which `actqkv text FILE` prints.
+        anchors: pages or headings, by ascending `start`, an offset into `text` in code points.
+        by_line: places are told by line instead.
+    """
 
     name: str
     text: str
+    anchors: tuple[Anchor, ...] = ()
+    by_line: bool = False
+
+    def place(self, at: int) -> str | None:
+        """What people call the place of character `at`: "p. 214", a heading, "line 120"; None where nothing is known.
+
+        Example:
+            >>> TextFile("a.py", "x = 1\\ny = 2\\n", by_line=True).place(6)
+            'line 2'
+        """
+        if self.by_line:
+            return f"line {self.text.count(chr(10), 0, at) + 1}"
+        anchor = last_before(self.anchors, at)
+        return anchor.label if anchor is not None else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as strings, numbers and lists: what `from_json` takes back."""
+        return {
+            "name": self.name,
+            "text": self.text,
+            "anchors": [[anchor.start, anchor.label] for anchor in self.anchors],
+            "by_line": self.by_line,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> TextFile:
+        """The document of `to_json`.
+
+        Raises:
+            StateError: `value` is none.
+        """
+        try:
+            name, text, by_line = value["name"], value["text"], value["by_line"]
+            anchors = tuple(Anchor(start, label) for start, label in value["anchors"])
+            starts = [anchor.start for anchor in anchors]
+            valid = (
+                isinstance(name, str)
+                and isinstance(text, str)
+                and isinstance(by_line, bool)
+                and all(type(start) is int and isinstance(label, str) for start, label in anchors)
+                and starts == sorted(starts)
+                and (not starts or 0 <= starts[0] <= starts[-1] <= len(text))
+            )
+        except (KeyError, TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise StateError("a document lacks its name, text or anchors, or they do not fit each other")
+        return cls(name, text, anchors, by_line)
 
 
 def load(path: str | Path) -> TextFile:
-    """The text of a file, whole.
+    """The text of a file, whole: PDF, DOCX, EPUB, HTML, Markdown; anything else in UTF-8 as it is, told by line.
 
     Args:
         path: a file, a named pipe or a process substitution; its name is what sources are reported under.
 
     Raises:
-        DocumentError: it is missing, a directory, not readable, empty, binary, or not UTF-8 (with the byte offset).
+        DocumentError: it is missing, a directory, not readable, empty, binary, damaged, protected, or not in its
+            encoding (with the byte offset); or the extra that reads its format is not installed.
 
     Example:
         >>> load("book.txt").text[:6]
         'Call m'
     """
-    name = str(path)
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DocumentError(f"no such document: {name}", "check the path") from None
-    except IsADirectoryError:
-        raise DocumentError(f"{name} is a directory, not a document", "name its files one by one") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DocumentError(f"cannot read {name}: {reason}", "check its permissions") from None
-    return _decode(name, data)
+    return _document(str(path), _bytes(path))
+
+
+def load_plain(path: str | Path) -> str:
+    """The text of a file in UTF-8 as it is, whatever its name says. DocumentError as for `load`."""
+    return _plain(str(path), _bytes(path))
 
 
 def load_stdin() -> TextFile:
-    """The text of standard input, up to its end.
+    """The text of standard input, up to its end; of the formats that `load` knows by their first bytes.
 
     Raises:
         DocumentError: it is a terminal, or as for `load`.
@@ -69,15 +133,70 @@ def load_stdin() -> TextFile:
         raise DocumentError(
             "standard input is a terminal, not a document", "pipe a document into it: cat book.txt | actqkv ... -d -"
         )
-    return _decode(STDIN_NAME, sys.stdin.buffer.read())
+    return _document(STDIN_NAME, sys.stdin.buffer.read())
 
 
-def _decode(name: str, data: bytes) -> TextFile:
-    for signature, kind, hint in _SIGNATURES:
-        if data.startswith(signature):
-            raise DocumentError(f"{name} is {kind}, not UTF-8 text", hint)
+def _bytes(path: str | Path) -> bytes:
+    name = str(path)
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DocumentError(f"no such document: {name}", "check the path") from None
+    except IsADirectoryError:
+        raise DocumentError(f"{name} is a directory, not a document", "name its files one by one") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DocumentError(f"cannot read {name}: {reason}", "check its permissions") from None
+
+
+def _document(name: str, data: bytes) -> TextFile:
+    """By the first bytes where a format has its own, else by the ending of the name."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix == ".pdf" or data.lstrip().startswith(b"%PDF-"):
+        found = pdf.read(name, data)
+    elif data.startswith(b"PK\x03\x04"):
+        found = _zipped(name, data)
+    elif suffix in _HTML_NAMES or (not suffix and _HTML_START.match(data)):
+        found = html.read(name, data)
+    else:
+        text = _plain(name, data)
+        headings = suffix in _MARKDOWN_NAMES
+        return TextFile(name, text, markdown.anchors(text) if headings else (), by_line=not headings)
+    return TextFile(name, found.text, found.anchors)
+
+
+def _zipped(name: str, data: bytes) -> Extract:
+    """A zip archive: DOCX and EPUB are."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {member.filename: member.file_size for member in archive.infolist()}
+    except Exception as error:  # zipfile raises more than BadZipFile
+        raise DocumentError(f"{name} is a damaged archive: {one_line(error)}", "get or save it again") from None
+    n_bytes = sum(members.values())
+    if n_bytes > _UNPACKED_BYTES:
+        raise DocumentError(
+            f"{name} unpacks to {n_bytes:,} bytes, at most {_UNPACKED_BYTES:,} are read",
+            "take the text out of it first",
+        )
+    if "word/document.xml" in members:
+        return docx.read(name, data)
+    if "META-INF/container.xml" in members:
+        return epub.read(name, data)
+    raise DocumentError(
+        f"{name} is a zip archive, neither DOCX nor EPUB",
+        "unpack it, or save an ODT, PPTX or XLSX as PDF or text first",
+    )
+
+
+def _plain(name: str, data: bytes) -> str:
+    for magic, what, hint in _SIGNATURES:
+        if data.startswith(magic):
+            raise DocumentError(f"{name} is {what}, not text", hint)
     if (at := data.find(0)) >= 0:
-        raise DocumentError(f"{name} is binary: byte 0 at offset {at:,}", "documents are UTF-8 text or Markdown")
+        raise DocumentError(
+            f"{name} is binary: byte 0 at offset {at:,}",
+            "documents are PDF, DOCX, EPUB, HTML, Markdown, or text and source code in UTF-8",
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -87,4 +206,4 @@ def _decode(name: str, data: bytes) -> TextFile:
         ) from None
     if not text.strip("\ufeff \t\r\n\f\v"):
         raise DocumentError(f"{name} is empty", "a document needs at least a word")
-    return TextFile(name, text)
+    return text

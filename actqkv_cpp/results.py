@@ -12,8 +12,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Source:
     """A passage the answer's tokens attended to.
 
-    `start` and `end` count Unicode code points of the decoded file, so that document_text[start:end] == text.
+    `start` and `end` count Unicode code points of the document's text, so that document_text[start:end] == text; of a
+    PDF, DOCX, EPUB or HTML file that is the text which `actqkv text FILE` prints, else the decoded file.
     `score` is the share (0..1) of the attention that went to the documents and fell on this passage.
+    `place` is what people call the place where it begins: "p. 214", a heading, "line 120"; None where nothing is known.
     """
 
     document: str
@@ -21,6 +23,7 @@ class Source:
     end: int
     text: str
     score: float
+    place: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -96,4 +96,5 @@ def _source(file: TextFile, span: Span, passage: _Passage, score: float, params:
     data = file.text.encode()
     start = len(data[: int(span.ends[begin - 1]) if begin else 0].decode("utf-8", "ignore"))
     stop = len(data[: int(span.ends[end - 1])].decode("utf-8", "ignore"))
-    return Source(document=file.name, start=start, end=stop, text=file.text[start:stop], score=score)
+    text = file.text[start:stop]
+    return Source(document=file.name, start=start, end=stop, text=text, score=score, place=file.place(start))

@@ -14,6 +14,7 @@ from actqkv_cpp.cli.chat import chat
 from actqkv_cpp.cli.eval import evaluate
 from actqkv_cpp.cli.inspect import inspect
 from actqkv_cpp.cli.report import report
+from actqkv_cpp.cli.text import text
 
 app = typer.Typer(
     add_completion=False,
@@ -56,6 +57,7 @@ app.command()(bench)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(report)
+app.command()(text)
 
 
 def main() -> None:

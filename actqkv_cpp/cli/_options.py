@@ -39,7 +39,10 @@ def _size(name: str, *, help: str, default: str, parser: Callable[[str | int], i
 
 
 _DOCUMENT = typer.Option(
-    "-d", "--document", metavar="FILE", help="Text or Markdown file to read; - is standard input. Repeat for more."
+    "-d",
+    "--document",
+    metavar="FILE",
+    help="File to read: PDF, DOCX, EPUB, HTML, Markdown, text or source code; - is standard input. Repeat for more.",
 )
 _MODEL = typer.Argument(metavar="MODEL", help="GGUF file. [default: the bundled model]", show_default=False)
 

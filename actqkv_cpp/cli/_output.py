@@ -86,9 +86,10 @@ class Output:
                 self.line()
 
     def sources(self, sources: Sequence[Source]) -> None:
-        """Passages, best first: document and character offsets, share of the attention, text."""
+        """Passages, best first: document and character offsets, place, share of the attention, text."""
         for rank, source in enumerate(sources, 1):
-            self.line(f"[{rank}] {source.document}:{source.start}-{source.end} ({source.score:.0%})")
+            place = f", {source.place}" if source.place else ""
+            self.line(f"[{rank}] {source.document}:{source.start}-{source.end}{place} ({source.score:.0%})")
             self.line(self._indented(source.text))
 
     # -- standard error

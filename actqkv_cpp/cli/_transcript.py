@@ -51,5 +51,7 @@ class Transcript:
             aside = " (outside the conversation)" if turn.kind == "ask" else ""
             lines += ["", f"## {' '.join(turn.answer.question.split())}{aside}", "", turn.answer.text.strip()]
             lines += [""] if turn.answer.sources else []
-            lines += [f"- {s.document}, characters {s.start} to {s.end} ({s.score:.0%})" for s in turn.answer.sources]
+            for s in turn.answer.sources:
+                place = f", {s.place}" if s.place else ""
+                lines.append(f"- {s.document}{place}, characters {s.start} to {s.end} ({s.score:.0%})")
         return "\n".join(lines) + "\n"

@@ -105,7 +105,7 @@ def ask(
 
 
 def _load_questions(path: Path) -> list[str]:
-    lines = [line.strip() for line in reader.load(path).text.splitlines()]
+    lines = [line.strip() for line in reader.load_plain(path).splitlines()]
     if path.suffix != ".jsonl":
         return [line for line in lines if line]
     try:

@@ -46,7 +46,7 @@ def chat(
     Examples:
       actqkv chat -d book.txt
       actqkv chat model.gguf --ctx 128k -d book.txt -d notes.md
-      pdftotext paper.pdf - | actqkv chat model.gguf -d -
+      actqkv chat model.gguf -d paper.pdf
     """
     output = Output(quiet=quiet, verbose=verbose)
     engine = o.EngineOptions(

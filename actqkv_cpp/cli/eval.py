@@ -185,7 +185,7 @@ def _plan(request: _Request) -> Plan:
     from actqkv_cpp.evaluation.engines import methods  # noqa: PLC0415 (heavy)
     from actqkv_cpp.evaluation.runner import Plan  # noqa: PLC0415 (heavy)
 
-    text = reader.load(request.text).text if request.text else None
+    text = reader.load_plain(request.text) if request.text else None
     suites = _suites(request)
     if not request.lengths and not all(suite.from_file for suite in suites):
         raise ParameterError("no length to evaluate at", "name some, for example --lengths 4k,32k")

@@ -30,7 +30,7 @@ def _assert_failed(found: Result, *words: str) -> None:
         (b"  \n", ["is empty"]),
         (b"text\x00more", ["byte 0 at offset 4"]),
         (b"caf\xe9", ["byte 0xe9 at offset 3", "iconv"]),
-        (b"%PDF-1.4", ["PDF", "pdftotext"]),
+        (b"%PDF-1.4", ["damaged PDF", "qpdf"]),
         (b"GGUF\x03\x00\x00\x00", ["GGUF model"]),
     ],
 )
