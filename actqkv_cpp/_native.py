@@ -306,7 +306,7 @@ class Session:
         retrieval: what is attended, and how it is chosen.
         n_ctx: tokens the session can hold.
         n_threads: of the computation, at least 1.
-        kv_type: of closed chunks: "f16".
+        kv_type: of closed chunks, a key of KV_TYPES.
 
     Attributes:
         progress: called after each window with (tokens done, tokens asked for in this call); returning False, or

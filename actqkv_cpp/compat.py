@@ -111,7 +111,7 @@ TABLE: tuple[Row, ...] = (
         "new",
         {
             "retrieval": "what is attended: a Retrieval",
-            "kv_type": 'type of stored chunks: "f16"',
+            "kv_type": 'type of stored chunks: "f16", "q8_0" or "q4_0"',
         },
     ),
     *_rows(

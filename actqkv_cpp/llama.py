@@ -53,7 +53,7 @@ class Llama(llama_cpp.Llama):
     Args:
         model_path: a GGUF file (the first of a split model). None: the bundled model, for trying out.
         retrieval: what is attended and how it is chosen; default Retrieval().
-        kv_type: type of stored chunks: "f16".
+        kv_type: type in which chunks are kept once they have left local: "f16", "q8_0" or "q4_0".
         **options: the constructor arguments of llama_cpp.Llama; docs/llama_cpp.md says what becomes of each. `n_ctx`
             (tokens, default 512 as there, 0: the trained length) also takes "128k" and may exceed the trained length.
 

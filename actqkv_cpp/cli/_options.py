@@ -72,7 +72,13 @@ Method = Annotated[
     ),
 ]
 KvType = Annotated[
-    str, _option("--kv-type", help="Type in which keys and values are kept.", metavar="TYPE", default="f16")
+    str,
+    _option(
+        "--kv-type",
+        help="Type in which keys and values are kept: f16, q8_0 or q4_0.",
+        metavar="TYPE",
+        default="f16",
+    ),
 ]
 GpuLayers = Annotated[
     int,

@@ -113,7 +113,7 @@ struct actqkv_params {
     int32_t n_sink;         // first tokens, always attended
     int32_t n_local;        // last tokens, always attended
     int32_t budget;         // sinks + local + retrieved tokens per step, at least n_sink + n_local + one chunk
-    int32_t kv_type;        // enum ggml_type of closed chunks; GGML_TYPE_F16 (1)
+    int32_t kv_type;        // enum ggml_type of closed chunks: F16 (1), Q8_0 (8) or Q4_0 (2)
 };
 
 // Bytes a session will need at most, all of n_ctx in use. Compute buffers follow the window, not the context.

@@ -31,6 +31,16 @@ int32_t actqkv_impl_best(void);
 // dst[i] = half(src[i]), round to nearest even.
 void actqkv_to_f16(int32_t impl, const float * src, actqkv_f16 * dst, int64_t n);
 
+// ---- rows: keys and values as they are kept. The numbers are those of enum ggml_type.
+
+enum actqkv_kv_type { ACTQKV_KV_F16 = 1, ACTQKV_KV_Q4_0 = 2, ACTQKV_KV_Q8_0 = 8 };
+
+// Bytes of a row of n values; 0: no such type, or no such row of it (q8_0 and q4_0 take multiples of 16).
+int64_t actqkv_row_bytes(int32_t type, int64_t n);
+
+// Rows of n_values f16 as rows of `type`, one behind the other.
+void actqkv_store_rows(int32_t type, const actqkv_f16 * src, int64_t n_rows, int64_t n_values, uint8_t * dst);
+
 // ---- probe (ALGORITHMS.md 3.1, 3.2)
 
 struct actqkv_running { // of one layer
@@ -89,10 +99,10 @@ void actqkv_vote(int32_t impl, const float * scores, int64_t n, int32_t n_head, 
 // ---- refine
 
 // scores[i] = sum over query heads of the greatest q_h . k among the keys of chunk chunks[i], i < n. query [H][d];
-// chunk b's keys at keys + b*chunk_stride, [G][c][d].
-void actqkv_refine(int32_t impl, const float * query, const actqkv_f16 * keys, int64_t chunk_stride,
-                   const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t c,
-                   float * scores, int32_t n_threads);
+// keys [chunk][G][c], rows of `type`.
+void actqkv_refine(int32_t impl, const float * query, int32_t type, const uint8_t * keys, const int32_t * chunks,
+                   int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t c, float * scores,
+                   int32_t n_threads);
 
 // ---- cut-off (3.5, 3.6)
 
@@ -106,18 +116,20 @@ void actqkv_top_k(const float * scores, int64_t n, int32_t k, int32_t * chosen, 
 // ---- attend (section 1 and 2)
 
 // A run of past tokens. K of KV head g: far + g*far_stride (as stored, met by q_far) and near + g*near_stride (RoPE
-// at the true position, met by q_near), [n_tok][d] each. far == NULL: always near. near == NULL: always far.
+// at the true position, met by q_near), n_tok rows of kv_type each; strides in bytes. far == NULL: always near. near ==
+// NULL: always far.
 // Both: near while position(query) - position(key) < n_clamp, else far. n_tok may be 0. Queries share each read of K
 // and V best when spans of one sort (only far, only near, both) follow each other.
 // One list of spans may serve all KV heads, or each has its own; then span s of every list has the same n_tok >= 1 and
 // is of the same sort, and what is of sort "both" is the same span in all.
 struct actqkv_span {
-    const actqkv_f16 * far;
-    const actqkv_f16 * near;
-    const actqkv_f16 * v;
+    const uint8_t * far;
+    const uint8_t * near;
+    const uint8_t * v;
     int64_t far_stride, near_stride, v_stride;
     int64_t first; // position of its first token
     int32_t n_tok;
+    int32_t kv_type; // enum actqkv_kv_type
 };
 
 struct actqkv_attend_args {

@@ -42,15 +42,14 @@ int64_t sums_per_layer(const hparams & hp, const actqkv_params & p) {
 kv_layout kv_store::layout_for(const hparams & hp, const actqkv_params & p) {
     // The ring must hold every chunk that is not closed when a window ends, and no slot may be shared.
     const int n_recent = (p.n_local + p.n_window) / p.method.n_chunk_tokens + 3;
-    return {hp.n_head_kv, hp.d_head, p.n_sink, p.method.n_chunk_tokens, n_recent};
+    return {hp.n_head_kv, hp.d_head, p.n_sink, p.method.n_chunk_tokens, n_recent, p.kv_type};
 }
 
 void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_memory & memory) {
     const kv_layout shape = layout_for(hp, p);
-    const uint64_t tokens = shape.padded_tokens(p.n_ctx), layers = hp.n_layer;
-    const uint64_t recent =
-        shape.recent_tokens() * shape.token_stride() * sizeof(actqkv_f16) + sums_per_layer(hp, p) * sizeof(float);
-    memory.kv_bytes += layers * (tokens * shape.token_stride() * 2 * sizeof(actqkv_f16) + recent);
+    const uint64_t layers = hp.n_layer, ring = 3 * shape.recent_tokens() * shape.token_stride();
+    const uint64_t recent = ring * sizeof(actqkv_f16) + sums_per_layer(hp, p) * sizeof(float);
+    memory.kv_bytes += layers * (2 * shape.n_chunks_max(p.n_ctx) * shape.chunk_bytes() + recent);
     const int64_t width = width_for(hp, p);
     if (width > 0) {
         memory.summary_bytes += layers * shape.n_chunks_max(p.n_ctx) * (width * sizeof(actqkv_f16) + sizeof(float));
@@ -60,17 +59,18 @@ void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_me
 kv_store::kv_store(const hparams & hp, const actqkv_params & p)
     : shape(layout_for(hp, p)), n_head(hp.n_head), summary_kind(p.method.summary),
       n_representatives(p.method.n_representatives), n_summary_rows(rows_for(hp, p)),
-      summarises_stored(p.method.summary_keys == ACTQKV_KEYS_ATTENDED || p.method.positions != ACTQKV_POSITIONS_EXACT),
-      n_sums(sums_per_layer(hp, p)), n_width(width_for(hp, p)),
-      n_chunks_max(n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0),
-      stores_near(p.method.positions == ACTQKV_POSITIONS_EXACT), layers(hp.n_layer) {
-    const uint64_t n_elements = shape.padded_tokens(p.n_ctx) * shape.token_stride();
+      stores_near(p.method.positions == ACTQKV_POSITIONS_EXACT),
+      summarises_near(stores_near && p.method.summary_keys == ACTQKV_KEYS_ATTENDED), n_sums(sums_per_layer(hp, p)),
+      n_width(width_for(hp, p)), n_chunks_max(n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0), layers(hp.n_layer) {
+    const uint64_t n_bytes = shape.n_chunks_max(p.n_ctx) * shape.chunk_bytes();
     for (layer & l : layers) {
-        l.k = reservation<actqkv_f16>(n_elements);
-        l.v = reservation<actqkv_f16>(n_elements);
+        l.k = reservation<uint8_t>(n_bytes);
+        l.v = reservation<uint8_t>(n_bytes);
         l.reps = reservation<actqkv_f16>(n_chunks_max * n_width);
         l.norms = reservation<float>(n_chunks_max);
-        l.recent.resize(shape.recent_tokens() * shape.token_stride());
+        for (auto * ring : {&l.near, &l.far, &l.v_open}) {
+            ring->resize(shape.recent_tokens() * shape.token_stride());
+        }
         l.sums.resize(n_sums);
     }
 }
@@ -78,41 +78,42 @@ kv_store::kv_store(const hparams & hp, const actqkv_params & p)
 void kv_store::append(int il, int64_t n_past, int m, const actqkv_f16 * near, const actqkv_f16 * far,
                       const actqkv_f16 * v, int64_t stride) {
     layer & l = layers[il];
-    const actqkv_f16 * stored = stores_near ? near : far;
-    const actqkv_f16 * other = stores_near ? far : near;
     const int d = shape.d_head;
     for (int i = 0; i < m;) {
         const int64_t token = n_past + i, block = shape.block_of(token), offset = token - shape.block_first(block);
         const int n = (int) std::min<int64_t>(m - i, shape.block_tokens(block) - offset);
         const size_t bytes = (size_t) n * d * sizeof(actqkv_f16);
         for (int g = 0; g < shape.n_head_kv; g++) {
-            const int64_t to = g * shape.head_stride(block) + offset * d;
+            const int64_t to = shape.recent_offset(block) + g * shape.head_stride(block) + offset * d;
             const int64_t from = g * stride + (int64_t) i * d;
-            memcpy(l.k.data() + shape.block_offset(block) + to, stored + from, bytes);
-            memcpy(l.v.data() + shape.block_offset(block) + to, v + from, bytes);
-            memcpy(l.recent.data() + shape.recent_offset(block) + to, other + from, bytes);
+            memcpy(l.near.data() + to, near + from, bytes);
+            memcpy(l.far.data() + to, far + from, bytes);
+            memcpy(l.v_open.data() + to, v + from, bytes);
         }
         i += n;
     }
 }
 
-actqkv_span kv_store::span(int il, int64_t block, int64_t first, int64_t last, bool with_recent) const {
+actqkv_span kv_store::span(int il, int64_t block, int64_t first, int64_t last, bool both) const {
     const layer & l = layers[il];
-    const int64_t stride = shape.head_stride(block);
-    const int64_t skip = (first - shape.block_first(block)) * shape.d_head;
-    const actqkv_f16 * stored = l.k.data() + shape.block_offset(block) + skip;
-    const actqkv_f16 * recent = l.recent.data() + shape.recent_offset(block) + skip;
+    const int64_t skip = first - shape.block_first(block);
     actqkv_span s = {};
-    s.v = l.v.data() + shape.block_offset(block) + skip;
-    s.v_stride = s.far_stride = s.near_stride = stride;
     s.first = first;
     s.n_tok = (int32_t) (last - first);
-    if (stores_near) {
-        s.near = stored;
-    } else {
-        s.far = stored;
-        s.near = with_recent ? recent : nullptr;
+    if (block > 0 && block <= n_closed_chunks) {
+        const int64_t offset = (block - 1) * shape.chunk_bytes() + skip * shape.row_bytes();
+        s.kv_type = shape.kv_type;
+        s.v_stride = s.far_stride = s.near_stride = shape.tile_bytes();
+        (stores_near ? s.near : s.far) = l.k.data() + offset;
+        s.v = l.v.data() + offset;
+        return s;
     }
+    const int64_t offset = shape.recent_offset(block) + skip * shape.d_head;
+    s.kv_type = ACTQKV_KV_F16;
+    s.v_stride = s.far_stride = s.near_stride = shape.head_stride(block) * (int64_t) sizeof(actqkv_f16);
+    s.near = stores_near || both ? (const uint8_t *) (l.near.data() + offset) : nullptr;
+    s.far = stores_near ? nullptr : (const uint8_t *) (l.far.data() + offset);
+    s.v = (const uint8_t *) (l.v_open.data() + offset);
     return s;
 }
 
@@ -142,24 +143,36 @@ void kv_store::add_sums(int il, int64_t first, int64_t n, const float * sums, in
 
 void kv_store::close_until(int64_t limit, int n_threads) {
     const int64_t last = limit < shape.n_sink ? 0 : (limit - shape.n_sink) / shape.n_chunk_tokens;
-    if (n_width > 0 && last > n_closed_chunks) {
-        std::vector<actqkv_f16> reps(n_threads * n_width);
-        parallel(n_threads, [&](int ith, int nth) {
-            for (size_t il = ith; il < layers.size(); il += nth) {
-                for (int64_t b = n_closed_chunks; b < last; b++) {
+    if (last <= n_closed_chunks) {
+        return;
+    }
+    std::vector<actqkv_f16> reps(n_threads * n_width);
+    parallel(n_threads, [&](int ith, int nth) {
+        for (size_t il = ith; il < layers.size(); il += nth) {
+            for (int64_t b = n_closed_chunks; b < last; b++) {
+                store_chunk((int) il, b);
+                if (n_width > 0) {
                     summarize((int) il, b, reps.data() + ith * n_width);
                 }
             }
-        });
-    }
-    n_closed_chunks = std::max(n_closed_chunks, last);
+        }
+    });
+    n_closed_chunks = last;
+}
+
+void kv_store::store_chunk(int il, int64_t chunk) {
+    layer & l = layers[il];
+    const int64_t from = shape.recent_offset(chunk + 1), to = chunk * shape.chunk_bytes();
+    const int64_t n_rows = (int64_t) shape.n_head_kv * shape.n_chunk_tokens;
+    const auto & keys = stores_near ? l.near : l.far;
+    actqkv_store_rows(shape.kv_type, keys.data() + from, n_rows, shape.d_head, l.k.data() + to);
+    actqkv_store_rows(shape.kv_type, l.v_open.data() + from, n_rows, shape.d_head, l.v.data() + to);
 }
 
 // rep: room for one summary.
 void kv_store::summarize(int il, int64_t chunk, actqkv_f16 * rep) {
     layer & l = layers[il];
-    const actqkv_f16 * keys = summarises_stored ? l.k.data() + shape.block_offset(chunk + 1)
-                                                : l.recent.data() + shape.recent_offset(chunk + 1);
+    const actqkv_f16 * keys = (summarises_near ? l.near : l.far).data() + shape.recent_offset(chunk + 1);
     actqkv_summarize(actqkv_impl_best(), summary_kind, n_representatives, keys, shape.head_stride(chunk + 1),
                      n_sums > 0 ? sums_of(il, chunk) : nullptr, shape.n_chunk_tokens, n_head, shape.n_head_kv,
                      shape.d_head, shape.n_chunk_tokens, rep, l.norms.data() + chunk);
@@ -176,23 +189,53 @@ void kv_store::summarize(int il, int64_t chunk, actqkv_f16 * rep) {
     }
 }
 
-recent_state kv_store::save_recent() const {
+uint64_t kv_store::recent_kv(int64_t n_tokens, int64_t n_closed) const {
+    const int64_t n = shape.n_open_blocks(n_tokens, n_closed) * shape.n_chunk_tokens * shape.token_stride();
+    return layers.size() * 3 * n;
+}
+
+uint64_t kv_store::recent_sums(int64_t n_tokens, int64_t n_closed) const {
+    const int64_t n = shape.n_open_blocks(n_tokens, n_closed) * n_head * shape.n_chunk_tokens;
+    return n_sums > 0 ? layers.size() * n : 0;
+}
+
+recent_state kv_store::save_recent(int64_t n_tokens) const {
     recent_state state;
+    const int64_t end = n_closed_chunks + shape.n_open_blocks(n_tokens, n_closed_chunks);
+    const int64_t n_kv = shape.n_chunk_tokens * shape.token_stride(), n_sum = n_head * shape.n_chunk_tokens;
+    state.kv.reserve(recent_kv(n_tokens, n_closed_chunks));
+    state.sums.reserve(recent_sums(n_tokens, n_closed_chunks));
     for (const layer & l : layers) {
-        state.keys.insert(state.keys.end(), l.recent.begin(), l.recent.end());
-        state.sums.insert(state.sums.end(), l.sums.begin(), l.sums.end());
+        for (int64_t chunk = n_closed_chunks; chunk < end; chunk++) {
+            for (const auto * ring : {&l.near, &l.far, &l.v_open}) {
+                const auto from = ring->begin() + shape.recent_offset(chunk + 1);
+                state.kv.insert(state.kv.end(), from, from + n_kv);
+            }
+            if (n_sums > 0) {
+                const auto from = l.sums.begin() + chunk % shape.n_recent_blocks * n_sum;
+                state.sums.insert(state.sums.end(), from, from + n_sum);
+            }
+        }
     }
     return state;
 }
 
-void kv_store::restore_recent(const recent_state & state, int64_t n_closed) {
-    const actqkv_f16 * keys = state.keys.data();
+void kv_store::restore_recent(const recent_state & state, int64_t n_tokens, int64_t n_closed) {
+    const int64_t end = n_closed + shape.n_open_blocks(n_tokens, n_closed);
+    const int64_t n_kv = shape.n_chunk_tokens * shape.token_stride(), n_sum = n_head * shape.n_chunk_tokens;
+    const actqkv_f16 * kv = state.kv.data();
     const float * sums = state.sums.data();
     for (layer & l : layers) {
-        std::copy_n(keys, l.recent.size(), l.recent.data());
-        std::copy_n(sums, l.sums.size(), l.sums.data());
-        keys += l.recent.size();
-        sums += l.sums.size();
+        for (int64_t chunk = n_closed; chunk < end; chunk++) {
+            for (auto * ring : {&l.near, &l.far, &l.v_open}) {
+                std::copy_n(kv, n_kv, ring->begin() + shape.recent_offset(chunk + 1));
+                kv += n_kv;
+            }
+            if (n_sums > 0) {
+                std::copy_n(sums, n_sum, l.sums.begin() + chunk % shape.n_recent_blocks * n_sum);
+                sums += n_sum;
+            }
+        }
     }
     n_closed_chunks = n_closed;
 }
@@ -201,11 +244,13 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int
     const layer & l = layers[il];
     std::vector<range> ranges;
     if (n_tokens > 0) {
-        const int64_t last = shape.block_of(n_tokens - 1);
-        const uint64_t bytes =
-            (shape.block_first(last) + shape.block_tokens(last)) * shape.token_stride() * sizeof(actqkv_f16);
-        ranges.push_back({l.k.data(), bytes});
-        ranges.push_back({l.v.data(), bytes});
+        const uint64_t sinks = shape.n_sink * shape.token_stride() * sizeof(actqkv_f16);
+        for (const auto * ring : {&l.near, &l.far, &l.v_open}) {
+            ranges.push_back({ring->data(), sinks});
+        }
+    }
+    for (const auto * array : {&l.k, &l.v}) {
+        ranges.push_back({array->data(), (uint64_t) n_closed * shape.chunk_bytes()});
     }
     if (n_width > 0 && n_closed > 0) {
         for (int i = 0; i < n_summary_rows; i++) {

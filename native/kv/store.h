@@ -1,8 +1,9 @@
-// The KV of one session in CPU RAM: K and V of every past token, a ring with the recent keys in their second form,
-// the attention they received, and the summaries of closed chunks. It only ever holds the past.
+// The KV of one session in CPU RAM: a ring with the sinks and the tokens of no closed chunk in f16, keys with RoPE at
+// their true position (near) and without (far), and the attention that they received; closed chunks in params.kv_type;
+// their summaries. It only ever holds the past.
 //
-// Clamped positions store keys without RoPE (far) and keep the recent ones with RoPE (near) in the ring;
-// exact positions store near and keep far in the ring, for summaries.
+// Clamped positions keep the far keys of closed chunks, exact positions the near ones. Chunks are quantised when they
+// close, from f16; summaries are of keys in f16.
 #pragma once
 
 #include "../kernels/kernels.h"
@@ -17,10 +18,10 @@ namespace actqkv {
 // Number of f16 per chunk and layer of a summary kind.
 int64_t summary_width(int32_t kind, const hparams & hp);
 
-// What a rewind needs of the recent past, beside K and V, which stay where they are.
+// What a rewind needs beside closed chunks and sinks, which stay where they are: the blocks that were open.
 struct recent_state {
-    std::vector<actqkv_f16> keys; // all layers' rings
-    std::vector<float> sums;      // all layers' attention sums
+    std::vector<actqkv_f16> kv; // per layer and block: near and far keys and values, [G][c][d] each
+    std::vector<float> sums;    // per layer and block: attention sums [H][c]
 };
 
 class kv_store {
@@ -37,8 +38,9 @@ public:
     void append(int il, int64_t n_past, int m, const actqkv_f16 * near, const actqkv_f16 * far, const actqkv_f16 * v,
                 int64_t stride);
 
-    // The run of tokens [first, last) of one block as attention sees it. with_recent: offer both forms of the keys.
-    actqkv_span span(int il, int64_t block, int64_t first, int64_t last, bool with_recent) const;
+    // The run of tokens [first, last) of one block as attention sees it. both: offer both forms of the keys, where
+    // positions are clamped and the block is not closed.
+    actqkv_span span(int il, int64_t block, int64_t first, int64_t last, bool both) const;
 
     // Adds weight sums [H][stride] of the tokens from `first` on, n of them, none of them sinks.
     void add_sums(int il, int64_t first, int64_t n, const float * sums, int64_t stride);
@@ -46,12 +48,11 @@ public:
     // Starts the sums of the tokens [first, last) at zero.
     void clear_sums(int il, int64_t first, int64_t last);
 
-    // Closes every chunk that ends at or before `limit`: summarises it in all layers.
+    // Closes every chunk that ends at or before `limit`: stores and summarises it in all layers.
     void close_until(int64_t limit, int n_threads);
 
-    // Stored keys of chunk 0; chunk b lies b * chunk_stride() further, [G][c][d].
-    const actqkv_f16 * chunk_keys(int il) const { return layers[il].k.data() + shape.block_offset(1); }
-    int64_t chunk_stride() const { return shape.n_chunk_tokens * shape.token_stride(); }
+    // Keys of closed chunks, [chunk][G][c] rows of layout().row_bytes().
+    const uint8_t * chunk_keys(int il) const { return layers[il].k.data(); }
 
     // Rows of summaries: one of width() f16 per chunk; with a list per KV head, n_rows() of width() / n_rows() each, row
     // i of chunk b at i*row_stride() + b*width()/n_rows(): those of one head lie together. A head's bounds are [2][d].
@@ -64,11 +65,15 @@ public:
     // Whether summaries, or the question, need the attention that recent keys receive.
     bool sums_attention() const { return n_sums > 0; }
 
-    recent_state save_recent() const;
-    void restore_recent(const recent_state & state, int64_t n_closed);
+    // The open blocks of n_tokens in all; and back to them, with n_closed chunks closed.
+    recent_state save_recent(int64_t n_tokens) const;
+    void restore_recent(const recent_state & state, int64_t n_tokens, int64_t n_closed);
+    // Elements of such a state.
+    uint64_t recent_kv(int64_t n_tokens, int64_t n_closed) const;
+    uint64_t recent_sums(int64_t n_tokens, int64_t n_closed) const;
 
-    // K, V and summaries of one layer as byte ranges in use for so many tokens and closed chunks: state blobs are made
-    // of them.
+    // Sinks, closed chunks and summaries of one layer as byte ranges in use for so many tokens and closed chunks: state
+    // blobs are made of them.
     struct range {
         const void * data;
         uint64_t bytes;
@@ -78,13 +83,14 @@ public:
 
 private:
     struct layer {
-        reservation<actqkv_f16> k, v;
-        reservation<actqkv_f16> reps;   // [row][chunk][width / rows]
-        reservation<float> norms;       // [chunk]
-        std::vector<actqkv_f16> recent; // ring of the other form of the keys
-        std::vector<float> sums;        // ring of [block][H][c]
+        reservation<uint8_t> k, v;                 // closed chunks [chunk][G][c], rows of shape.kv_type
+        reservation<actqkv_f16> reps;              // [row][chunk][width / rows]
+        reservation<float> norms;                  // [chunk]
+        std::vector<actqkv_f16> near, far, v_open; // rings of [block][G][tokens][d]
+        std::vector<float> sums;                   // ring of [block][H][c]
     };
 
+    void store_chunk(int il, int64_t chunk);
     void summarize(int il, int64_t chunk, actqkv_f16 * rep);
 
     float * sums_of(int il, int64_t chunk) {
@@ -94,11 +100,10 @@ private:
     kv_layout shape;
     int32_t n_head;
     int32_t summary_kind, n_representatives, n_summary_rows;
-    bool summarises_stored; // else the keys without RoPE, which the ring holds where the store has them rotated
-    int64_t n_sums;         // attention sums of a layer's ring; 0: nobody needs them
-    int64_t n_width;        // 0: the method never retrieves, nothing is summarised
+    bool stores_near, summarises_near; // else far
+    int64_t n_sums;                    // attention sums of a layer's ring; 0: nobody needs them
+    int64_t n_width;                   // 0: the method never retrieves, nothing is summarised
     int64_t n_chunks_max;
-    bool stores_near;
     int64_t n_closed_chunks = 0;
     std::vector<layer> layers;
 };

@@ -1,5 +1,7 @@
 #include "method.h"
 
+#include "../kernels/kernels.h"
+
 #include "../error.h"
 
 #include "ggml.h"
@@ -189,6 +191,19 @@ void check_relations(const actqkv_method & m) {
     }
 }
 
+void check_kv_type(int32_t type, int32_t d_head) {
+    if (type != ACTQKV_KV_F16 && type != ACTQKV_KV_Q8_0 && type != ACTQKV_KV_Q4_0) {
+        const char * name = type >= 0 && type < GGML_TYPE_COUNT ? ggml_type_name((ggml_type) type) : "?";
+        throw error(ACTQKV_ERR_ARGUMENT,
+                    format("kv_type %s (%d) is not supported, expected f16, q8_0 or q4_0", name, type));
+    }
+    if (actqkv_row_bytes(type, d_head) == 0) {
+        throw error(ACTQKV_ERR_ARGUMENT,
+                    format("kv_type %s takes heads of a multiple of 16, the model's are %d: use f16",
+                           ggml_type_name((ggml_type) type), d_head));
+    }
+}
+
 } // namespace
 
 actqkv_params resolve_params(const actqkv_params & params, const hparams & hp) {
@@ -202,10 +217,7 @@ actqkv_params resolve_params(const actqkv_params & params, const hparams & hp) {
     check_relations(p.method);
     check_range("budget (at least n_sink + n_local + n_chunk_tokens)", p.budget,
                 (int64_t) p.n_sink + p.n_local + p.method.n_chunk_tokens, INT32_MAX / 2);
-    if (p.kv_type != GGML_TYPE_F16) {
-        const char * name = p.kv_type >= 0 && p.kv_type < GGML_TYPE_COUNT ? ggml_type_name((ggml_type) p.kv_type) : "?";
-        throw error(ACTQKV_ERR_ARGUMENT, format("kv_type %s (%d) is not supported, expected f16", name, p.kv_type));
-    }
+    check_kv_type(p.kv_type, hp.d_head);
     if (p.method.positions == ACTQKV_POSITIONS_AUTO) {
         p.method.positions = p.n_ctx <= hp.n_ctx_train ? ACTQKV_POSITIONS_EXACT : ACTQKV_POSITIONS_CLAMPED;
     }

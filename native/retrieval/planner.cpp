@@ -211,10 +211,10 @@ void planner::choose(int il, int64_t k, const kv_store & store, const float * st
     scratch.resize(n_chunks);
     actqkv_top_k(scores.data(), n_chunks, (int32_t) n, candidates.data(), scratch.data());
     refined.resize(n);
-    actqkv_refine(actqkv_impl_best(), stored_query, store.chunk_keys(il), store.chunk_stride(), candidates.data(),
+    actqkv_refine(actqkv_impl_best(), stored_query, reading.kv_type, store.chunk_keys(il), candidates.data(),
                   (int32_t) n, hp.n_head, hp.n_head_kv, hp.d_head, reading.method.n_chunk_tokens, refined.data(),
                   reading.n_threads);
-    refine_stage.bytes += (uint64_t) n * store.chunk_stride() * sizeof(actqkv_f16);
+    refine_stage.bytes += (uint64_t) n * store.layout().chunk_bytes();
     chosen.chunks.resize(k);
     chosen.n = (int32_t) k;
     actqkv_top_k(refined.data(), n, (int32_t) k, chosen.chunks.data(), scratch.data());

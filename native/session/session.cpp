@@ -55,8 +55,9 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
     actqkv_memory plan = {};
     kv_store::add_memory(hp, params, plan);
     const kv_layout shape = kv_store::layout_for(hp, params);
-    const uint64_t recent =
-        shape.recent_tokens() * (shape.token_stride() * sizeof(actqkv_f16) + hp.n_head * sizeof(float));
+    // A checkpoint is made when all that has left local is closed, so that less than a chunk lies before it.
+    const uint64_t open = (params.n_local / params.method.n_chunk_tokens + 2) * params.method.n_chunk_tokens;
+    const uint64_t recent = open * (3 * shape.token_stride() * sizeof(actqkv_f16) + hp.n_head * sizeof(float));
     // mean, variance, the question and its queries; entropies
     const uint64_t learnt = (3 + N_QUESTION_QUERIES) * hp.n_channels() * sizeof(float) + N_ENTROPIES * sizeof(double);
     const uint64_t window = params.n_window * 3 * hp.n_kv_channels() * sizeof(actqkv_f16) + // k_near, k_far, v
@@ -135,6 +136,7 @@ bool session::run_pending(float * logits, int64_t n_logits) {
         const window w = {n_done, (int) (end - n_done), phase == ACTQKV_DECODE, phase == ACTQKV_QUESTION,
                           (int) std::max<int64_t>(0, end - std::max(first_out, n_done))};
         const double before = now_ms();
+        close_chunks(w.first);
         before_window(w);
         run_window(w);
         n_done = end;
@@ -153,10 +155,14 @@ bool session::run_pending(float * logits, int64_t n_logits) {
 
 // ---- one window
 
-void session::run_window(const window & w) {
+// Before a window at `first`: what has left local by then.
+void session::close_chunks(int64_t first) {
     const double start = now_ms();
-    store.close_until(w.first - params.n_local, params.n_threads);
+    store.close_until(first - params.n_local, params.n_threads);
     counts.summarize.ms += now_ms() - start;
+}
+
+void session::run_window(const window & w) {
     const window_tensors & io = graph.io();
     for (int i = 0; i < w.m; i++) {
         io.token[i] = tokens.tokens[w.first + i];
@@ -340,12 +346,14 @@ void session::attend(const window & w, int il) {
 void session::count_attended(const window & w, int il) {
     const int64_t n_of_list = (int64_t) spans.size() / n_lists;
     int64_t n_keys = 0;
+    uint64_t n_bytes = 0; // of K, and of V
     for (int64_t s = 0; s < n_of_list; s++) {
         n_keys += spans[s].n_tok;
+        n_bytes += (uint64_t) spans[s].n_tok * hp.n_head_kv * actqkv_row_bytes(spans[s].kv_type, hp.d_head);
     }
     const bool dense = il < (w.decode ? answering : params).method.n_dense_layers;
     uint64_t & most = dense ? counts.dense_tokens_max : counts.attended_tokens_max;
-    counts.attend.bytes += 2 * (uint64_t) (n_keys + w.m) * hp.n_kv_channels() * sizeof(actqkv_f16);
+    counts.attend.bytes += 2 * (n_bytes + (uint64_t) w.m * hp.n_head_kv * actqkv_row_bytes(ACTQKV_KV_F16, hp.d_head));
     most = std::max<uint64_t>(most, n_keys + w.m);
     (dense ? counts.dense_tokens_mean : counts.attended_tokens_mean) += (n_keys + (w.m + 1) / 2.0) * w.m;
     (dense ? dense_n : attended_n) += w.m;
@@ -398,7 +406,9 @@ observer session::observer_of(int il, int64_t n_past) const {
 
 // ---- checkpoints and rewind
 
-checkpoint session::make_checkpoint() const { return {n_done, store.n_closed(), false, memory, store.save_recent()}; }
+checkpoint session::make_checkpoint() const {
+    return {n_done, store.n_closed(), false, memory, store.save_recent(n_done)};
+}
 
 // Before a window that may have to be read again (an unfinished one), and now and then in a long reading.
 void session::before_window(const window & w) {
@@ -414,6 +424,7 @@ void session::before_window(const window & w) {
 }
 
 void session::keep_checkpoint() {
+    close_chunks(n_done);
     checkpoint c = make_checkpoint();
     c.pinned = true;
     saved.add(std::move(c));
@@ -428,7 +439,7 @@ void session::restore(int64_t limit) {
         const bool usable = c.n_past == tokens.size() || tokens.starts_window(c.n_past, params.n_window);
         if (c.n_past <= limit && usable) {
             memory = c.memory;
-            store.restore_recent(c.recent, c.n_closed);
+            store.restore_recent(c.recent, c.n_past, c.n_closed);
             counts.n_replayed_tokens += n_done - c.n_past;
             n_done = c.n_past;
             saved.forget_after(n_done);

@@ -60,6 +60,7 @@ private:
 
     void check_tokens(const int32_t * more, int64_t n) const;
     bool run_pending(float * logits, int64_t n_logits);
+    void close_chunks(int64_t first);
     void run_window(const window & w);
     void run_layer(const window & w, int il);
     void make_spans(const window & w, int il, const chunk_plan & plan);

@@ -6,7 +6,7 @@
 //   i64 n_tokens   i64 n_done   i64 n_closed
 //   i32 tokens[n_tokens]   i8 phases[n_tokens]
 //   layer memories, recent state, checkpoints (each array preceded by its u64 count)
-//   per layer: K, V, summaries, norms in use
+//   per layer: sinks, closed chunks, summaries, norms in use
 //   u64 checksum of everything before
 //
 // A blob is checked as a whole, and every count against what this session expects, before the session is touched:
@@ -24,7 +24,7 @@ namespace actqkv {
 namespace {
 
 constexpr uint64_t MAGIC = 0x4554415453564B41; // "AKVSTATE"
-constexpr uint32_t VERSION = 2;
+constexpr uint32_t VERSION = 3;
 
 uint64_t mix(uint64_t hash, uint64_t word) {
     hash = (hash ^ word) * 0x9E3779B97F4A7C15ull;
@@ -154,14 +154,20 @@ std::vector<layer_memory> read_memory(reader & in, const hparams & hp) {
 }
 
 void write_recent(writer & out, const recent_state & recent) {
-    out.array(recent.keys);
+    out.array(recent.kv);
     out.array(recent.sums);
 }
 
-recent_state read_recent(reader & in, const recent_state & like) {
+recent_state read_recent(reader & in, const kv_store & store, int64_t n_tokens, int64_t n_closed) {
+    const kv_layout & shape = store.layout();
+    const bool known = n_closed >= 0 && n_closed <= shape.n_chunks_max(n_tokens);
+    if (!known || shape.n_open_blocks(n_tokens, n_closed) > shape.n_recent_blocks) {
+        throw error(ACTQKV_ERR_STATE, format("state is inconsistent: %lld chunks of %lld tokens are closed",
+                                             (long long) n_closed, (long long) n_tokens));
+    }
     recent_state recent;
-    in.array(recent.keys, like.keys.size());
-    in.array(recent.sums, like.sums.size());
+    in.array(recent.kv, store.recent_kv(n_tokens, n_closed));
+    in.array(recent.sums, store.recent_sums(n_tokens, n_closed));
     return recent;
 }
 
@@ -186,7 +192,7 @@ void write_state(writer & out, uint64_t model, const hparams & hp, const actqkv_
     out.raw(tokens.tokens.data(), tokens.size() * sizeof(int32_t));
     out.raw(tokens.phases.data(), tokens.size());
     write_memory(out, memory);
-    write_recent(out, store.save_recent());
+    write_recent(out, store.save_recent(n_done));
     out.value((uint64_t) saved.list().size());
     for (const checkpoint & c : saved.list()) {
         out.value(c.n_past);
@@ -252,7 +258,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
     if (n < 0 || n > params.n_ctx) {
         throw error(ACTQKV_ERR_STATE, format("state holds %lld tokens, n_ctx is %d", (long long) n, params.n_ctx));
     }
-    if (done < 0 || done > n || closed < 0 || closed > store.layout().n_chunks_max(done)) {
+    if (done < 0 || done > n) {
         throw error(ACTQKV_ERR_STATE, "state is inconsistent: more done than read");
     }
     history read;
@@ -267,9 +273,8 @@ void session::state_set(const uint8_t * data, uint64_t size) {
             throw error(ACTQKV_ERR_STATE, format("state is inconsistent at token %lld", (long long) i));
         }
     }
-    const recent_state like = store.save_recent();
     std::vector<layer_memory> new_memory = read_memory(in, hp);
-    const recent_state new_recent = read_recent(in, like);
+    const recent_state new_recent = read_recent(in, store, done, closed);
     checkpoints new_saved;
     const uint64_t n_saved = in.value<uint64_t>();
     for (uint64_t i = 0; i < n_saved; i++) {
@@ -277,12 +282,11 @@ void session::state_set(const uint8_t * data, uint64_t size) {
         c.n_past = in.value<int64_t>();
         c.n_closed = in.value<int64_t>();
         c.pinned = in.value<uint8_t>() != 0;
-        if (c.n_past < 0 || c.n_past > done || c.n_closed < 0 || c.n_closed > closed ||
-            c.n_closed > store.layout().n_chunks_max(c.n_past)) {
+        if (c.n_past < 0 || c.n_past > done || c.n_closed > closed) {
             throw error(ACTQKV_ERR_STATE, "state is inconsistent: a checkpoint lies behind its end");
         }
         c.memory = read_memory(in, hp);
-        c.recent = read_recent(in, like);
+        c.recent = read_recent(in, store, c.n_past, c.n_closed);
         new_saved.add(std::move(c));
     }
 
@@ -301,7 +305,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
     memory = std::move(new_memory);
     saved = std::move(new_saved);
     n_done = done;
-    store.restore_recent(new_recent, closed);
+    store.restore_recent(new_recent, done, closed);
     for (int il = 0; il < hp.n_layer; il++) {
         for (const kv_store::range & r : store.used_ranges(il, done, closed)) {
             in.raw(const_cast<void *>(r.data), r.bytes);

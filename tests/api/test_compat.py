@@ -14,6 +14,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from actqkv_cpp import Llama, ParameterError, Retrieval, StateError, compat
+from actqkv_cpp._native import KV_TYPES
 
 SMALL = Retrieval("dense", n_local=64, window=32, n_sink=4, chunk=16, budget=128)
 ROWS = {(row.kind, row.name): row for row in compat.TABLE}
@@ -63,8 +64,8 @@ ARRIVED: dict[str, Any] = {
     "chat_format": lambda m: m.chat_format,
     "spm_infill": lambda m: m.spm_infill,
     "verbose": lambda m: m.verbose,
-    "type_k": lambda m: {"f16": 1}[m.session.params.kv_type],
-    "type_v": lambda m: {"f16": 1}[m.session.params.kv_type],
+    "type_k": lambda m: KV_TYPES[m.session.params.kv_type],
+    "type_v": lambda m: KV_TYPES[m.session.params.kv_type],
 }
 
 
@@ -221,6 +222,16 @@ def test_wrong_kv_types(options: dict[str, Any], tiny_model: Path) -> None:
     """Breaks when a type of K and V that we do not store is taken for another."""
     with pytest.raises(ParameterError):
         Llama(tiny_model, verbose=False, **options)
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_kv_types_by_either_name(kv_type: str, tiny_model: Path) -> None:
+    """Breaks when type_k and type_v of llama_cpp, where they agree, do not keep chunks as kv_type does."""
+    by_number: dict[str, Any] = dict.fromkeys(("type_k", "type_v"), KV_TYPES[kv_type])
+    for options in ({"kv_type": kv_type}, by_number, by_number | {"kv_type": kv_type}):
+        with Llama(tiny_model, verbose=False, **options) as llm:
+            assert llm.session is not None
+            assert llm.session.params.kv_type == kv_type
 
 
 def test_document_is_the_table() -> None:

@@ -86,8 +86,10 @@ def small(**columns: Any) -> Retrieval:
     return dataclasses.replace(SMALL, **columns)
 
 
-def open_session(model: LlamaModel, retrieval: Retrieval = SMALL, *, n_ctx: int = 1024, n_threads: int = 1) -> Session:
-    return Session(model, retrieval, n_ctx=n_ctx, n_threads=n_threads)
+def open_session(
+    model: LlamaModel, retrieval: Retrieval = SMALL, *, n_ctx: int = 1024, n_threads: int = 1, kv_type: str = "f16"
+) -> Session:
+    return Session(model, retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
 
 
 def one_by_one(n: int) -> list[tuple[int, Phase]]:

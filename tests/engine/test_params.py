@@ -78,10 +78,22 @@ def test_sizes_of_a_session(options: dict[str, int], message: str, tiny_llama: L
 
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
-def test_kv_types(kv_type: str, tiny_llama: LlamaModel) -> None:
-    """Breaks when a type of the store that is not there yet is taken for f16."""
-    with pytest.raises(ParameterError, match=f"kv_type {kv_type} .* expected f16"):
-        memory_plan(tiny_llama, SMALL, n_ctx=100, kv_type=kv_type)
+def test_kv_types_take_whole_half_blocks(kv_type: str, tmp_path: Path) -> None:
+    """Breaks when a head that ends within half a block is read past its end; f16 takes it."""
+    with loaded(tiny.make_tiny_gguf(tmp_path / "model.gguf", d_head=40)) as model:
+        with pytest.raises(ParameterError, match=f"kv_type {kv_type} .* multiple of 16, the model's are 40: use f16"):
+            memory_plan(model, SMALL, n_ctx=100, kv_type=kv_type)
+        memory_plan(model, SMALL, n_ctx=100)
+
+
+def test_smaller_kv_types_are_planned_smaller(tiny_llama: LlamaModel) -> None:
+    """Breaks when the plan does not count the bytes of closed chunks by their type."""
+    n_ctx = 100_000
+    plans = {t: memory_plan(tiny_llama, SMALL, n_ctx=n_ctx, kv_type=t) for t in ("f16", "q8_0", "q4_0")}
+    n_values = 2 * 3 * 2 * 32 * n_ctx  # K and V, layers, KV heads
+    for kv_type, bits in (("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5)):
+        assert plans[kv_type].kv_bytes == pytest.approx(n_values * bits / 8, rel=0.01)
+        assert plans[kv_type].summary_bytes == plans["f16"].summary_bytes
 
 
 def test_auto_positions_follow_the_trained_length(tiny_llama: LlamaModel) -> None:

@@ -11,10 +11,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import engine_support
 import numpy as np
 import pytest
 import tiny_gguf as tiny
-from engine_support import N_VOCAB, Pieces, loaded, one_by_one, open_session, random_tokens, read, small
+from engine_support import N_VOCAB, Pieces, loaded, one_by_one, random_tokens, read, small
 from llama_cpp._internals import LlamaModel
 from numpy.typing import NDArray
 
@@ -31,7 +32,11 @@ METHODS: dict[str, Retrieval] = {
     "dense": small(method="dense", positions="exact"),
     "quest": small(method="quest", positions=None, chunk=8, prefill="top", dense_layers=1),
     "oracle": small(method="oracle"),
+    "q8_0": small(refine=3),
+    "q4_0 exact": small(refine=3, positions="exact"),
+    "q4_0 head": small(summary="head", score="cosine", refine=2),
 }
+KV_TYPES = {row: name[:4] for name, row in METHODS.items() if name[:4] in {"q8_0", "q4_0"}}  # the others: f16
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "question")
 WINDOW = 16
 
@@ -50,6 +55,10 @@ N_HISTORY = sum(n for n, _ in HISTORY)
 TOKENS = random_tokens(N_HISTORY)
 FURTHER: Pieces = [(19, "prefill"), *one_by_one(3), (7, "question"), (5, "prefill"), (1, "decode")]
 FURTHER_TOKENS = random_tokens(sum(n for n, _ in FURTHER), seed=1)
+
+
+def open_session(model: LlamaModel, retrieval: Retrieval, **options: Any) -> Session:
+    return engine_support.open_session(model, retrieval, kv_type=KV_TYPES.get(retrieval, "f16"), **options)
 
 
 @pytest.fixture(params=METHODS)

@@ -162,7 +162,11 @@ def test_the_layout_is_as_described(blob: bytes) -> None:
     fields = fields_of(blob)
     assert struct.unpack_from("<qq", blob, AT_TOKENS) == (N_PAST, N_PAST)
     assert struct.unpack_from("<q", blob, fields.numbers["checkpoint 0: n_past"])[0] == 64
-    assert 0 < fields.end < len(blob) - 8 - 2 * 2 * N_PAST * N_LAYER * 32
+    n_closed = struct.unpack_from("<q", blob, fields.numbers["n_closed"])[0]
+    assert n_closed == (N_PAST - RETRIEVAL.n_local - RETRIEVAL.n_sink) // 8
+    sinks, chunks = 3 * RETRIEVAL.n_sink, 2 * 8 * n_closed  # near and far keys, values; keys, values
+    summaries = n_closed * (2 * 32 + 4)
+    assert fields.end == len(blob) - 8 - N_LAYER * ((sinks + chunks) * 2 * 32 + summaries)
 
 
 def test_the_blob_itself_is_taken(session: Session, blob: bytes) -> None:
@@ -203,7 +207,7 @@ def test_not_a_state(session: Session, path: Path) -> None:
 
 def test_another_version(session: Session, blob: bytes) -> None:
     """Breaks when the state of a later version is read as if it were of this one."""
-    refuse(session, written(blob, AT_VERSION, struct.pack("<I", 99)), "version is 99, expected 2")
+    refuse(session, written(blob, AT_VERSION, struct.pack("<I", 99)), "version is 99, expected 3")
 
 
 OTHER_MODELS: dict[str, dict[str, Any]] = {
@@ -251,6 +255,13 @@ def test_other_parameters(name: str, model: LlamaModel, blob: bytes) -> None:
     """Breaks when a state is taken by a session that would have read its tokens in another way."""
     with open_session(model, with_columns(**OTHER_PARAMETERS[name])) as session:
         refuse(session, blob, "other parameters")
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_another_kv_type(kv_type: str, model: LlamaModel, blob: bytes) -> None:
+    """Breaks when chunks of one type are read as those of another."""
+    with open_session(model, RETRIEVAL, kv_type=kv_type) as session:
+        refuse(session, blob, "other parameters .*kv_type")
 
 
 def test_too_small_n_ctx(model: LlamaModel, blob: bytes) -> None:

@@ -16,6 +16,47 @@ def softmax(x: Array) -> Array:
     return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
+# ---- rows: f16; q8_0 and q4_0, blocks of 32 values with a scale in f16, from their definitions
+
+BLOCK = 32
+Bytes = npt.NDArray[np.uint8]
+
+
+def store_rows(kv_type: str, x: npt.NDArray[np.float16]) -> Bytes:
+    """x [..., d] as bytes [..., row]. In float32 where the definition computes: the bytes are to be equal."""
+    if kv_type == "f16":
+        return np.ascontiguousarray(x).view(np.uint8)
+    n_missing = -x.shape[-1] % BLOCK
+    padded = np.pad(x.astype(np.float32), [(0, 0)] * (x.ndim - 1) + [(0, n_missing)])
+    blocks = padded.reshape(*x.shape[:-1], -1, BLOCK)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)
+    scale = np.abs(extreme) / np.float32(127) if kv_type == "q8_0" else extreme / np.float32(-8)
+    steps = blocks * np.where(scale != 0, np.float32(1) / np.where(scale != 0, scale, 1), 0).astype(np.float32)
+    if kv_type == "q8_0":  # halves away from zero
+        steps = steps.astype(np.float64)
+        packed = (np.sign(steps) * np.floor(np.abs(steps) + 0.5)).astype(np.int8).view(np.uint8)
+    else:
+        q = np.minimum(np.floor(steps + np.float32(8.5)), 15).astype(np.uint8)
+        packed = q[..., : BLOCK // 2] | q[..., BLOCK // 2 :] << 4
+    scales = np.ascontiguousarray(scale.astype(np.float16)).view(np.uint8)
+    raw = np.concatenate([scales, packed], axis=-1)
+    return np.ascontiguousarray(raw.reshape(*x.shape[:-1], -1))
+
+
+def load_rows(kv_type: str, raw: Bytes, d: int) -> Array:
+    """[..., row] back to [..., d]."""
+    if kv_type == "f16":
+        return raw.view(np.float16).astype(np.float64)
+    blocks = raw.reshape(*raw.shape[:-1], -1, 2 + (BLOCK if kv_type == "q8_0" else BLOCK // 2))
+    scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float64)
+    q = blocks[..., 2:]
+    if kv_type == "q8_0":
+        steps = q.view(np.int8).astype(np.float64)
+    else:
+        steps = np.concatenate([q & 15, q >> 4], axis=-1).astype(np.float64) - 8
+    return np.asarray((scale * steps).reshape(*raw.shape[:-1], -1)[..., :d])
+
+
 # ---- probe (3.1, 3.2)
 
 

@@ -76,14 +76,25 @@ class Guarded:
         return np.asarray(np.all(raw == 0xA5, axis=-1))
 
 
+TYPES = {
+    "float32": "float *",
+    "float64": "double *",
+    "float16": "actqkv_f16 *",
+    "int32": "int32_t *",
+    "uint8": "uint8_t *",
+}
+
+
 def pointer(array: npt.NDArray[Any] | Guarded | None) -> Any:
     """The array as the kernel's type; the caller keeps it alive."""
     if array is None:
         return ffi.NULL
     a = array.array if isinstance(array, Guarded) else array
     assert a.flags["C_CONTIGUOUS"] or isinstance(array, Guarded)
-    name = {"float32": "float *", "float64": "double *", "float16": "actqkv_f16 *", "int32": "int32_t *"}[a.dtype.name]
-    return ffi.cast(name, a.ctypes.data)
+    return ffi.cast(TYPES[a.dtype.name], a.ctypes.data)
+
+
+KV_TYPES = {"f16": lib.ACTQKV_KV_F16, "q8_0": lib.ACTQKV_KV_Q8_0, "q4_0": lib.ACTQKV_KV_Q4_0}
 
 
 def half(x: npt.ArrayLike) -> npt.NDArray[np.float16]:

@@ -9,16 +9,41 @@ import numpy as np
 import numpy.typing as npt
 import ops_reference as reference
 import pytest
-from ops_support import BOUNDS, Guarded, check, ffi, half, lib, nmse, pointer
+from ops_support import BOUNDS, KV_TYPES, Guarded, check, ffi, half, lib, nmse, pointer
 
 RATIOS = [(4, 4), (8, 4), (8, 2), (8, 1), (14, 2)]  # r = 1, 2, 4, 8, 7
 
 
 @dataclass
-class Case:
-    """One call: float16 arrays and the args struct that points into them."""
+class Span:
+    """float16 [G][n][d], kept as rows of kv_type."""
 
-    spans: list[reference.Span]
+    far: npt.NDArray[np.float16] | None
+    near: npt.NDArray[np.float16] | None
+    v: npt.NDArray[np.float16]
+    first: int
+    kv_type: str = "f16"
+
+    @property
+    def n_tok(self) -> int:
+        return self.v.shape[1]
+
+    @property
+    def rows(self) -> list[reference.Bytes | None]:
+        return [None if x is None else reference.store_rows(self.kv_type, x) for x in (self.far, self.near, self.v)]
+
+    def read(self, kv: slice) -> reference.Span:
+        d = self.v.shape[-1]
+        far, near, v = (None if x is None else reference.load_rows(self.kv_type, x, d)[kv] for x in self.rows)
+        assert v is not None
+        return reference.Span(far, near, v, self.first)
+
+
+@dataclass
+class Case:
+    """One call: what the args struct points to."""
+
+    spans: list[Span]
     q_near: npt.NDArray[np.float32]
     q_far: npt.NDArray[np.float32]
     k_window: npt.NDArray[np.float16]
@@ -27,7 +52,7 @@ class Case:
     n_clamp: int
     scale: float
     first_summed: int = 0
-    lists: list[list[reference.Span]] = field(default_factory=list)  # per KV head, in place of spans
+    lists: list[list[Span]] = field(default_factory=list)  # per KV head, in place of spans
 
     @property
     def expected(self) -> tuple[reference.Array, reference.Array, reference.Array]:
@@ -39,20 +64,16 @@ class Case:
         return np.concatenate(out, axis=1), np.concatenate(sums), np.array(mass) / len(self.lists)
 
     def _expected(
-        self, spans: list[reference.Span], kv: slice, heads: slice
+        self, spans: list[Span], kv: slice, heads: slice
     ) -> tuple[reference.Array, reference.Array, reference.Array]:
-        wide = [
-            reference.Span(*(None if x is None else x[kv].astype(np.float64) for x in (s.far, s.near, s.v)), s.first)
-            for s in spans
-        ]
         return reference.attend(
-            wide, *(x[:, heads].astype(np.float64) for x in (self.q_near, self.q_far)),
+            [s.read(kv) for s in spans], *(x[:, heads].astype(np.float64) for x in (self.q_near, self.q_far)),
             *(x[kv].astype(np.float64) for x in (self.k_window, self.v_window)),
             n_past=self.n_past, n_clamp=self.n_clamp, scale=self.scale,
         )  # fmt: skip
 
     @property
-    def of_heads(self) -> list[list[reference.Span]]:
+    def of_heads(self) -> list[list[Span]]:
         """The spans of every KV head, one list for all or a list each."""
         return self.lists or [self.spans] * len(self.k_window)
 
@@ -76,18 +97,22 @@ def make(
     both: tuple[int, ...] = (),
     near: tuple[int, ...] = (),
     n_clamp: int = 70,
+    kv_type: str = "f16",
 ) -> Case:
-    """Spans of these lengths in this order; `both` and `near` are the last tokens of the past, without gaps."""
+    """Spans of these lengths in this order; `both` and `near` are the last tokens of the past, without gaps.
+
+    kv_type: of the far ones.
+    """
 
     def tokens(n: int) -> npt.NDArray[np.float16]:
         return half(rng.normal(size=(n_head_kv, n, d)))
 
     n_past = 5000
     first = n_past - sum(both) - sum(near)
-    spans = [reference.Span(tokens(n), None, tokens(n), 100 * i) for i, n in enumerate(far)]
+    spans = [Span(tokens(n), None, tokens(n), 100 * i, kv_type) for i, n in enumerate(far)]
     for kind, lengths in (("both", both), ("near", near)):
         for n in lengths:
-            spans.append(reference.Span(tokens(n) if kind == "both" else None, tokens(n), tokens(n), first))
+            spans.append(Span(tokens(n) if kind == "both" else None, tokens(n), tokens(n), first))
             first += n
     q_near, q_far = (rng.normal(size=(m, n_head, d)).astype(np.float32) * 1.5 for _ in range(2))
     return Case(spans, q_near, q_far, tokens(m), tokens(m), n_past, n_clamp, 1 / np.sqrt(d), len(far))
@@ -99,10 +124,11 @@ def run(case: Case, impl: int, n_threads: int, *, sums: bool = True, mass: bool 
     n_head_kv = len(case.k_window)
     lists = case.lists or [case.spans]
     spans = ffi.new("struct actqkv_span[]", max(len(lists) * len(case.spans), 1))
-    for to, s in zip(spans, itertools.chain(*lists), strict=False):
-        to.far, to.near, to.v = pointer(s.far), pointer(s.near), pointer(s.v)
-        to.far_stride = to.near_stride = to.v_stride = s.n_tok * d
-        to.first, to.n_tok = s.first, s.n_tok
+    rows = [s.rows for s in itertools.chain(*lists)]
+    for to, s, arrays in zip(spans, itertools.chain(*lists), rows, strict=False):
+        to.far, to.near, to.v = (pointer(x) for x in arrays)
+        to.far_stride = to.near_stride = to.v_stride = s.n_tok * lib.actqkv_row_bytes(KV_TYPES[s.kv_type], d)
+        to.first, to.n_tok, to.kv_type = s.first, s.n_tok, KV_TYPES[s.kv_type]
     n_summed = case.n_keys - case.first_key
     out, weight_sums = Guarded((m, n_head, d)), Guarded((n_head, n_summed + 3))
     span_mass = Guarded((len(lists), len(case.spans)) if case.lists else len(case.spans), np.float64)
@@ -137,13 +163,15 @@ def verify(case: Case, impl: int, n_threads: int) -> None:
     check("attend.mass", mass, expected_mass)
 
 
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("m", [1, 2, 9, 70])
 @pytest.mark.parametrize(("n_head", "n_head_kv"), RATIOS)
 def test_group_ratios(
-    impl: int, rng: np.random.Generator, *, n_threads: int, m: int, n_head: int, n_head_kv: int
+    impl: int, rng: np.random.Generator, *, n_threads: int, m: int, n_head: int, n_head_kv: int, kv_type: str
 ) -> None:
-    case = make(rng, m=m, n_head=n_head, n_head_kv=n_head_kv, d=64, far=(8, 32, 5), both=(32, 17), near=(32, 3))
+    lengths = {"far": (8, 32, 5), "both": (32, 17), "near": (32, 3)}
+    case = make(rng, m=m, n_head=n_head, n_head_kv=n_head_kv, d=64, kv_type=kv_type, **lengths)
     verify(case, impl, n_threads)
 
 
@@ -170,6 +198,19 @@ def test_head_dimensions(impl: int, rng: np.random.Generator, *, m: int, d: int)
 def test_shapes_of_the_past(impl: int, rng: np.random.Generator, *, m: int, spans: dict[str, tuple[int, ...]]) -> None:
     for n_threads in (1, 2, 3):
         verify(make(rng, m=m, n_head=6, n_head_kv=3, d=32, **spans), impl, n_threads)
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("m", [1, 33])
+@pytest.mark.parametrize("d", [16, 32, 48, 64, 80, 96, 112, 128, 256])
+def test_head_dimensions_of_quantised_rows(
+    impl: int, rng: np.random.Generator, *, m: int, d: int, kv_type: str
+) -> None:
+    """Whole and half blocks; a panel that f16 rows share, and keys met near, as exact positions keep them."""
+    case = make(rng, m=m, n_head=6, n_head_kv=2, d=d, far=(32, 5), both=(30,), near=(32, 11), kv_type=kv_type)
+    case.spans[-2].kv_type = kv_type
+    case.spans[0].kv_type = "f16"
+    verify(case, impl, 2)
 
 
 @pytest.mark.parametrize("m", [1, 25])
@@ -214,10 +255,12 @@ def test_a_list_per_kv_head(
     impl: int, rng: np.random.Generator, *, n_threads: int, m: int, n_head: int, n_head_kv: int, n_far: int
 ) -> None:
     """Every KV head attends its own far spans; what follows them, and its sums, is shared."""
-    case = make(rng, m=m, n_head=n_head, n_head_kv=n_head_kv, d=32, far=(32,) * n_far, both=(20, 32), near=(9,))
+    shape = {"m": m, "n_head": n_head, "n_head_kv": n_head_kv, "d": 32}
+    kv_type = "f16" if n_far > 3 else "q8_0"
+    case = make(rng, **shape, far=(32,) * n_far, both=(20, 32), near=(9,), kv_type=kv_type)
     shared = case.spans[n_far:]
     for _ in range(n_head_kv):
-        own = make(rng, m=m, n_head=n_head, n_head_kv=n_head_kv, d=32, far=(32,) * n_far).spans
+        own = make(rng, **shape, far=(32,) * n_far, kv_type=kv_type).spans
         case.lists.append([*own, *shared])
     verify(case, impl, n_threads)
 
@@ -252,8 +295,10 @@ def test_runs_are_bit_equal(impl: int, rng: np.random.Generator, *, m: int, n_th
 
 
 @pytest.mark.parametrize("m", [1, 64])
-def test_scalar_and_fast_agree(impl: int, rng: np.random.Generator, m: int) -> None:
-    case = make(rng, m=m, n_head=8, n_head_kv=2, d=128, far=tuple([32] * 30), both=(64,), near=(100,))
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_scalar_and_fast_agree(impl: int, rng: np.random.Generator, *, m: int, kv_type: str) -> None:
+    lengths = {"far": tuple([32] * 30), "both": (64,), "near": (100,)}
+    case = make(rng, m=m, n_head=8, n_head_kv=2, d=128, kv_type=kv_type, **lengths)
     for name, a, b in zip(("out", "sums", "mass"), run(case, impl, 2), run(case, 0, 1), strict=True):
         assert nmse(a, b) <= BOUNDS[f"attend.{name}"]
 

@@ -5,24 +5,34 @@ from __future__ import annotations
 import numpy as np
 import ops_reference as reference
 import pytest
-from ops_support import Guarded, check, half, lib, pointer
+from ops_support import KV_TYPES, Guarded, check, half, lib, pointer
 
 
 @pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 2), (7, 1), (40, 2)])
 @pytest.mark.parametrize(("d_head", "c"), [(64, 32), (80, 5), (128, 100)])
 @pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_scores_are_the_best_keys(
-    impl: int, rng: np.random.Generator, *, n_head: int, n_head_kv: int, d_head: int, c: int, n_threads: int
+    impl: int,
+    rng: np.random.Generator,
+    *,
+    n_head: int,
+    n_head_kv: int,
+    d_head: int,
+    c: int,
+    n_threads: int,
+    kv_type: str,
 ) -> None:
     query = rng.normal(size=(n_head, d_head)).astype(np.float32)
-    keys = half(rng.normal(size=(9, n_head_kv, c, d_head)))
+    rows = reference.store_rows(kv_type, half(rng.normal(size=(9, n_head_kv, c, d_head))))
+    keys = reference.load_rows(kv_type, rows, d_head)
     chunks = np.array([0, 3, 4, 8], np.int32)
     scores = Guarded(len(chunks))
     lib.actqkv_refine(
         impl,
         pointer(query),
-        pointer(keys),
-        keys[0].size,
+        KV_TYPES[kv_type],
+        pointer(rows),
         pointer(chunks),
         len(chunks),
         n_head,
@@ -33,13 +43,14 @@ def test_scores_are_the_best_keys(
         n_threads,
     )
     scores.check()
-    expected = reference.refine(query.astype(np.float64), keys[chunks].astype(np.float64))
-    lengths = np.linalg.norm(query) * np.linalg.norm(keys[chunks].astype(np.float64), axis=(2, 3)).sum(axis=1)
+    expected = reference.refine(query.astype(np.float64), keys[chunks])
+    lengths = np.linalg.norm(query) * np.linalg.norm(keys[chunks], axis=(2, 3)).sum(axis=1)
     check("refine", scores.array, expected, lengths)
 
 
 def test_no_candidates(impl: int) -> None:
-    query, keys, scores = np.ones((2, 32), np.float32), half(np.ones((1, 2, 4, 32))), Guarded(0)
+    query, keys, scores = np.ones((2, 32), np.float32), np.ones(512, np.uint8), Guarded(0)
     none = np.empty(0, np.int32)
-    lib.actqkv_refine(impl, pointer(query), pointer(keys), 256, pointer(none), 0, 2, 2, 32, 4, pointer(scores), 2)
+    f16 = KV_TYPES["f16"]
+    lib.actqkv_refine(impl, pointer(query), f16, pointer(keys), pointer(none), 0, 2, 2, 32, 4, pointer(scores), 2)
     scores.check()

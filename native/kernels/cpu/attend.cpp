@@ -9,15 +9,15 @@
 
 #include <math.h>
 
-#include "half.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace actqkv {
 
-static float dot(const float * q, const actqkv_f16 * k, int32_t d) {
+static float dot(const float * q, int32_t type, const uint8_t * k, int32_t d) {
     float sum = 0;
     for (int32_t e = 0; e < d; e++) {
-        sum += q[e] * half_to_float(k[e]);
+        sum += q[e] * row_value(type, k, e);
     }
     return sum;
 }
@@ -30,14 +30,16 @@ static int64_t weigh_scalar(const actqkv_attend_args & a, int32_t h, int32_t i, 
     int64_t n = 0;
     for (int32_t s = 0; s < a.n_spans; s++) {
         const actqkv_span & span = span_of(a, g, s);
+        const int64_t row = actqkv_row_bytes(span.kv_type, d);
         for (int32_t j = 0; j < span.n_tok; j++) {
             const bool is_near = span.near && (!span.far || a.n_past + i - (span.first + j) < a.n_clamp);
-            const actqkv_f16 * k = is_near ? span.near + g * span.near_stride : span.far + g * span.far_stride;
-            weights[n++] = a.scale * dot(is_near ? q_near : q_far, k + (int64_t) j * d, d);
+            const uint8_t * k = is_near ? span.near + g * span.near_stride : span.far + g * span.far_stride;
+            weights[n++] = a.scale * dot(is_near ? q_near : q_far, span.kv_type, k + j * row, d);
         }
     }
     for (int32_t j = 0; j <= i; j++) {
-        weights[n++] = a.scale * dot(q_near, a.k_window + g * a.window_stride + (int64_t) j * d, d);
+        const actqkv_f16 * k = a.k_window + g * a.window_stride + (int64_t) j * d;
+        weights[n++] = a.scale * dot(q_near, ACTQKV_KV_F16, (const uint8_t *) k, d);
     }
     float max = -INFINITY;
     for (int64_t j = 0; j < n; j++) {
@@ -63,11 +65,13 @@ static void mix_scalar(const actqkv_attend_args & a, int32_t h, int32_t i, const
     for (int32_t s = 0; s <= a.n_spans; s++) {
         const bool window = s == a.n_spans;
         const actqkv_span * span = window ? nullptr : &span_of(a, g, s);
-        const actqkv_f16 * v = window ? a.v_window + g * a.window_stride : span->v + g * span->v_stride;
-        const int32_t n = window ? i + 1 : span->n_tok;
+        const uint8_t * v =
+            window ? (const uint8_t *) (a.v_window + g * a.window_stride) : span->v + g * span->v_stride;
+        const int32_t n = window ? i + 1 : span->n_tok, type = window ? ACTQKV_KV_F16 : span->kv_type;
+        const int64_t row = actqkv_row_bytes(type, d);
         for (int32_t j = 0; j < n; j++, weights++) {
             for (int32_t e = 0; e < d; e++) {
-                out[e] += *weights * half_to_float(v[(int64_t) j * d + e]);
+                out[e] += *weights * row_value(type, v + j * row, e);
             }
         }
     }

@@ -17,9 +17,10 @@ struct piece {
     int64_t key;      // number of its first key, counted over all spans and the window
     int64_t position; // of its first key
     int32_t ordinal;  // of its span among those that are not empty
-    const actqkv_f16 * near;
-    const actqkv_f16 * far;
-    const actqkv_f16 * v;
+    int32_t type;     // enum actqkv_kv_type
+    const uint8_t * near;
+    const uint8_t * far;
+    const uint8_t * v;
 };
 
 struct cursor {
@@ -109,20 +110,23 @@ inline bool next_piece(const actqkv_attend_args & args, int32_t g, int64_t max_n
     if (at.span >= args.n_spans) {
         const int64_t offset = g * args.window_stride + (int64_t) at.offset * d;
         p.kind = WINDOW;
+        p.type = ACTQKV_KV_F16;
         p.n = (int32_t) min64(args.m - at.offset, max_n);
         p.position = args.n_past + at.offset;
-        p.near = args.k_window + offset;
+        p.near = (const uint8_t *) (args.k_window + offset);
         p.far = nullptr;
-        p.v = args.v_window + offset;
+        p.v = (const uint8_t *) (args.v_window + offset);
         step_over(at, p.n);
         return p.n > 0;
     }
     const actqkv_span & s = span_of(args, g, at.span);
     p.n = (int32_t) min64(s.n_tok - at.offset, max_n);
     p.position = s.first + at.offset;
-    p.near = s.near ? s.near + g * s.near_stride + (int64_t) at.offset * d : nullptr;
-    p.far = s.far ? s.far + g * s.far_stride + (int64_t) at.offset * d : nullptr;
-    p.v = s.v + g * s.v_stride + (int64_t) at.offset * d;
+    p.type = s.kv_type;
+    const int64_t skip = at.offset * actqkv_row_bytes(s.kv_type, d);
+    p.near = s.near ? s.near + g * s.near_stride + skip : nullptr;
+    p.far = s.far ? s.far + g * s.far_stride + skip : nullptr;
+    p.v = s.v + g * s.v_stride + skip;
     const int64_t far_end = args.n_past - args.n_clamp + 1;         // before it, far for every query
     const int64_t near_begin = args.n_past + args.m - args.n_clamp; // from it on, near for every query
     if (!p.far || (p.near && p.position >= near_begin)) {

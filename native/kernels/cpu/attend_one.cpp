@@ -62,9 +62,9 @@ void logits(const one & o, int32_t g, const float * q, int64_t from, int64_t to,
     bool more = next_piece(o.args, g, to - from, at, p);
     while (more) {
         more = at.key < to && next_piece(o.args, g, to - at.key, at, next);
-        const actqkv_f16 * k = p.kind == FAR ? p.far : p.near;
-        const actqkv_f16 * ahead = !more ? nullptr : next.kind == FAR ? next.far : next.near;
-        o.op.dots(p.kind == FAR ? q + o.r * o.d : q, o.r, k, p.n, o.d, weights + p.key - from, ldw, ahead);
+        const uint8_t * k = p.kind == FAR ? p.far : p.near;
+        const uint8_t * ahead = !more ? nullptr : next.kind == FAR ? next.far : next.near;
+        o.op.of(p.type).dots(p.kind == FAR ? q + o.r * o.d : q, o.r, k, p.n, o.d, weights + p.key - from, ldw, ahead);
         p = next;
     }
 }
@@ -76,7 +76,7 @@ void values(const one & o, int32_t g, int64_t from, int64_t to, const float * we
     bool more = next_piece(o.args, g, to - from, at, p);
     while (more) {
         more = at.key < to && next_piece(o.args, g, to - at.key, at, next);
-        o.op.mix(weights + p.key - from, ldw, o.r, p.v, p.n, o.d, out, ldo, more ? next.v : nullptr);
+        o.op.of(p.type).mix(weights + p.key - from, ldw, o.r, p.v, p.n, o.d, out, ldo, more ? next.v : nullptr);
         p = next;
     }
 }

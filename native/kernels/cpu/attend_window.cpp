@@ -118,10 +118,11 @@ bool next_panel(const window & w, int32_t g, int64_t stop, cursor & at, panel & 
             break;
         }
         if (k) {
-            w.op.pack_k(x.kind == FAR ? x.far : x.near, x.n, w.d, p.k, p.n);
-            w.op.pack_v(x.v, x.n, w.d, w.d_pad, p.v, p.n);
+            const row_ops & rows = w.op.of(x.type);
+            rows.pack_k(x.kind == FAR ? x.far : x.near, x.n, w.d, p.k, p.n);
+            rows.pack_v(x.v, x.n, w.d, w.d_pad, p.v, p.n);
             if (x.kind == BOTH) {
-                w.op.pack_k(x.far, x.n, w.d, p.k_far, p.n);
+                rows.pack_k(x.far, x.n, w.d, p.k_far, p.n);
             }
         }
         p.n += x.n;

@@ -10,6 +10,26 @@ namespace actqkv {
 // Keys are multiplied in panels of this many columns; see ops::pack_k.
 constexpr int N_PANEL = 64;
 
+// What reads keys and values as they are kept. `rows` has n rows of the type, one behind the other.
+struct row_ops {
+    // out[x*ldo + b] = row_b . vec_x for n_vec vectors [n_vec][width] and n rows of width values, each read once. As many
+    // bytes from `ahead` on are fetched into the cache meanwhile (NULL: none).
+    void (*dots)(const float * vecs, int n_vec, const void * rows, int64_t n, int64_t width, float * out, int64_t ldo,
+                 const void * ahead);
+
+    // out[x*ldo + e] += sum_b weights[x*ldw + b] * rows[b][e] for n rows of width values
+    void (*mix)(const float * weights, int64_t ldw, int n_vec, const void * rows, int64_t n, int64_t width, float * out,
+                int64_t ldo, const void * ahead);
+
+    // Transposes n keys of d values into columns [column, column + n) of a panel of N_PANEL columns and d rows, in f32.
+    // The order inside is the micro kernel's own: sub-panels of as many columns as it has registers for.
+    void (*pack_k)(const void * keys, int n, int d, float * panel, int column);
+
+    // The same for n values of d numbers as rows [row, row + n) of a panel of N_PANEL rows and d_pad columns; d_pad is d
+    // rounded up to 16, the columns between are 0.
+    void (*pack_v)(const void * values, int n, int d, int d_pad, float * panel, int row);
+};
+
 struct ops {
     // dst[i] = half(src[i])
     void (*to_f16)(const float * src, actqkv_f16 * dst, int64_t n);
@@ -17,22 +37,12 @@ struct ops {
     // acc[i] += row[i]
     void (*add_f16)(const actqkv_f16 * row, float * acc, int64_t n);
 
-    // out[x*ldo + b] = row_b . vec_x for n_vec vectors [n_vec][width] and n f16 rows [n][width], each read once.
-    // The same bytes from `ahead` on are fetched into the cache meanwhile (NULL: none).
-    void (*dots)(const float * vecs, int n_vec, const actqkv_f16 * rows, int64_t n, int64_t width, float * out,
-                 int64_t ldo, const actqkv_f16 * ahead);
+    // By enum actqkv_kv_type.
+    row_ops f16, q8_0, q4_0;
 
-    // out[x*ldo + e] += sum_b weights[x*ldw + b] * rows[b][e] for n f16 rows [n][width]
-    void (*mix)(const float * weights, int64_t ldw, int n_vec, const actqkv_f16 * rows, int64_t n, int64_t width,
-                float * out, int64_t ldo, const actqkv_f16 * ahead);
-
-    // Transposes n keys [n][d] into columns [column, column + n) of a panel of N_PANEL columns and d rows, in f32. The
-    // order inside is the micro kernel's own: sub-panels of as many columns as it has registers for.
-    void (*pack_k)(const actqkv_f16 * keys, int n, int d, float * panel, int column);
-
-    // The same for n values [n][d] as rows [row, row + n) of a panel of N_PANEL rows and d_pad columns; d_pad is d
-    // rounded up to 16, the columns between are 0.
-    void (*pack_v)(const actqkv_f16 * values, int n, int d, int d_pad, float * panel, int row);
+    const row_ops & of(int32_t type) const {
+        return type == ACTQKV_KV_Q8_0 ? q8_0 : type == ACTQKV_KV_Q4_0 ? q4_0 : f16;
+    }
 
     // logits[i*ldl + c] = q_i . key_c for n_rows queries [n_rows][d] and the panel's N_PANEL columns
     void (*logits)(const float * q, int n_rows, int d, const float * k_panel, float * logits, int64_t ldl);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops.h"
+#include "rows.h"
 #include "simd.h"
 
 // What the compiler keeps in registers depends on these loops being unrolled: all bounds are template arguments.
@@ -29,59 +30,120 @@ static void simd_add_f16(const actqkv_f16 * row, float * acc, int64_t n) {
     }
 }
 
-static inline void fetch(const actqkv_f16 * from, int64_t n) {
-    for (int64_t i = 0; i < n; i += 32) { // a cache line of 64 bytes
+static inline void fetch(const uint8_t * from, int64_t n_bytes) {
+    for (int64_t i = 0; i < n_bytes; i += 64) { // a cache line
         __builtin_prefetch(from + i);
     }
 }
 
+// How rows of a type are read (rows.h): STEP values at a time, from multiples of STEP on, and REST more where a row ends
+// with half a block. load<N>: N vectors from there on; load_at: the vector at value e, any multiple of W.
+struct f16_rows {
+    static constexpr int STEP = W, REST = 0;
+    static int64_t bytes(int64_t n) { return 2 * n; }
+    template <int N> static inline void load(const uint8_t * from, vf * x) {
+        UNROLL
+        for (int j = 0; j < N; j++) {
+            x[j] = v_load_f16((const uint16_t *) from + j * W);
+        }
+    }
+    static inline vf load_at(const uint8_t * row, int64_t e) { return v_load_f16((const uint16_t *) row + e); }
+};
+
+struct q8_rows {
+    static constexpr int STEP = actqkv::BLOCK, REST = actqkv::HALF_BLOCK;
+    static int64_t bytes(int64_t n) { return (n + actqkv::BLOCK - 1) / actqkv::BLOCK * actqkv::Q8_BYTES; }
+    template <int N> static inline void load(const uint8_t * from, vf * x) {
+        UNROLL
+        for (int j = 0; j < N; j++) {
+            const uint8_t * block = from + j * W / actqkv::BLOCK * actqkv::Q8_BYTES;
+            x[j] = v_mul(v_load_i8(block + 2 + j * W % actqkv::BLOCK), v_set1(v_half(block)));
+        }
+    }
+    static inline vf load_at(const uint8_t * row, int64_t e) {
+        const uint8_t * block = row + e / actqkv::BLOCK * actqkv::Q8_BYTES;
+        return v_mul(v_load_i8(block + 2 + e % actqkv::BLOCK), v_set1(v_half(block)));
+    }
+};
+
+struct q4_rows {
+    static constexpr int STEP = actqkv::BLOCK, REST = actqkv::HALF_BLOCK;
+    static int64_t bytes(int64_t n) { return (n + actqkv::BLOCK - 1) / actqkv::BLOCK * actqkv::Q4_BYTES; }
+    template <int N> static inline void load(const uint8_t * from, vf * x) {
+        UNROLL
+        for (int j = 0; j < N; j++) {
+            x[j] = of_block(from + j * W / actqkv::BLOCK * actqkv::Q4_BYTES, j * W % actqkv::BLOCK);
+        }
+    }
+    static inline vf load_at(const uint8_t * row, int64_t e) {
+        return of_block(row + e / actqkv::BLOCK * actqkv::Q4_BYTES, (int) (e % actqkv::BLOCK));
+    }
+    static inline vf of_block(const uint8_t * block, int i) {
+        const vf q = v_load_i4(block + 2 + i % actqkv::HALF_BLOCK, i >= actqkv::HALF_BLOCK);
+        return v_mul(q, v_set1(v_half(block)));
+    }
+};
+
+// acc += the products of N vectors from value e on
+template <class R, int NR, int NV, int N>
+static inline void dots_step(const float * vecs, const uint8_t * const * row, int64_t e, int64_t width, vf * acc) {
+    UNROLL
+    for (int i = 0; i < NR; i++) {
+        vf k[N];
+        R::template load<N>(row[i] + R::bytes(e), k);
+        UNROLL
+        for (int j = 0; j < N; j++) {
+            UNROLL
+            for (int x = 0; x < NV; x++) {
+                acc[NR * x + i] = v_fma(v_load(vecs + x * width + e + j * W), k[j], acc[NR * x + i]);
+            }
+        }
+    }
+}
+
 // NR rows times NV vectors, NR*NV <= W: one tree of shuffles then adds up the lanes of all sums at once.
-template <int NR, int NV>
-static inline void dots_block(const float * vecs, const actqkv_f16 * const * row, int64_t width, float * sums) {
+template <class R, int NR, int NV>
+static inline void dots_block(const float * vecs, const uint8_t * const * row, int64_t width, float * sums) {
     vf acc[W];
     UNROLL
     for (int i = 0; i < W; i++) {
         acc[i] = v_zero();
     }
     int64_t e = 0;
-    for (; e + W <= width; e += W) {
-        vf q[NV];
-        UNROLL
-        for (int x = 0; x < NV; x++) {
-            q[x] = v_load(vecs + x * width + e);
-        }
-        UNROLL
-        for (int i = 0; i < NR; i++) {
-            const vf k = v_load_f16(row[i] + e);
-            UNROLL
-            for (int x = 0; x < NV; x++) {
-                acc[NR * x + i] = v_fma(q[x], k, acc[NR * x + i]);
-            }
+    for (; e + R::STEP <= width; e += R::STEP) {
+        dots_step<R, NR, NV, R::STEP / W>(vecs, row, e, width, acc);
+    }
+    if constexpr (R::REST > 0) {
+        if (e < width) {
+            dots_step<R, NR, NV, R::REST / W>(vecs, row, e, width, acc);
+            e += R::REST;
         }
     }
     v_store(sums, v_sum_each(acc));
-    for (; e < width; e++) { // a ragged end: rare, and kept apart from the registers above
+    for (; e < width; e++) { // a ragged end of f16: rare, and kept apart from the registers above
         for (int i = 0; i < NR * NV; i++) {
-            sums[i] += vecs[i / NR * width + e] * half_to_float(row[i % NR][e]);
+            sums[i] += vecs[i / NR * width + e] * half_to_float(((const uint16_t *) row[i % NR])[e]);
         }
     }
 }
 
 // NV vectors; where rows run out, the block's first row stands in for the missing ones.
-template <int NR, int NV> static void dots_rows(const float * vecs, const actqkv_f16 * rows, int64_t n, int64_t width,
-                                                float * out, int64_t ldo, const actqkv_f16 * ahead) {
+template <class R, int NR, int NV> static void dots_rows(const float * vecs, const uint8_t * rows, int64_t n,
+                                                         int64_t width, float * out, int64_t ldo,
+                                                         const uint8_t * ahead) {
+    const int64_t bytes = R::bytes(width);
     for (int64_t b = 0; b < n; b += NR) {
         const int n_row = n - b < NR ? (int) (n - b) : NR;
-        const actqkv_f16 * row[NR];
+        const uint8_t * row[NR];
         UNROLL
         for (int i = 0; i < NR; i++) {
-            row[i] = rows + (b + (i < n_row ? i : 0)) * width;
+            row[i] = rows + (b + (i < n_row ? i : 0)) * bytes;
         }
         if (ahead) {
-            fetch(ahead + b * width, n_row * width);
+            fetch(ahead + b * bytes, n_row * bytes);
         }
         float sums[W];
-        dots_block<NR, NV>(vecs, row, width, sums);
+        dots_block<R, NR, NV>(vecs, row, width, sums);
         for (int x = 0; x < NV; x++) {
             if (n_row == NR) {
                 memcpy(out + x * ldo + b, sums + NR * x, NR * sizeof(float));
@@ -95,28 +157,29 @@ template <int NR, int NV> static void dots_rows(const float * vecs, const actqkv
 }
 
 // A few rows at a time pass all vectors, so that those after the first find them in the first-level cache.
-static void simd_dots(const float * vecs, int n_vec, const actqkv_f16 * rows, int64_t n, int64_t width, float * out,
-                      int64_t ldo, const actqkv_f16 * ahead) {
+template <class R> static void simd_dots(const float * vecs, int n_vec, const void * rows, int64_t n, int64_t width,
+                                         float * out, int64_t ldo, const void * ahead) {
+    const int64_t bytes = R::bytes(width);
     const int64_t step = n_vec > STREAM_VECS ? 32 : n;
     for (int64_t b = 0; b < n; b += step) {
         const int64_t n_row = n - b < step ? n - b : step;
-        const actqkv_f16 * from = rows + b * width;
-        const actqkv_f16 * next = ahead ? ahead + b * width : nullptr;
+        const uint8_t * from = (const uint8_t *) rows + b * bytes;
+        const uint8_t * next = ahead ? (const uint8_t *) ahead + b * bytes : nullptr;
         for (int x = 0; x < n_vec; x += STREAM_VECS) {
             const float * v = vecs + x * width;
             float * o = out + x * ldo + b;
             switch (n_vec - x < STREAM_VECS ? n_vec - x : STREAM_VECS) {
             case 1:
-                dots_rows < W<8 ? W : 8, 1>(v, from, n_row, width, o, ldo, next);
+                dots_rows < R, W<8 ? W : 8, 1>(v, from, n_row, width, o, ldo, next);
                 break;
             case 2:
-                dots_rows < STREAM_VECS < 2 ? W : W / 2, STREAM_VECS<2 ? 1 : 2>(v, from, n_row, width, o, ldo, next);
+                dots_rows < R, STREAM_VECS < 2 ? W : W / 2, STREAM_VECS<2 ? 1 : 2>(v, from, n_row, width, o, ldo, next);
                 break;
             case 3:
-                dots_rows < 4, STREAM_VECS<3 ? STREAM_VECS : 3>(v, from, n_row, width, o, ldo, next);
+                dots_rows < R, 4, STREAM_VECS<3 ? STREAM_VECS : 3>(v, from, n_row, width, o, ldo, next);
                 break;
             default:
-                dots_rows<W / STREAM_VECS, STREAM_VECS>(v, from, n_row, width, o, ldo, next);
+                dots_rows<R, W / STREAM_VECS, STREAM_VECS>(v, from, n_row, width, o, ldo, next);
                 break;
             }
             next = nullptr; // fetched once
@@ -125,9 +188,9 @@ static void simd_dots(const float * vecs, int n_vec, const actqkv_f16 * rows, in
 }
 
 // NX sums of NE vectors stay in registers while n rows pass.
-template <int NX, int NE> static inline void mix_block(const float * weights, int64_t ldw, const actqkv_f16 * rows,
-                                                       int64_t n, int64_t width, float * out, int64_t ldo,
-                                                       const actqkv_f16 * ahead) {
+template <class R, int NX, int NE> static inline void mix_block(const float * weights, int64_t ldw,
+                                                                const uint8_t * rows, int64_t n, int64_t row_bytes,
+                                                                float * out, int64_t ldo, const uint8_t * ahead) {
     vf acc[NX][NE];
     UNROLL
     for (int x = 0; x < NX; x++) {
@@ -137,14 +200,10 @@ template <int NX, int NE> static inline void mix_block(const float * weights, in
         }
     }
     for (int64_t b = 0; b < n; b++) {
-        const actqkv_f16 * row = rows + b * width;
         vf v[NE];
-        UNROLL
-        for (int j = 0; j < NE; j++) {
-            v[j] = v_load_f16(row + j * W);
-        }
+        R::template load<NE>(rows + b * row_bytes, v);
         if (ahead) {
-            fetch(ahead + b * width, NE * W);
+            fetch(ahead + b * row_bytes, R::bytes(NE * W));
         }
         UNROLL
         for (int x = 0; x < NX; x++) {
@@ -166,43 +225,55 @@ template <int NX, int NE> static inline void mix_block(const float * weights, in
 
 constexpr int MIX_VECS = W == 8 ? 2 : 4; // 4*4 accumulators, or 2*4 where there are 16 registers
 
-template <int NE> static void mix_columns(const float * weights, int64_t ldw, int n_vec, const actqkv_f16 * rows,
-                                          int64_t n, int64_t width, float * out, int64_t ldo,
-                                          const actqkv_f16 * ahead) {
+template <class R, int NE> static void mix_columns(const float * weights, int64_t ldw, int n_vec, const uint8_t * rows,
+                                                   int64_t n, int64_t row_bytes, float * out, int64_t ldo,
+                                                   const uint8_t * ahead) {
     for (int x = 0; x < n_vec; x += MIX_VECS) {
         const float * w = weights + x * ldw;
         float * o = out + x * ldo;
         switch (n_vec - x < MIX_VECS ? n_vec - x : MIX_VECS) {
         case 1:
-            mix_block<1, NE>(w, ldw, rows, n, width, o, ldo, ahead);
+            mix_block<R, 1, NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
             break;
         case 2:
-            mix_block<2, NE>(w, ldw, rows, n, width, o, ldo, ahead);
+            mix_block<R, 2, NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
             break;
         case 3:
-            mix_block < MIX_VECS<3 ? MIX_VECS : 3, NE>(w, ldw, rows, n, width, o, ldo, ahead);
+            mix_block < R, MIX_VECS<3 ? MIX_VECS : 3, NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
             break;
         default:
-            mix_block<MIX_VECS, NE>(w, ldw, rows, n, width, o, ldo, ahead);
+            mix_block<R, MIX_VECS, NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
             break;
         }
         ahead = nullptr; // fetched once
     }
 }
 
-static void simd_mix(const float * weights, int64_t ldw, int n_vec, const actqkv_f16 * rows, int64_t n, int64_t width,
-                     float * out, int64_t ldo, const actqkv_f16 * ahead) {
-    int64_t e = 0;
-    for (; e + 4 * W <= width; e += 4 * W) {
-        mix_columns<4>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, ahead ? ahead + e : nullptr);
+// Columns from e on, NE vectors at a time; returns where it stopped.
+template <class R, int NE> static int64_t mix_from(const float * weights, int64_t ldw, int n_vec, const uint8_t * rows,
+                                                   int64_t n, int64_t width, float * out, int64_t ldo,
+                                                   const uint8_t * ahead, int64_t e) {
+    for (; e + NE * W <= width; e += NE * W) {
+        const int64_t at = R::bytes(e);
+        mix_columns<R, NE>(weights, ldw, n_vec, rows + at, n, R::bytes(width), out + e, ldo,
+                           ahead ? ahead + at : nullptr);
     }
-    for (; e + W <= width; e += W) {
-        mix_columns<1>(weights, ldw, n_vec, rows + e, n, width, out + e, ldo, ahead ? ahead + e : nullptr);
+    return e;
+}
+
+template <class R> static void simd_mix(const float * weights, int64_t ldw, int n_vec, const void * rows, int64_t n,
+                                        int64_t width, float * out, int64_t ldo, const void * ahead) {
+    constexpr int MANY = R::STEP / W > 4 ? R::STEP / W : 4; // vectors
+    const uint8_t *from = (const uint8_t *) rows, *next = (const uint8_t *) ahead;
+    int64_t e = mix_from<R, MANY>(weights, ldw, n_vec, from, n, width, out, ldo, next, 0);
+    e = mix_from<R, R::STEP / W>(weights, ldw, n_vec, from, n, width, out, ldo, next, e);
+    if constexpr (R::REST > 0) {
+        e = mix_from<R, R::REST / W>(weights, ldw, n_vec, from, n, width, out, ldo, next, e);
     }
-    for (; e < width; e++) { // a ragged end
+    for (; e < width; e++) { // a ragged end of f16
         for (int x = 0; x < n_vec; x++) {
             for (int64_t b = 0; b < n; b++) {
-                out[x * ldo + e] += weights[x * ldw + b] * half_to_float(rows[b * width + e]);
+                out[x * ldo + e] += weights[x * ldw + b] * half_to_float(((const uint16_t *) rows)[b * width + e]);
             }
         }
     }
@@ -278,22 +349,22 @@ template <int NV, bool ADD> static void tile_column(const float * a, int64_t lda
 }
 
 // Sub-panel s of the K panel holds columns [s*TILE_COLUMNS, ...) as [d][TILE_COLUMNS].
-static void simd_pack_k(const actqkv_f16 * keys, int n, int d, float * panel, int column) {
+template <class R> static void simd_pack_k(const void * keys, int n, int d, float * panel, int column) {
     for (int j = 0; j < n; j++) {
         const int c = column + j;
         float * dst = panel + (int64_t) (c / TILE_COLUMNS) * TILE_COLUMNS * d + c % TILE_COLUMNS;
-        const actqkv_f16 * src = keys + (int64_t) j * d;
+        const uint8_t * src = (const uint8_t *) keys + j * R::bytes(d);
         int e = 0;
         for (; e + W <= d; e += W) {
             float x[W];
-            v_store(x, v_load_f16(src + e));
+            v_store(x, R::load_at(src, e));
             UNROLL
             for (int i = 0; i < W; i++) {
                 dst[(int64_t) (e + i) * TILE_COLUMNS] = x[i];
             }
         }
-        for (; e < d; e++) {
-            dst[(int64_t) e * TILE_COLUMNS] = half_to_float(src[e]);
+        for (; e < d; e++) { // a ragged end of f16
+            dst[(int64_t) e * TILE_COLUMNS] = half_to_float(((const uint16_t *) src)[e]);
         }
     }
 }
@@ -311,16 +382,17 @@ static inline int value_columns(int d_pad) {
 }
 
 // Sub-panel at column e of the V panel holds its columns as [N_PANEL][value_columns, fewer in the last].
-static void simd_pack_v(const actqkv_f16 * values, int n, int d, int d_pad, float * panel, int row) {
+template <class R> static void simd_pack_v(const void * values, int n, int d, int d_pad, float * panel, int row) {
     const int step = value_columns(d_pad);
     for (int e0 = 0; e0 < d_pad; e0 += step) {
         const int width = d_pad - e0 < step ? d_pad - e0 : step;
         for (int j = 0; j < n; j++) {
             float * dst = panel + (int64_t) e0 * actqkv::N_PANEL + (int64_t) (row + j) * width;
-            const actqkv_f16 * src = values + (int64_t) j * d + e0;
+            const uint8_t * src = (const uint8_t *) values + j * R::bytes(d);
             for (int e = 0; e < width; e += W) {
-                const int valid = d - e0 - e;
-                v_store(dst + e, valid >= W ? v_load_f16(src + e) : v_load_f16_n(src + e, valid));
+                const int valid = d - e0 - e; // less than W at a ragged end of f16 only
+                v_store(dst + e,
+                        valid >= W ? R::load_at(src, e0 + e) : v_load_f16_n((const uint16_t *) src + e0 + e, valid));
             }
         }
     }
@@ -471,8 +543,20 @@ static void simd_exp_moments(const float * scores, int64_t n, float shift, float
     }
 }
 
+#define ACTQKV_ROW_OPS(R) {simd_dots<R>, simd_mix<R>, simd_pack_k<R>, simd_pack_v<R>}
 #define ACTQKV_OPS                                                                                                     \
-    {simd_to_f16,     simd_add_f16,    simd_dots,   simd_mix,          simd_pack_k,                                    \
-     simd_pack_v,     simd_logits,     simd_values, simd_max,          simd_exp2_sum,                                  \
-     simd_sum,        simd_add_scaled, simd_scale,  simd_column_stats, simd_weighted_distance,                         \
+    {simd_to_f16,                                                                                                      \
+     simd_add_f16,                                                                                                     \
+     ACTQKV_ROW_OPS(f16_rows),                                                                                         \
+     ACTQKV_ROW_OPS(q8_rows),                                                                                          \
+     ACTQKV_ROW_OPS(q4_rows),                                                                                          \
+     simd_logits,                                                                                                      \
+     simd_values,                                                                                                      \
+     simd_max,                                                                                                         \
+     simd_exp2_sum,                                                                                                    \
+     simd_sum,                                                                                                         \
+     simd_add_scaled,                                                                                                  \
+     simd_scale,                                                                                                       \
+     simd_column_stats,                                                                                                \
+     simd_weighted_distance,                                                                                           \
      simd_exp_moments}

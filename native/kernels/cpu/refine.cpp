@@ -3,12 +3,12 @@
 //     score_b = sum over query heads h of max over keys j of the chunk of q_h . k_j
 //
 // Quest's bound (ALGORITHMS.md section 4) is an upper bound of exactly this sum. Reads the candidates' keys once:
-// n*c*G*d f16, memory-bound.
+// n*c*G rows, memory-bound.
 #include <math.h>
 
-#include "half.h"
 #include "ops.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace actqkv {
 namespace {
@@ -16,13 +16,14 @@ namespace {
 constexpr int N_KEYS = 64;  // keys at a time, so that no memory is needed beside the stack
 constexpr int N_HEADS = 16; // query heads at a time
 
-void dots_scalar(const float * queries, int n_vec, const actqkv_f16 * keys, int64_t n, int64_t d, float * out,
-                 int64_t ldo) {
+void dots_scalar(const float * queries, int n_vec, int32_t type, const uint8_t * keys, int64_t n, int64_t d,
+                 float * out, int64_t ldo) {
+    const int64_t row = actqkv_row_bytes(type, d);
     for (int x = 0; x < n_vec; x++) {
         for (int64_t j = 0; j < n; j++) {
             double sum = 0;
             for (int64_t e = 0; e < d; e++) {
-                sum += (double) queries[x * d + e] * half_to_float(keys[j * d + e]);
+                sum += (double) queries[x * d + e] * row_value(type, keys + j * row, e);
             }
             out[x * ldo + j] = (float) sum;
         }
@@ -37,21 +38,22 @@ float max_scalar(const float * x, int32_t n) {
     return most;
 }
 
-// Sum over n_vec <= N_HEADS query heads of the best of c keys [c][d].
-float best_keys(const ops * op, const float * queries, int n_vec, const actqkv_f16 * keys, int32_t c, int32_t d,
-                const actqkv_f16 * ahead) {
+// Sum over n_vec <= N_HEADS query heads of the best of c keys.
+float best_keys(const ops * op, const float * queries, int n_vec, int32_t type, const uint8_t * keys, int32_t c,
+                int32_t d, const uint8_t * ahead) {
+    const int64_t row = actqkv_row_bytes(type, d);
     float best[N_HEADS];
     for (int x = 0; x < n_vec; x++) {
         best[x] = -INFINITY;
     }
     for (int32_t from = 0; from < c; from += N_KEYS) {
         const int32_t n = c - from < N_KEYS ? c - from : N_KEYS;
-        const actqkv_f16 * rows = keys + (int64_t) from * d;
+        const uint8_t * rows = keys + from * row;
         float dots[N_HEADS * N_KEYS];
         if (op) {
-            op->dots(queries, n_vec, rows, n, d, dots, N_KEYS, ahead ? ahead + (int64_t) from * d : nullptr);
+            op->of(type).dots(queries, n_vec, rows, n, d, dots, N_KEYS, ahead ? ahead + from * row : nullptr);
         } else {
-            dots_scalar(queries, n_vec, rows, n, d, dots, N_KEYS);
+            dots_scalar(queries, n_vec, type, rows, n, d, dots, N_KEYS);
         }
         for (int x = 0; x < n_vec; x++) {
             const float most = op ? op->max(dots + x * N_KEYS, n) : max_scalar(dots + x * N_KEYS, n);
@@ -68,22 +70,22 @@ float best_keys(const ops * op, const float * queries, int n_vec, const actqkv_f
 } // namespace
 } // namespace actqkv
 
-extern "C" void actqkv_refine(int32_t impl, const float * query, const actqkv_f16 * keys, int64_t chunk_stride,
+extern "C" void actqkv_refine(int32_t impl, const float * query, int32_t type, const uint8_t * keys,
                               const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head,
                               int32_t c, float * scores, int32_t n_threads) {
     const actqkv::ops * op = actqkv::ops_for(impl);
     const int32_t r = n_head / n_head_kv;
-    const int64_t head_stride = (int64_t) c * d_head;
+    const int64_t tile = c * actqkv_row_bytes(type, d_head), chunk_bytes = n_head_kv * tile;
     actqkv::parallel(n_threads, [=](int ith, int nth) {
         for (int32_t i = (int32_t) ((int64_t) n * ith / nth); i < (int64_t) n * (ith + 1) / nth; i++) {
-            const actqkv_f16 * chunk = keys + chunks[i] * chunk_stride;
-            const actqkv_f16 * next = i + 1 < n ? keys + chunks[i + 1] * chunk_stride : nullptr;
+            const uint8_t * chunk = keys + chunks[i] * chunk_bytes;
+            const uint8_t * next = i + 1 < n ? keys + chunks[i + 1] * chunk_bytes : nullptr;
             float sum = 0;
             for (int32_t h = 0, n_vec; h < n_head; h += n_vec) {
                 const int32_t g = h / r, rest = r - h % r; // of this group
                 n_vec = rest < actqkv::N_HEADS ? rest : actqkv::N_HEADS;
-                sum += actqkv::best_keys(op, query + (int64_t) h * d_head, n_vec, chunk + g * head_stride, c, d_head,
-                                         next ? next + g * head_stride : nullptr);
+                sum += actqkv::best_keys(op, query + (int64_t) h * d_head, n_vec, type, chunk + g * tile, c, d_head,
+                                         next ? next + g * tile : nullptr);
             }
             scores[i] = sum;
         }

@@ -44,7 +44,7 @@ extern "C" void actqkv_score(int32_t impl, const float * probe, float probe_norm
         const int64_t to = n * (ith + 1) / nth;
         const actqkv_f16 * rows = reps + from * width;
         if (ops) {
-            ops->dots(probe, 1, rows, to - from, width, scores + from, n, nullptr);
+            ops->f16.dots(probe, 1, rows, to - from, width, scores + from, n, nullptr);
         } else {
             actqkv::score_scalar(probe, rows, to - from, width, scores + from);
         }

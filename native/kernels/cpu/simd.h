@@ -18,6 +18,14 @@
 #include <arm_neon.h>
 #endif
 
+static inline uint16_t bits_of_half(const uint8_t * p) {
+    uint16_t bits;
+    memcpy(&bits, p, sizeof(bits));
+    return bits;
+}
+
+// v_half: a half as float; v_load_i8: W signed bytes; v_load_i4: the low or high halves of W bytes, less 8.
+
 #if defined(__AVX512F__)
 
 constexpr int W = 16;           // floats of a vector
@@ -32,6 +40,15 @@ static inline void v_store(float * p, vf x) { _mm512_storeu_ps(p, x); }
 static inline vf v_load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
 static inline void v_store_f16(uint16_t * p, vf x) {
     _mm256_storeu_si256((__m256i *) p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline float v_half(const uint8_t * p) { return _cvtsh_ss(bits_of_half(p)); }
+static inline vf v_load_i8(const uint8_t * p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
+}
+static inline vf v_load_i4(const uint8_t * p, bool high) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) p), q = high ? _mm_srli_epi16(x, 4) : x;
+    const __m128i centred = _mm_sub_epi8(_mm_and_si128(q, _mm_set1_epi8(15)), _mm_set1_epi8(8));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centred));
 }
 static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 static inline vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
@@ -81,6 +98,15 @@ static inline vf v_load_f16(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loa
 static inline void v_store_f16(uint16_t * p, vf x) {
     _mm_storeu_si128((__m128i *) p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+static inline float v_half(const uint8_t * p) { return _cvtsh_ss(bits_of_half(p)); }
+static inline vf v_load_i8(const uint8_t * p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
+}
+static inline vf v_load_i4(const uint8_t * p, bool high) {
+    const __m128i x = _mm_loadl_epi64((const __m128i *) p), q = high ? _mm_srli_epi16(x, 4) : x;
+    const __m128i centred = _mm_sub_epi8(_mm_and_si128(q, _mm_set1_epi8(15)), _mm_set1_epi8(8));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(centred));
+}
 static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 static inline vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 static inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
@@ -120,6 +146,18 @@ static inline vf v_load(const float * p) { return vld1q_f32(p); }
 static inline void v_store(float * p, vf x) { vst1q_f32(p, x); }
 static inline vf v_load_f16(const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline void v_store_f16(uint16_t * p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+static inline float v_half(const uint8_t * p) { return half_to_float(bits_of_half(p)); }
+static inline int8x8_t v_load_bytes(const uint8_t * p) {
+    uint32_t four;
+    memcpy(&four, p, sizeof(four));
+    return vcreate_s8(four);
+}
+static inline vf v_of_i8(int8x8_t x) { return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(x)))); }
+static inline vf v_load_i8(const uint8_t * p) { return v_of_i8(v_load_bytes(p)); }
+static inline vf v_load_i4(const uint8_t * p, bool high) {
+    const uint8x8_t x = vreinterpret_u8_s8(v_load_bytes(p)), q = high ? vshr_n_u8(x, 4) : vand_u8(x, vdup_n_u8(15));
+    return v_of_i8(vsub_s8(vreinterpret_s8_u8(q), vdup_n_s8(8)));
+}
 static inline vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
 static inline vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }
 static inline vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }

@@ -65,7 +65,7 @@ extern "C" void actqkv_head_scores(int32_t impl, const float * queries, const ac
             const float * group = queries + (int64_t) i * r * width;
             float * out = scores + (int64_t) i * r * n + from;
             if (op) {
-                op->dots(group, r, rows, to - from, width, out, n, nullptr);
+                op->f16.dots(group, r, rows, to - from, width, out, n, nullptr);
             } else {
                 actqkv::dots_scalar(group, r, rows, to - from, width, out, n);
             }

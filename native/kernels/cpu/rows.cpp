@@ -1,0 +1,81 @@
+// rows - from f16 to how keys and values are kept (rows.h; q8_0 and q4_0 as ggml makes them).
+//
+//     q8_0  s = max |x| / 127                          q_i = round(x_i / s), halves away from zero
+//     q4_0  s = x_m / -8, x_m the first of largest |x|   q_i = min(15, floor(x_i / s + 8.5))
+//
+// s is rounded to f16 after the division. A block whose values are not finite has no meaning, but does no harm. Runs
+// once per token: small beside what made it.
+#include "rows.h"
+
+#include <math.h>
+
+namespace actqkv {
+namespace {
+
+// x in [low, high] as a whole number, `low` for NaN.
+int whole(float x, int low, int high) { return !(x > (float) low) ? low : x > (float) high ? high : (int) x; }
+
+void put_scale(float scale, uint8_t * block) {
+    const uint16_t bits = float_to_half(scale);
+    memcpy(block, &bits, sizeof(bits));
+}
+
+void store_q8_0(const float * x, uint8_t * block) {
+    float most = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    }
+    const float scale = most / 127, inverse = scale > 0 ? 1 / scale : 0;
+    put_scale(scale, block);
+    for (int i = 0; i < BLOCK; i++) {
+        block[2 + i] = (uint8_t) whole(roundf(x[i] * inverse), -127, 127);
+    }
+}
+
+void store_q4_0(const float * x, uint8_t * block) {
+    float extreme = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        extreme = fabsf(x[i]) > fabsf(extreme) ? x[i] : extreme;
+    }
+    const float scale = extreme / -8, inverse = scale != 0 ? 1 / scale : 0;
+    put_scale(scale, block);
+    for (int i = 0; i < HALF_BLOCK; i++) {
+        const int low = whole(x[i] * inverse + 8.5f, 0, 15), high = whole(x[i + HALF_BLOCK] * inverse + 8.5f, 0, 15);
+        block[2 + i] = (uint8_t) (low | high << 4);
+    }
+}
+
+} // namespace
+} // namespace actqkv
+
+extern "C" int64_t actqkv_row_bytes(int32_t type, int64_t n) {
+    const int64_t n_blocks = (n + actqkv::BLOCK - 1) / actqkv::BLOCK;
+    if (type == ACTQKV_KV_F16) {
+        return n * (int64_t) sizeof(actqkv_f16);
+    }
+    if (n % actqkv::HALF_BLOCK != 0) {
+        return 0;
+    }
+    return type == ACTQKV_KV_Q8_0   ? n_blocks * actqkv::Q8_BYTES
+           : type == ACTQKV_KV_Q4_0 ? n_blocks * actqkv::Q4_BYTES
+                                    : 0;
+}
+
+extern "C" void actqkv_store_rows(int32_t type, const actqkv_f16 * src, int64_t n_rows, int64_t n_values,
+                                  uint8_t * dst) {
+    if (type == ACTQKV_KV_F16) {
+        memcpy(dst, src, n_rows * n_values * sizeof(actqkv_f16));
+        return;
+    }
+    const bool q8_0 = type == ACTQKV_KV_Q8_0;
+    for (int64_t row = 0; row < n_rows; row++, src += n_values) {
+        for (int64_t from = 0; from < n_values; from += actqkv::BLOCK) {
+            float x[actqkv::BLOCK] = {0};
+            for (int64_t i = from; i < n_values && i < from + actqkv::BLOCK; i++) {
+                x[i - from] = half_to_float(src[i]);
+            }
+            (q8_0 ? actqkv::store_q8_0 : actqkv::store_q4_0)(x, dst);
+            dst += q8_0 ? actqkv::Q8_BYTES : actqkv::Q4_BYTES;
+        }
+    }
+}
