@@ -23,6 +23,7 @@ Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 QKV: TypeAlias = tuple[Floats, Floats, Floats]
 Phase: TypeAlias = Literal["prefill", "decode"]
+Storage: TypeAlias = Literal["f64", "f16", "q8_0", "q4_0"]
 SummaryKind: TypeAlias = Literal["head", "kv_head", "mean", "bounds"]
 
 N_REPRESENTATIVES = 4  # section 3, published default
@@ -56,7 +57,7 @@ class Params:
     cutoff: Literal["ours", "published", "none"] = "ours"
     cutoff_temperature: float = 1.0
     scale: float | None = None  # of the attention logits; None: 1/sqrt(d)
-    storage: Literal["f64", "f16"] = "f64"  # of K, V and summaries: f16 as an engine has them
+    storage: Storage = "f64"  # of K, V and summaries: f16 as an engine has them, closed chunks smaller still
 
     def __post_init__(self) -> None:
         least = self.n_sink + self.n_local + self.n_chunk_tokens
@@ -76,6 +77,40 @@ class Params:
     def stored(self, x: Floats) -> Floats:
         """x as it reads back from memory."""
         return x if self.storage == "f64" else x.astype(np.float16).astype(np.float64)
+
+    def kept(self, x: Floats, closed: NDArray[np.bool_]) -> Floats:
+        """Keys or values x [n, G, d] as they read back, those of closed chunks marked."""
+        stored = self.stored(x)
+        if self.storage in {"f64", "f16"}:
+            return stored
+        quantised: Floats = np.where(closed[:, None, None], requantised(stored, self.storage), stored)
+        return quantised
+
+
+# How closed chunks are kept (section 3.3 leaves it open): ggml's q8_0 and q4_0
+
+N_BLOCK = 32  # values of one head that share a scale; the last block of a head may have fewer
+
+
+def requantised(x: Floats, storage: Storage) -> Floats:
+    """x [..., d] through q8_0 or q4_0: the block's scale in f16, the steps found in f32 with the scale before it.
+
+    q8_0: 127 steps to the largest magnitude either way, the nearest, halves away from 0. q4_0: 16 steps from -8 to 7,
+    where -8 is the value of the largest magnitude, the nearest, halves up.
+    """
+    out = np.empty_like(x)
+    for start in range(0, x.shape[-1], N_BLOCK):
+        block = x[..., start : start + N_BLOCK].astype(np.float32)
+        largest = np.take_along_axis(block, np.abs(block).argmax(axis=-1)[..., None], axis=-1)
+        scale = np.abs(largest) / np.float32(127) if storage == "q8_0" else largest / np.float32(-8)
+        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+        steps = block * inverse
+        if storage == "q8_0":
+            whole = np.trunc(steps + np.copysign(0.5, steps.astype(np.float64)))
+        else:
+            whole = np.minimum(np.floor(steps + np.float32(8.5)), 15.0) - 8
+        out[..., start : start + N_BLOCK] = whole * scale.astype(np.float16)
+    return out
 
 
 # Section 2: positions
@@ -150,8 +185,10 @@ def attention_logits(
 ) -> Floats:
     """Logits of section 2 for every pair, [m, H, n_keys], -inf where the key comes after the query.
 
-    clamped: the true relative position while i - j < n_local, n_local from there on; exact: always the true one.
+    clamped: the true relative position while i - j < n_local, n_local from there on; exact: always the true one. Which
+    chunks are closed follows from the first query: what is kept of their keys is never met nearby.
     """
+    closed = in_closed_chunks(k_positions, int(q_positions[0]), params)
     n_gqa = q.shape[1] // k.shape[1]
     scale = q.shape[2] ** -0.5 if params.scale is None else params.scale
 
@@ -159,11 +196,11 @@ def attention_logits(
         logits: Floats = np.einsum("ihd,jhd->ihj", rotated_q, np.repeat(rotated_k, n_gqa, axis=1)) * scale
         return logits
 
-    logits = products(rotate(q, q_positions, rope), params.stored(rotate(k, k_positions, rope)))
+    logits = products(rotate(q, q_positions, rope), params.kept(rotate(k, k_positions, rope), closed))
     distance = (q_positions[:, None] - k_positions[None, :])[:, None, :]
     if params.positions == "clamped":
         # R_0 is not left out: it carries YaRN's magnitude on the rotated dimensions.
-        far = products(rotate(q, params.n_local, rope), params.stored(rotate(k, 0, rope)))
+        far = products(rotate(q, params.n_local, rope), params.kept(rotate(k, 0, rope), closed))
         logits = np.where(distance < params.n_local, logits, far)
     return np.where(distance >= 0, logits, -np.inf)
 
@@ -174,6 +211,13 @@ def attention_logits(
 def n_closed_chunks(n_past: int, params: Params) -> int:
     """Chunks all of whose tokens lie before n - n_local; chunk b is [n_sink + b*c, n_sink + (b+1)*c)."""
     return max(0, (n_past - params.n_local - params.n_sink) // params.n_chunk_tokens)
+
+
+def in_closed_chunks(positions: Ints, n_past: int, params: Params) -> NDArray[np.bool_]:
+    """Which positions a window at `n_past` finds in closed chunks."""
+    end = params.n_sink + n_closed_chunks(n_past, params) * params.n_chunk_tokens
+    inside: NDArray[np.bool_] = (positions >= params.n_sink) & (positions < end)
+    return inside
 
 
 def attended_past(n_past: int, plan: Ints, params: Params) -> Ints:
@@ -202,7 +246,8 @@ def attend(
 ) -> tuple[Floats, Floats]:
     """One softmax over the union of all parts (section 2): output [m, H*d] and weights [m, H, n_keys]."""
     weights = softmax(attention_logits(q, q_positions, k, k_positions, params=params, rope=rope))
-    out = np.einsum("ihj,jhd->ihd", weights, np.repeat(params.stored(v), q.shape[1] // v.shape[1], axis=1))
+    values = params.kept(v, in_closed_chunks(k_positions, int(q_positions[0]), params))
+    out = np.einsum("ihj,jhd->ihd", weights, np.repeat(values, q.shape[1] // v.shape[1], axis=1))
     return out.reshape(len(q), -1), weights
 
 
@@ -656,7 +701,8 @@ class ReferenceSession:
         keys = []
         for b in candidates:
             tokens = np.arange(params.n_chunk_tokens) + params.n_sink + b * params.n_chunk_tokens
-            keys.append(params.stored(rotate(state.k[tokens], tokens if exact else 0, self.rope)))
+            rotated = rotate(state.k[tokens], tokens if exact else 0, self.rope)
+            keys.append(params.kept(rotated, np.ones(len(tokens), dtype=bool)))
         refined = np.full(len(scores), -np.inf)
         refined[candidates] = key_scores(query, keys)
         return refined

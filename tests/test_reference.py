@@ -239,6 +239,22 @@ def test_vocab_only_file_has_a_tokenizer(tmp_path: Path) -> None:
         assert llama.detokenize(tokens).replace("<|user|> ", "<|user|>") == "<|user|>the green key: é\n<|end|>"
 
 
+# How closed chunks are kept
+
+
+@pytest.mark.parametrize(
+    ("storage", "scale", "steps"),
+    [("q8_0", 1 / 127, [127, -127, 64, 32, -32, 0, 0]), ("q4_0", -1 / 8, [-8, 7, -4, -2, 2, 0, 0])],
+)
+def test_requantised_by_hand(storage: Literal["q8_0", "q4_0"], scale: float, steps: list[int]) -> None:
+    x = np.zeros((1, 48))
+    x[0, :7] = [1, -1, 0.5, 0.25, -0.25, 0.003, -0.003]  # 0.5 is 63.5 steps of q8_0
+    x[0, 32:] = -2.0  # half a block, with a scale of its own
+    back = ref.requantised(x, storage)
+    np.testing.assert_array_equal(back[0, :7], np.array(steps) * np.float64(np.float16(scale)))
+    np.testing.assert_allclose(back[0, 32:], -2.0, rtol=2**-11)
+
+
 # Section 2: positions
 
 ROPE_VARIANTS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference as ref
 import tiny_gguf as tiny
-from engine_support import TIE, Pieces, check, loaded, one_by_one, open_session, random_tokens, small
+from engine_support import BOUNDS, TIE, Pieces, check, loaded, nmse, one_by_one, open_session, random_tokens, small
 from numpy.typing import NDArray
 
 from actqkv_cpp._native import Session
@@ -31,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-yarn-magnitude": {"rope_scaling": ("yarn", 4.0, 512), "metadata": {"rope.scaling.attn_factor": 1.3}},
     "llama-3": {"rope_scaling": "llama3"},
     "qwen2": {"arch": "qwen2"},
+    "llama-48": {"d_head": 48, "n_head": 6},  # three query heads per KV head; half a block ends each head
     "qwen3-mqa": {"arch": "qwen3", "n_head_kv": 1},
 }
 
@@ -132,7 +133,7 @@ def reference_params(session: Session, select: str) -> ref.Params:
         question_weight=columns["question_weight"],
         cutoff={"layerwise": "ours"}.get(columns["cutoff"], columns["cutoff"]),
         cutoff_temperature=columns["cutoff_temperature"],
-        storage="f16",
+        storage=found.kv_type,  # type: ignore[arg-type]
     )
 
 
@@ -190,7 +191,9 @@ def check_list(plan: ref.Ints, expected: ref.Ints, refined: ref.Floats, scores: 
 DECIDES = {"top": {"layer": "scores", "kv_head": "votes"}, "oracle": {"layer": "mass", "kv_head": "mass"}}
 
 
-def check_layer(found: Arrays, result: ref.LayerResult, phase: str, decides: str | None, where: str) -> int:
+def check_layer(
+    found: Arrays, result: ref.LayerResult, phase: str, decides: str | None, where: str, *, kv_type: str
+) -> int:
     """Every observed array equals the reference's. Returns how many chunks of the plan differ, by ties.
 
     decides: the array by which chunks are chosen here; None where all or none are attended.
@@ -212,7 +215,7 @@ def check_layer(found: Arrays, result: ref.LayerResult, phase: str, decides: str
         n_swapped = check_plan(plan_of(found).astype(np.int64), result, where)
     if "entropy" in found:
         check("entropy", 1 + found["entropy"][0], 1 + result["entropy"], where)
-    check("out", found["out"], result["out"], where)
+    check("out" if kv_type == "f16" else f"out {kv_type}", found["out"], result["out"], where)
     return n_swapped
 
 
@@ -251,7 +254,7 @@ def compare(session: Session, rope: ref.Rope, pieces: Pieces = PIECES) -> list[S
             if here != "top":  # nothing is scored: no entropy joins the history
                 del replay.layers[layer].entropies[before:]
             where = f"layer {layer}, {phase} window of {len(q)} at {n_past}"
-            n_swapped += check_layer(found, result, phase, decides, where)
+            n_swapped += check_layer(found, result, phase, decides, where, kv_type=session.params.kv_type)
             n_planned += 0 if plan is None else plan.size
             if phase == "question":
                 received = replay.layers[layer].received[n_past:]
@@ -294,6 +297,27 @@ def test_models(method: str, positions: Any, model: Model) -> None:
     """Breaks when heads are grouped, or positions rotated (YaRN's magnitude included), otherwise than in section 2."""
     with open_session(model.loaded, small(**METHODS[method] | {"positions": positions})) as session:
         compare(session, model.rope, PIECES[:5])
+
+
+KEPT: dict[str, dict[str, Any]] = {
+    "default": {"refine": 3},
+    "exact": {"refine": 3, "positions": "exact"},
+    "head": PAPER,
+    "quest": METHODS["quest retrieval prefill"],
+    "dense": {"method": "dense", "positions": "exact"},
+    "oracle per KV head": METHODS["oracle per KV head"],
+}
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("model", ["llama", "qwen2", "llama-48"], indirect=True)
+def test_kv_types(name: str, kv_type: str, model: Model) -> None:
+    """Breaks when closed chunks are not kept as kv_type says, or sinks, local or summaries are."""
+    with open_session(model.loaded, small(**KEPT[name]), kv_type=kv_type) as session:
+        steps = compare(session, model.rope)
+    errors = [nmse(step.found["out"], step.expected["out"]) for step in steps]
+    assert np.median(errors) <= BOUNDS["out, median of windows"][0]
 
 
 SIZES: dict[str, dict[str, Any]] = {
