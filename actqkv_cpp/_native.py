@@ -101,7 +101,7 @@ def check(status: int, error: Any) -> None:
         raise error_from_status(_STATUS_NAMES.get(status, f"status {status}"), message)
 
 
-def _call(function: Any, *arguments: Any) -> None:
+def call(function: Any, *arguments: Any) -> None:
     error = ffi.new("struct actqkv_error *")
     check(function(*arguments, error), error)
 
@@ -154,29 +154,29 @@ def _make_params(retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_type: s
     if retrieval.method not in (known := methods()):
         raise unknown_name("method", retrieval.method, known)
     params = ffi.new("struct actqkv_params *", lib.actqkv_default_params())
-    _call(lib.actqkv_method_find, retrieval.method.encode(), ffi.addressof(params, "method"))
+    call(lib.actqkv_method_find, retrieval.method.encode(), ffi.addressof(params, "method"))
     for name in _ENUMS:
         if (value := getattr(retrieval, name)) is not None:
             setattr(params.method, name, _enum_value(name, value))
     for ours, theirs in (_COLUMNS | {name: name for name in _NUMBERS}).items():
         if (value := getattr(retrieval, ours)) is not None:
-            _set_number(params.method, theirs, value)
+            set_number(params.method, theirs, value)
     for ours, theirs in _SIZES.items():
-        _set_number(params, theirs, getattr(retrieval, ours))
-    _set_number(params, "n_ctx", n_ctx)
-    _set_number(params, "n_threads", n_threads)
+        set_number(params, theirs, getattr(retrieval, ours))
+    set_number(params, "n_ctx", n_ctx)
+    set_number(params, "n_threads", n_threads)
     params.kv_type = KV_TYPES[kv_type]
     return params
 
 
-def _set_number(struct: Any, name: str, value: float) -> None:
+def set_number(struct: Any, name: str, value: float) -> None:
     try:
         setattr(struct, name, value)
     except (OverflowError, TypeError) as cause:
         raise ParameterError(f"{name} is out of range: {value}") from cause
 
 
-def _found_params(found: Any) -> Params:
+def found_params(found: Any) -> Params:
     sizes = {name: getattr(found, name) for name in ("n_ctx", "n_threads", *_SIZES.values())}
     kv_type = next((name for name, value in KV_TYPES.items() if value == found.kv_type), str(found.kv_type))
     return Params(_text(found.method.name), _method_columns(found.method), kv_type=kv_type, **sizes)
@@ -188,7 +188,7 @@ def _plain(struct: Any, kind: type[Any]) -> Any:
     return kind(**{k: Stage(v.ms, v.bytes) if isinstance(v, ffi.CData) else v for k, v in values.items()})
 
 
-def _model_pointer(model: Any) -> Any:
+def model_pointer(model: Any) -> Any:
     if model.model is None:
         raise StateError("the model is closed")
     return ffi.cast("struct llama_model *", model.model)
@@ -196,23 +196,26 @@ def _model_pointer(model: Any) -> Any:
 
 def model_check(model: Any) -> None:
     """Raise ModelError, with the reason, when our graph cannot compute this model (a llama_cpp LlamaModel) exactly."""
-    _call(lib.actqkv_model_check, _model_pointer(model))
+    call(lib.actqkv_model_check, model_pointer(model))
 
 
 def memory_plan(
     model: Any, retrieval: Retrieval, *, n_ctx: int, n_threads: int = 1, kv_type: str = "f16"
 ) -> MemoryPlan:
     """What a session over `model` would need; checks the parameters as `Session` does and allocates nothing."""
+    return _plan(model, _make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type))
+
+
+def _plan(model: Any, params: Any) -> MemoryPlan:
     memory = ffi.new("struct actqkv_memory *")
-    params = _make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
-    _call(lib.actqkv_memory_plan, _model_pointer(model), params, memory)
+    call(lib.actqkv_memory_plan, model_pointer(model), params, memory)
     plan: MemoryPlan = _plain(memory, MemoryPlan)
     return plan
 
 
 def try_extra_buffers() -> None:
     """Multiply small matrices in the CPU's extra buffer types; may kill the process: see machine.py."""
-    _call(lib.actqkv_try_extra_buffers)
+    call(lib.actqkv_try_extra_buffers)
 
 
 def kernel_name() -> str:
@@ -286,7 +289,7 @@ def actqkv_py_record(user: Any, found: Any) -> None:
         )
 
 
-def _token_array(tokens: Any) -> NDArray[np.int32]:
+def token_array(tokens: Any) -> NDArray[np.int32]:
     """Tokens as the library takes them; ParameterError instead of a number that wraps or loses its fraction."""
     given = np.asarray(tokens)
     array = np.ascontiguousarray(given, dtype=np.int32)
@@ -327,6 +330,11 @@ class Session:
     progress: ProgressFn | None
 
     def __init__(self, model: Any, retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_type: str = "f16") -> None:
+        params = _make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
+        self._begin(model, params, lambda *out: call(lib.actqkv_session_new, model_pointer(model), params, *out))
+
+    def _begin(self, model: Any, params: Any, make: Callable[..., None]) -> None:
+        """make: the library's call that leaves the new session in the pointer given."""
         self._handle: Any = None
         self._lock = threading.Lock()
         self._owner: threading.Thread | None = None
@@ -336,10 +344,9 @@ class Session:
         self.progress = None
         self.model = model
         self.n_vocab: int = model.n_vocab()
-        params = _make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
-        self.plan = memory_plan(model, retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
+        self.plan = _plan(model, params)
         out = ffi.new("actqkv_session **")
-        _call(lib.actqkv_session_new, _model_pointer(model), params, out)
+        make(out)
         self.n_layer: int = llama_cpp.llama_model_n_layer(model.model)
         self._handle = ffi.gc(out[0], lib.actqkv_session_free, size=min(self.plan.total_bytes, 2**62))
         lib.actqkv_set_progress(self._handle, lib.actqkv_py_progress, ffi.NULL)
@@ -416,12 +423,12 @@ class Session:
     @property
     def params(self) -> Params:
         """The parameters of reading; positions resolved from "auto"."""
-        return _found_params(lib.actqkv_session_params(self._handle_to_read()))
+        return found_params(lib.actqkv_session_params(self._handle_to_read()))
 
     @property
     def answering(self) -> Params:
         """The parameters of answering: `params`, or what `set_answering` put in their place."""
-        return _found_params(lib.actqkv_session_answering(self._handle_to_read()))
+        return found_params(lib.actqkv_session_answering(self._handle_to_read()))
 
     def set_answering(self, retrieval: Retrieval) -> None:
         """Answer by another method or budget over the same stores from now on; reading stays as it was.
@@ -436,7 +443,7 @@ class Session:
             if name != "budget" and wanted != here:
                 raise ParameterError(f"{name} is {wanted}, the reading's {here}", "answer with the reading's sizes")
         with self._exclusive() as handle:
-            _call(lib.actqkv_set_answering, handle, ffi.addressof(params, "method"), params.budget)
+            call(lib.actqkv_set_answering, handle, ffi.addressof(params, "method"), params.budget)
 
     def history(self) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
         """All tokens [n_past] and the phase each entered in [n_past] (0 prefill, 1 decode, 2 question)."""
@@ -444,7 +451,7 @@ class Session:
             n = lib.actqkv_n_past(handle)
             tokens, phases = np.empty(n, np.int32), np.empty(n, np.int8)
             into = ffi.from_buffer("int32_t[]", tokens), ffi.from_buffer("int8_t[]", phases)
-            _call(lib.actqkv_history, handle, 0, n, *into)
+            call(lib.actqkv_history, handle, 0, n, *into)
         return tokens, phases
 
     # -- reading and writing
@@ -458,11 +465,11 @@ class Session:
                 are kept, `n_past` says how many tokens.
             ParameterError: a token outside the vocabulary, or n_logits outside 0 .. n.
         """
-        array = _token_array(tokens)
+        array = token_array(tokens)
         logits = np.empty((max(n_logits, 0), self.n_vocab), np.float32)
         rows = ffi.from_buffer("float[]", logits) if n_logits > 0 else ffi.NULL
         with self._exclusive() as handle:
-            _call(
+            call(
                 lib.actqkv_decode,
                 handle,
                 ffi.from_buffer("int32_t[]", array),
@@ -476,18 +483,18 @@ class Session:
     def rewind(self, n_past: int) -> None:
         """Forget all tokens from `n_past` on; the next decode equals a fresh run over what remains."""
         with self._exclusive() as handle:
-            _call(lib.actqkv_rewind, handle, n_past)
+            call(lib.actqkv_rewind, handle, n_past)
 
     def checkpoint(self) -> None:
         """Keep a checkpoint here, so that a rewind to this point reads nothing again."""
         with self._exclusive() as handle:
-            _call(lib.actqkv_checkpoint, handle)
+            call(lib.actqkv_checkpoint, handle)
 
     def state_get(self) -> bytearray:
         """All of the session as one self-contained blob."""
         with self._exclusive() as handle:
             blob = bytearray(lib.actqkv_state_size(handle))
-            _call(lib.actqkv_state_get, handle, ffi.from_buffer("uint8_t[]", blob), len(blob))
+            call(lib.actqkv_state_get, handle, ffi.from_buffer("uint8_t[]", blob), len(blob))
         return blob
 
     def state_set(self, blob: bytes | bytearray | memoryview) -> None:
@@ -498,7 +505,7 @@ class Session:
         """
         data = ffi.from_buffer("uint8_t[]", blob)
         with self._exclusive() as handle:
-            _call(lib.actqkv_state_set, handle, data, len(data))
+            call(lib.actqkv_state_set, handle, data, len(data))
 
     # -- what was attended
 
@@ -544,10 +551,10 @@ class Session:
         """
         with self._exclusive() as handle:
             callback = ffi.NULL if function is None else lib.actqkv_py_record
-            _call(lib.actqkv_set_recorder, handle, callback, ffi.NULL, getattr(lib, f"ACTQKV_MASS_{mass.upper()}"))
+            call(lib.actqkv_set_recorder, handle, callback, ffi.NULL, getattr(lib, f"ACTQKV_MASS_{mass.upper()}"))
             self._recorder = function
 
     def set_audit(self, every: int) -> None:
         """Measure the recall of one KV head of one layer every `every`-th answered token; 0: off. `stats` has it."""
         with self._exclusive() as handle:
-            _call(lib.actqkv_set_audit, handle, every)
+            call(lib.actqkv_set_audit, handle, every)

@@ -6,7 +6,8 @@ ActqkvError                 everything raised here on purpose; `.hint` says what
 ├── ContextError            the tokens do not fit n_ctx; names both sizes               (also ValueError)
 ├── MemoryPlanError         the session would not fit in RAM; names the plan in bytes   (also MemoryError)
 ├── ParameterError          a value is out of range, contradictory or unknown           (also ValueError)
-├── StateError              a saved state is damaged or of another model; a closed session
+├── StateError              a saved state or KV file is damaged or of another model; a closed session
+├── KVFileError             a KV file cannot be made, opened or written: the disk is full  (also OSError)
 ├── Cancelled               a progress callback said stop; what was read is kept
 ├── ComputeError            ggml reported a failed computation                          (also RuntimeError)
 ├── ThreadError             two threads used one session at the same time               (also RuntimeError)
@@ -51,7 +52,11 @@ class ParameterError(ActqkvError, ValueError):
 
 
 class StateError(ActqkvError):
-    """A saved state is damaged or belongs to another model or parameters; or the session is closed."""
+    """A saved state or KV file is damaged or belongs to another model or parameters; or the session is closed."""
+
+
+class KVFileError(ActqkvError, OSError):
+    """A KV file cannot be made, opened or written; the message has the system's reason."""
 
 
 class Cancelled(ActqkvError):
@@ -80,7 +85,8 @@ STATUS_ERRORS: dict[str, tuple[type[ActqkvError], str | None]] = {
     "ACTQKV_ERR_MODEL": (ModelError, "this model runs densely through llama.cpp"),
     "ACTQKV_ERR_MEMORY": (MemoryPlanError, "use a smaller n_ctx or a smaller kv_type"),
     "ACTQKV_ERR_FULL": (ContextError, "use a larger n_ctx, or reset() to start a new history"),
-    "ACTQKV_ERR_STATE": (StateError, "load a state that was saved with this model and these parameters"),
+    "ACTQKV_ERR_STATE": (StateError, "load what was saved with this model and these parameters, or read it again"),
+    "ACTQKV_ERR_FILE": (KVFileError, "check the path, its permissions and the space on its disk"),
     "ACTQKV_ERR_CANCELLED": (Cancelled, None),
     "ACTQKV_ERR_COMPUTE": (ComputeError, None),
     "ACTQKV_ERR_INTERNAL": (InternalError, "please report this with the message"),

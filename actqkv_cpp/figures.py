@@ -30,6 +30,21 @@ class Params:
 
 
 @dataclass(frozen=True)
+class FileInfo:
+    """What a KV file holds (struct actqkv_file_info): the parameters of its reading (n_ctx and n_threads mean nothing),
+    the tokens of the whole reading, how many the last checkpoint has, and whether it is complete."""
+
+    params: Params
+    n_tokens: int
+    n_done: int
+    n_chunks: int
+    complete: bool
+    version: int
+    section_bytes: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes a session needs at most, with all of n_ctx in use (struct actqkv_memory)."""
 

@@ -187,6 +187,75 @@ int32_t actqkv_state_set(actqkv_session * session, const uint8_t * data, uint64_
     });
 }
 
+int32_t actqkv_file_info(const char * path, struct actqkv_file_info * info, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(path != nullptr && info != nullptr, "path and info must not be NULL");
+        const actqkv::kv_file file = actqkv::kv_file::open(path, false);
+        const actqkv::file_header & head = file.header();
+        const actqkv::file_slot & last = file.last();
+        *info = {head.params,   head.n_tokens,          last.n_done,        last.n_closed,
+                 last.complete, (int32_t) head.version, head.section_bytes, file.bytes()};
+    });
+}
+
+int32_t actqkv_file_read(const char * path, int32_t * tokens, int8_t * phases, uint8_t * section, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(path != nullptr, "path must not be NULL");
+        const actqkv::kv_file file = actqkv::kv_file::open(path, false);
+        if (tokens != nullptr) {
+            std::copy(file.tokens().begin(), file.tokens().end(), tokens);
+        }
+        if (phases != nullptr) {
+            std::copy(file.phases().begin(), file.phases().end(), phases);
+        }
+        if (section != nullptr) {
+            const std::vector<uint8_t> bytes = file.section();
+            std::copy(bytes.begin(), bytes.end(), section);
+        }
+    });
+}
+
+int32_t actqkv_file_verify(const char * path, actqkv_progress_fn progress, void * user, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(path != nullptr, "path must not be NULL");
+        if (!actqkv::verify_file(path, progress, user)) {
+            throw actqkv::error(ACTQKV_ERR_CANCELLED, "cancelled");
+        }
+    });
+}
+
+int32_t actqkv_session_open(const llama_model * model, const char * path, int32_t n_ctx, int32_t n_threads, bool write,
+                            actqkv_session ** session, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(model != nullptr && path != nullptr && session != nullptr, "arguments must not be NULL");
+        *session = new actqkv_session{{model, std::string(path), n_ctx, n_threads, write}};
+    });
+}
+
+int32_t actqkv_file_begin(actqkv_session * session, const char * path, const int32_t * tokens, const int8_t * phases,
+                          int64_t n_tokens, const uint8_t * section, uint64_t section_bytes, int32_t checkpoint_tokens,
+                          actqkv_error * err) {
+    return guarded(err, [&] {
+        require(path != nullptr, "path must not be NULL");
+        require(n_tokens > 0 && tokens != nullptr && phases != nullptr, "a KV file is of at least one token");
+        require(section != nullptr || section_bytes == 0, "section must not be NULL");
+        actqkv::history reading = {{tokens, tokens + n_tokens}, {phases, phases + n_tokens}};
+        session->impl.file_begin(path, std::move(reading), section, section_bytes, checkpoint_tokens);
+    });
+}
+
+int32_t actqkv_file_spill(actqkv_session * session, bool on, actqkv_error * err) {
+    return guarded(err, [&] { session->impl.file_spill(on); });
+}
+
+int32_t actqkv_file_sync(actqkv_session * session, actqkv_error * err) {
+    return guarded(err, [&] { session->impl.file_sync(); });
+}
+
+int32_t actqkv_file_end(actqkv_session * session, actqkv_error * err) {
+    return guarded(err, [&] { session->impl.file_end(); });
+}
+
 void actqkv_sources_begin(actqkv_session * session) { session->impl.begin_sources(); }
 
 int64_t actqkv_sources_end(actqkv_session * session, double * mass, int64_t n) {

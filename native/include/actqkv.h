@@ -34,10 +34,11 @@ enum actqkv_status {
     ACTQKV_ERR_MODEL     = 2, // the graph lacks this architecture or one of its tensors: run it through llama.cpp
     ACTQKV_ERR_MEMORY    = 3, // an allocation failed, or the plan exceeds what was allowed
     ACTQKV_ERR_FULL      = 4, // the tokens do not fit n_ctx; the session is unchanged
-    ACTQKV_ERR_STATE     = 5, // a state blob is damaged, truncated, or of another model or parameters
+    ACTQKV_ERR_STATE     = 5, // a state blob or KV file is damaged, truncated, or of another model or parameters
     ACTQKV_ERR_CANCELLED = 6, // the progress callback said stop; completed windows are kept
     ACTQKV_ERR_COMPUTE   = 7, // ggml reported a failed computation
     ACTQKV_ERR_INTERNAL  = 8, // a defect of ours; the message says where
+    ACTQKV_ERR_FILE      = 9, // a KV file cannot be made, opened or written: the system's reason
 };
 
 struct actqkv_error {
@@ -256,6 +257,53 @@ ACTQKV_API int32_t actqkv_state_get(const actqkv_session * session, uint8_t * da
 // ACTQKV_ERR_STATE leaves the session unchanged.
 ACTQKV_API int32_t actqkv_state_set(actqkv_session * session, const uint8_t * data, uint64_t size,
                                     struct actqkv_error * err);
+
+// ---- KV files (.akv): one reading on disk, checked against the model when it is opened. native/kv/file.h has the format
+
+// A reading in a file. The caller's section is opaque bytes: the text, where it lies among the tokens.
+struct actqkv_file_info {
+    struct actqkv_params params; // of the reading; positions resolved; n_ctx and n_threads mean nothing
+    int64_t  n_tokens;           // of the whole reading
+    int64_t  n_done;             // of them the last checkpoint has; the others are read after opening
+    int64_t  n_chunks;           // closed
+    int32_t  complete;           // 1: the file was ended; 0: a reading is under way, or was stopped
+    int32_t  version;
+    uint64_t section_bytes;
+    uint64_t file_bytes;         // as large as the complete file; what is not written yet takes no room
+};
+
+// Needs no model. Checks all but chunks; ACTQKV_ERR_FILE, ACTQKV_ERR_STATE.
+ACTQKV_API int32_t actqkv_file_info(const char * path, struct actqkv_file_info * info, struct actqkv_error * err);
+// Copies the reading's tokens [n_tokens], enum actqkv_phase of each, and the section [section_bytes]; NULL skips one.
+ACTQKV_API int32_t actqkv_file_read(const char * path, int32_t * tokens, int8_t * phases, uint8_t * section,
+                                    struct actqkv_error * err);
+// Checks every byte that is in use. progress counts bytes; NULL: none.
+ACTQKV_API int32_t actqkv_file_verify(const char * path, actqkv_progress_fn progress, void * user,
+                                      struct actqkv_error * err);
+
+// A session where the file's reading stands: the tokens up to its last checkpoint, all of them where it is complete.
+// Chunks are mapped, not read: they cost memory as they are attended, which processes share, and are checked then
+// (ACTQKV_ERR_STATE from actqkv_decode). What the session reads from now on stays in memory, except with `write`: then
+// what is left of the reading goes to the file, as after actqkv_file_begin; another writer is ACTQKV_ERR_FILE.
+// Answering is by the method of reading. ACTQKV_ERR_FULL where n_ctx is less than the reading.
+ACTQKV_API int32_t actqkv_session_open(const struct llama_model * model, const char * path, int32_t n_ctx,
+                                       int32_t n_threads, bool write, actqkv_session ** session,
+                                       struct actqkv_error * err);
+
+// Makes the file of a reading: its tokens and phases [n_tokens], of which the session has read none, some or all.
+// From now on actqkv_decode writes it at window boundaries at least checkpoint_tokens apart; a process that is killed
+// loses what came after the last one, and a session opened with `write` reads on from there with equal results.
+// ACTQKV_ERR_FILE from actqkv_decode where the disk is full: the file is as at its last checkpoint.
+ACTQKV_API int32_t actqkv_file_begin(actqkv_session * session, const char * path, const int32_t * tokens,
+                                     const int8_t * phases, int64_t n_tokens, const uint8_t * section,
+                                     uint64_t section_bytes, int32_t checkpoint_tokens, struct actqkv_error * err);
+// Whether chunks leave memory as they are written; the file then stands for them as after opening.
+ACTQKV_API int32_t actqkv_file_spill(actqkv_session * session, bool on, struct actqkv_error * err);
+// Writes a checkpoint at the last window's start. The tokens of an unfinished last window are read again by the next
+// actqkv_decode.
+ACTQKV_API int32_t actqkv_file_sync(actqkv_session * session, struct actqkv_error * err);
+// The same, of a reading that is all read; the file is complete then, and no longer the session's.
+ACTQKV_API int32_t actqkv_file_end(actqkv_session * session, struct actqkv_error * err);
 
 // ---- what was attended
 

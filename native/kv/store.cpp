@@ -96,6 +96,10 @@ void kv_store::append(int il, int64_t n_past, int m, const actqkv_f16 * near, co
 
 actqkv_span kv_store::span(int il, int64_t block, int64_t first, int64_t last, bool both) const {
     const layer & l = layers[il];
+    if (block > 0 && block <= n_from_file) {
+        check_array(il, 0, block - 1);
+        check_array(il, 1, block - 1);
+    }
     const int64_t skip = first - shape.block_first(block);
     actqkv_span s = {};
     s.first = first;
@@ -142,7 +146,7 @@ void kv_store::add_sums(int il, int64_t first, int64_t n, const float * sums, in
 }
 
 void kv_store::close_until(int64_t limit, int n_threads) {
-    const int64_t last = limit < shape.n_sink ? 0 : (limit - shape.n_sink) / shape.n_chunk_tokens;
+    const int64_t last = n_closed_at(limit);
     if (last <= n_closed_chunks) {
         return;
     }
@@ -237,17 +241,25 @@ void kv_store::restore_recent(const recent_state & state, int64_t n_tokens, int6
             }
         }
     }
-    n_closed_chunks = n_closed;
+    set_closed(n_closed);
+}
+
+void kv_store::set_closed(int64_t n) {
+    n_closed_chunks = n;
+    n_from_file = std::min(n_from_file, n); // chunks behind it will be written anew
+}
+
+std::vector<kv_store::range> kv_store::sink_ranges(int il) const {
+    const layer & l = layers[il];
+    const uint64_t bytes = shape.n_sink * shape.token_stride() * sizeof(actqkv_f16);
+    return {{l.near.data(), bytes}, {l.far.data(), bytes}, {l.v_open.data(), bytes}};
 }
 
 std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int64_t n_closed) const {
     const layer & l = layers[il];
     std::vector<range> ranges;
     if (n_tokens > 0) {
-        const uint64_t sinks = shape.n_sink * shape.token_stride() * sizeof(actqkv_f16);
-        for (const auto * ring : {&l.near, &l.far, &l.v_open}) {
-            ranges.push_back({ring->data(), sinks});
-        }
+        ranges = sink_ranges(il);
     }
     for (const auto * array : {&l.k, &l.v}) {
         ranges.push_back({array->data(), (uint64_t) n_closed * shape.chunk_bytes()});
@@ -260,6 +272,107 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int
         ranges.push_back({l.norms.data(), n_closed * sizeof(float)});
     }
     return ranges;
+}
+
+// ---- KV files
+
+std::array<uint64_t, N_FILE_ARRAYS> kv_store::chunk_bytes(const hparams & hp, const actqkv_params & p) {
+    const uint64_t kv = layout_for(hp, p).chunk_bytes();
+    const uint64_t width = width_for(hp, p);
+    return {kv, kv, width * sizeof(actqkv_f16), width > 0 ? sizeof(float) : 0};
+}
+
+std::array<chunk_array, N_FILE_ARRAYS> kv_store::chunk_arrays(int il) const {
+    const layer & l = layers[il];
+    const uint64_t kv = shape.chunk_bytes();
+    const auto array = [](const auto * data, uint64_t bytes, int64_t n_rows = 1, int64_t row_stride = 0) {
+        return chunk_array{(uint8_t *) data, bytes, n_rows, row_stride * sizeof(*data)};
+    };
+    return {array(l.k.data(), kv), array(l.v.data(), kv),
+            array(l.reps.data(), n_width * sizeof(actqkv_f16), n_summary_rows, row_stride()),
+            array(l.norms.data(), n_width > 0 ? sizeof(float) : 0)};
+}
+
+void kv_store::write_chunks(kv_file & file, int64_t first, int64_t last) const {
+    for (size_t il = 0; il < layers.size(); il++) {
+        const auto arrays = chunk_arrays((int) il);
+        for (int a = 0; a < N_FILE_ARRAYS; a++) {
+            file.write_chunks((int) il, a, first, last, arrays[a]);
+        }
+    }
+}
+
+void kv_store::spill(std::shared_ptr<const kv_file> file, int64_t first, int64_t last) {
+    const uint64_t granule = kv_file::map_granule();
+    for (size_t il = 0; il < layers.size(); il++) {
+        const auto arrays = chunk_arrays((int) il);
+        for (int a = 0; a < N_FILE_ARRAYS; a++) {
+            const uint64_t bytes = arrays[a].chunk_bytes;
+            file->map((int) il, a, first * bytes / granule * granule, last * bytes / granule * granule, arrays[a]);
+        }
+    }
+    source = std::move(file);
+}
+
+void kv_store::take_chunks(std::shared_ptr<const kv_file> file, int64_t n) {
+    const uint64_t granule = kv_file::map_granule();
+    for (size_t il = 0; il < layers.size(); il++) {
+        const auto arrays = chunk_arrays((int) il);
+        for (int a = 0; a < N_FILE_ARRAYS; a++) {
+            const uint64_t end = (n * arrays[a].chunk_bytes + granule - 1) / granule * granule;
+            if (!file->map((int) il, a, 0, end, arrays[a])) {
+                file->read_chunks((int) il, a, n, arrays[a]);
+            }
+        }
+    }
+    checked.assign(layers.size() * N_FILE_ARRAYS * n, 0);
+    summaries_checked.assign(layers.size(), 0);
+    source = std::move(file);
+    n_from_file = n_closed_chunks = n;
+}
+
+void kv_store::check_file() const {
+    if (source != nullptr) {
+        source->check_size();
+    }
+}
+
+void kv_store::check_array(int il, int array, int64_t chunk) const {
+    const size_t n = checked.size() / (layers.size() * N_FILE_ARRAYS);
+    uint8_t & done = checked[(il * N_FILE_ARRAYS + array) * n + chunk];
+    if (done == 0) {
+        source->check_chunk(il, array, chunk, chunk_arrays(il)[array]);
+        done = 1;
+    }
+}
+
+void kv_store::check_keys(int il, const int32_t * chunks, int64_t n) const {
+    for (int64_t i = 0; i < n; i++) {
+        if (chunks[i] < n_from_file) {
+            check_array(il, 0, chunks[i]);
+        }
+    }
+}
+
+void kv_store::check_all() const {
+    for (size_t il = 0; il < layers.size(); il++) {
+        for (int a = 0; a < N_FILE_ARRAYS; a++) {
+            for (int64_t chunk = 0; chunk < n_from_file; chunk++) {
+                check_array((int) il, a, chunk);
+            }
+        }
+    }
+}
+
+void kv_store::check_summaries(int il) const {
+    if (n_from_file == 0 || summaries_checked[il] != 0) {
+        return;
+    }
+    for (int64_t chunk = 0; chunk < n_from_file; chunk++) {
+        check_array(il, 2, chunk);
+        check_array(il, 3, chunk);
+    }
+    summaries_checked[il] = 1;
 }
 
 } // namespace actqkv

@@ -8,9 +8,12 @@
 
 #include "../kernels/kernels.h"
 #include "../model/hparams.h"
+#include "file.h"
 #include "layout.h"
 #include "reservation.h"
 
+#include <array>
+#include <memory>
 #include <vector>
 
 namespace actqkv {
@@ -48,6 +51,11 @@ public:
     // Starts the sums of the tokens [first, last) at zero.
     void clear_sums(int il, int64_t first, int64_t last);
 
+    // Chunks that end at or before `limit`.
+    int64_t n_closed_at(int64_t limit) const {
+        return limit < shape.n_sink ? 0 : (limit - shape.n_sink) / shape.n_chunk_tokens;
+    }
+
     // Closes every chunk that ends at or before `limit`: stores and summarises it in all layers.
     void close_until(int64_t limit, int n_threads);
 
@@ -56,7 +64,10 @@ public:
 
     // Rows of summaries: one of width() f16 per chunk; with a list per KV head, n_rows() of width() / n_rows() each, row
     // i of chunk b at i*row_stride() + b*width()/n_rows(): those of one head lie together. A head's bounds are [2][d].
-    const actqkv_f16 * summaries(int il) const { return layers[il].reps.data(); }
+    const actqkv_f16 * summaries(int il) const {
+        check_summaries(il);
+        return layers[il].reps.data();
+    }
     const float * norms(int il) const { return layers[il].norms.data(); }
     int64_t width() const { return n_width; }
     int32_t n_rows() const { return n_summary_rows; }
@@ -79,7 +90,27 @@ public:
         uint64_t bytes;
     };
     std::vector<range> used_ranges(int il, int64_t n_tokens, int64_t n_closed) const;
-    void set_closed(int64_t n) { n_closed_chunks = n; }
+    // Of them, the sinks: keys near and far, and values.
+    std::vector<range> sink_ranges(int il) const;
+    void set_closed(int64_t n);
+
+    // Closed chunks of one layer in the order of a KV file: K, V, summaries, norms; 0 chunk_bytes where there are none.
+    std::array<chunk_array, N_FILE_ARRAYS> chunk_arrays(int il) const;
+    // Bytes of a closed chunk in each of them.
+    static std::array<uint64_t, N_FILE_ARRAYS> chunk_bytes(const hparams & hp, const actqkv_params & params);
+
+    void write_chunks(kv_file & file, int64_t first, int64_t last) const;
+    // Gives memory of written chunks [first, last) back: from now on the file stands for it, where whole pages of memory
+    // can be mapped.
+    void spill(std::shared_ptr<const kv_file> file, int64_t first, int64_t last);
+    // The first n chunks of the file become this store's; they are checked when they are first read.
+    void take_chunks(std::shared_ptr<const kv_file> file, int64_t n);
+    // ACTQKV_ERR_STATE where the file that chunks are mapped from was cut short.
+    void check_file() const;
+    // Checks all chunks of the file. Attention and scoring check what they read.
+    void check_all() const;
+    // Whoever reads chunk_keys() says first which chunks.
+    void check_keys(int il, const int32_t * chunks, int64_t n) const;
 
 private:
     struct layer {
@@ -92,6 +123,8 @@ private:
 
     void store_chunk(int il, int64_t chunk);
     void summarize(int il, int64_t chunk, actqkv_f16 * rep);
+    void check_array(int il, int array, int64_t chunk) const;
+    void check_summaries(int il) const;
 
     float * sums_of(int il, int64_t chunk) {
         return layers[il].sums.data() + (chunk % shape.n_recent_blocks) * n_head * shape.n_chunk_tokens;
@@ -106,6 +139,11 @@ private:
     int64_t n_chunks_max;
     int64_t n_closed_chunks = 0;
     std::vector<layer> layers;
+
+    std::shared_ptr<const kv_file> source;          // mapped here
+    int64_t n_from_file = 0;                        // its first chunks, as it had them when it was opened
+    mutable std::vector<uint8_t> checked;           // [layer][array][chunk], those of the file
+    mutable std::vector<uint8_t> summaries_checked; // [layer]
 };
 
 } // namespace actqkv

@@ -211,6 +211,7 @@ void planner::choose(int il, int64_t k, const kv_store & store, const float * st
     scratch.resize(n_chunks);
     actqkv_top_k(scores.data(), n_chunks, (int32_t) n, candidates.data(), scratch.data());
     refined.resize(n);
+    store.check_keys(il, candidates.data(), n);
     actqkv_refine(actqkv_impl_best(), stored_query, reading.kv_type, store.chunk_keys(il), candidates.data(),
                   (int32_t) n, hp.n_head, hp.n_head_kv, hp.d_head, reading.method.n_chunk_tokens, refined.data(),
                   reading.n_threads);

@@ -32,6 +32,14 @@ struct history {
         return i % n_window == 0 || phases[i] == ACTQKV_DECODE || phases[i - 1] != phases[i];
     }
 
+    // Start of the window that token i is in.
+    int64_t window_start(int64_t i, int32_t n_window) const {
+        while (!starts_window(i, n_window)) {
+            i--;
+        }
+        return i;
+    }
+
     // End of the window that starts at token i.
     int64_t window_end(int64_t i, int32_t n_window) const {
         int64_t end = i + 1;

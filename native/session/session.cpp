@@ -109,6 +109,7 @@ void session::check_tokens(const int32_t * more, int64_t n) const {
 
 bool session::decode(const int32_t * more, int64_t n, int32_t phase, float * logits, int64_t n_logits) {
     check_tokens(more, n);
+    store.check_file();
     const int64_t before = tokens.size();
     tokens.append(more, n, phase);
     try {
@@ -131,26 +132,32 @@ bool session::decode(const int32_t * more, int64_t n, int32_t phase, float * log
 bool session::run_pending(float * logits, int64_t n_logits) {
     const int64_t start = n_done, total = tokens.size(), first_out = total - n_logits;
     while (n_done < total) {
-        const int64_t end = tokens.window_end(n_done, params.n_window);
-        const int8_t phase = tokens.phases[n_done];
-        const window w = {n_done, (int) (end - n_done), phase == ACTQKV_DECODE, phase == ACTQKV_QUESTION,
-                          (int) std::max<int64_t>(0, end - std::max(first_out, n_done))};
-        const double before = now_ms();
-        close_chunks(w.first);
-        before_window(w);
-        run_window(w);
-        n_done = end;
+        const window w = run_next(first_out);
         if (w.n_out > 0) {
-            graph.read_logits(logits + (end - w.n_out - first_out) * hp.n_vocab);
+            graph.read_logits(logits + (n_done - w.n_out - first_out) * hp.n_vocab);
         }
-        (w.decode ? counts.decode_ms : counts.prefill_ms) += now_ms() - before;
-        (w.decode ? counts.n_decode_tokens : counts.n_prefill_tokens) += w.m;
-        counts.n_windows++;
         if (progress != nullptr && !progress(progress_user, n_done - start, total - start) && n_done < total) {
             return false;
         }
     }
     return true;
+}
+
+// The next pending window; logits are computed of its tokens from first_out on.
+session::window session::run_next(int64_t first_out) {
+    const int64_t end = tokens.window_end(n_done, params.n_window);
+    const int8_t phase = tokens.phases[n_done];
+    const window w = {n_done, (int) (end - n_done), phase == ACTQKV_DECODE, phase == ACTQKV_QUESTION,
+                      (int) std::max<int64_t>(0, end - std::max(first_out, n_done))};
+    const double before = now_ms();
+    close_chunks(w.first);
+    before_window(w);
+    run_window(w);
+    n_done = end;
+    (w.decode ? counts.decode_ms : counts.prefill_ms) += now_ms() - before;
+    (w.decode ? counts.n_decode_tokens : counts.n_prefill_tokens) += w.m;
+    counts.n_windows++;
+    return w;
 }
 
 // ---- one window
@@ -420,6 +427,10 @@ void session::before_window(const window & w) {
     const bool due = w.first / CHECKPOINT_TOKENS != (w.first - params.n_window) / CHECKPOINT_TOKENS;
     if (w.first > 0 && (unfinished || due)) {
         saved.add(make_checkpoint());
+    }
+    if (file != nullptr && w.first - file->last().n_done >= file->header().checkpoint_tokens &&
+        w.first % params.n_window == 0) {
+        write_checkpoint(false);
     }
 }
 

@@ -16,6 +16,8 @@ namespace actqkv {
 class session {
 public:
     session(const llama_model * model, const actqkv_params & params);
+    // file.cpp: where a KV file's reading stands; `write`: it can be read on, into the file.
+    session(const llama_model * model, const std::string & path, int32_t n_ctx, int32_t n_threads, bool write);
 
     static actqkv_memory memory_plan(const llama_model * model, const actqkv_params & params);
 
@@ -44,6 +46,13 @@ public:
     void state_get(uint8_t * data, uint64_t size) const;
     void state_set(const uint8_t * data, uint64_t size);
 
+    // file.cpp
+    void file_begin(const std::string & path, history && reading, const uint8_t * section, uint64_t section_bytes,
+                    int32_t checkpoint_tokens);
+    void file_spill(bool on);
+    void file_sync();
+    void file_end();
+
     actqkv_progress_fn progress = nullptr;
     void * progress_user = nullptr;
     actqkv_observe_fn watcher = nullptr;
@@ -60,6 +69,7 @@ private:
 
     void check_tokens(const int32_t * more, int64_t n) const;
     bool run_pending(float * logits, int64_t n_logits);
+    window run_next(int64_t first_out);
     void close_chunks(int64_t first);
     void run_window(const window & w);
     void run_layer(const window & w, int il);
@@ -83,6 +93,14 @@ private:
     checkpoint make_checkpoint() const;
     void restore(int64_t limit);
     void before_window(const window & w);
+
+    // file.cpp
+    session(const llama_model * model, kv_file && file, int32_t n_ctx, int32_t n_threads, bool write);
+    void take(std::shared_ptr<kv_file> file);
+    void require_file() const;
+    std::vector<uint8_t> make_payload() const;
+    void write_checkpoint(bool complete);
+    int64_t last_window_start() const;
 
     const llama_model * model;
     hparams hp;
@@ -119,6 +137,10 @@ private:
     int32_t audit_every = 0;
     int64_t n_audit_steps = 0, n_audit_turns = 0; // answered tokens and audits since audits were switched on
     int audit_layer = -1, audit_head = 0;         // of this window; -1: none
+
+    std::shared_ptr<kv_file> file; // that the reading is written to; NULL: none
+    history planned;               // all of the reading that the file is of
+    bool spilling = false;         // written chunks leave memory
 
     actqkv_stats counts = {};
     double attended_n = 0, dense_n = 0; // queries x layers behind attended_tokens_mean and dense_tokens_mean

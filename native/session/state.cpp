@@ -14,11 +14,9 @@
 #include "session.h"
 
 #include "../error.h"
+#include "serial.h"
 
-#include "ggml.h"
 #include "llama.h"
-
-#include <cstring>
 
 namespace actqkv {
 namespace {
@@ -26,149 +24,9 @@ namespace {
 constexpr uint64_t MAGIC = 0x4554415453564B41; // "AKVSTATE"
 constexpr uint32_t VERSION = 3;
 
-uint64_t mix(uint64_t hash, uint64_t word) {
-    hash = (hash ^ word) * 0x9E3779B97F4A7C15ull;
-    return hash ^ (hash >> 29);
-}
-
-uint64_t checksum(const uint8_t * data, uint64_t size) {
-    uint64_t hash = size;
-    uint64_t i = 0;
-    for (; i + 8 <= size; i += 8) {
-        uint64_t word;
-        memcpy(&word, data + i, 8);
-        hash = mix(hash, word);
-    }
-    for (; i < size; i++) {
-        hash = mix(hash, data[i]);
-    }
-    return hash;
-}
-
-// Norms tell apart models of one shape; they are small, and never repacked for a processor as matrices are.
+// Weights of another type give other results, so a state is of one file's weights.
 uint64_t fingerprint(const llama_model * model, const hparams & hp, const weights & w) {
-    uint64_t hash = checksum((const uint8_t *) hp.arch.data(), hp.arch.size());
-    for (const int64_t n : {hp.n_layer, hp.n_embd, hp.n_head, hp.n_head_kv, hp.d_head, hp.n_vocab, hp.n_ctx_train}) {
-        hash = mix(hash, (uint64_t) n);
-    }
-    hash = mix(mix(hash, llama_model_size(model)), llama_model_n_params(model));
-    const auto add = [&](const ggml_tensor * t) {
-        hash = mix(hash, checksum((const uint8_t *) t->data, ggml_nbytes(t)));
-    };
-    add(w.output_norm);
-    for (const layer_weights & l : w.layers) {
-        add(l.attn_norm);
-        add(l.ffn_norm);
-    }
-    return hash;
-}
-
-// Counts bytes when `to` is NULL, else writes them.
-struct writer {
-    uint8_t * to;
-    uint64_t used = 0;
-
-    void raw(const void * data, uint64_t bytes) {
-        if (to != nullptr && bytes > 0) {
-            memcpy(to + used, data, bytes);
-        }
-        used += bytes;
-    }
-    template <typename T> void value(const T & x) { raw(&x, sizeof(T)); }
-    template <typename T> void array(const std::vector<T> & x) {
-        value((uint64_t) x.size());
-        raw(x.data(), x.size() * sizeof(T));
-    }
-};
-
-struct reader {
-    const uint8_t * from;
-    uint64_t size;
-    uint64_t used = 0;
-
-    void require(uint64_t bytes) const {
-        if (bytes > size - used) {
-            throw error(ACTQKV_ERR_STATE, format("state ends after %llu bytes, expected %llu more",
-                                                 (unsigned long long) size, (unsigned long long) bytes));
-        }
-    }
-    void raw(void * data, uint64_t bytes) {
-        require(bytes);
-        if (bytes > 0) {
-            memcpy(data, from + used, bytes);
-        }
-        used += bytes;
-    }
-    template <typename T> T value() {
-        T x;
-        raw(&x, sizeof(T));
-        return x;
-    }
-    // Of `expected` elements, or of none where `or_empty`.
-    template <typename T> void array(std::vector<T> & x, uint64_t expected, bool or_empty = false) {
-        const uint64_t n = value<uint64_t>();
-        if (n != expected && !(or_empty && n == 0)) {
-            throw error(ACTQKV_ERR_STATE, format("state holds an array of %llu, expected %llu", (unsigned long long) n,
-                                                 (unsigned long long) expected));
-        }
-        require(n * sizeof(T)); // before memory is taken for it
-        x.resize(n);
-        raw(x.data(), n * sizeof(T));
-    }
-    template <typename T> void array_up_to(std::vector<T> & x, uint64_t most) {
-        uint64_t n = 0;
-        if (size - used >= sizeof(n)) {
-            memcpy(&n, from + used, sizeof(n));
-        }
-        array(x, std::min(n, most));
-    }
-};
-
-void write_memory(writer & out, const std::vector<layer_memory> & memory) {
-    for (const layer_memory & l : memory) {
-        out.array(l.mean);
-        out.array(l.var);
-        out.value(l.n_tokens);
-        out.value(l.n_windows);
-        out.array(l.entropies);
-        out.array(l.question);
-        out.array(l.asked_queries);
-        out.array(l.asked_attention);
-    }
-}
-
-std::vector<layer_memory> read_memory(reader & in, const hparams & hp) {
-    std::vector<layer_memory> memory(hp.n_layer);
-    const uint64_t E = hp.n_channels();
-    for (layer_memory & l : memory) {
-        in.array(l.mean, E, true);
-        in.array(l.var, E, true);
-        l.n_tokens = in.value<double>();
-        l.n_windows = in.value<int64_t>();
-        in.array_up_to(l.entropies, N_ENTROPIES);
-        in.array(l.question, E, true);
-        in.array_up_to(l.asked_queries, N_QUESTION_QUERIES * E);
-        in.array(l.asked_attention, l.asked_queries.size() / E);
-    }
-    return memory;
-}
-
-void write_recent(writer & out, const recent_state & recent) {
-    out.array(recent.kv);
-    out.array(recent.sums);
-}
-
-recent_state read_recent(reader & in, const kv_store & store, int64_t n_tokens, int64_t n_closed) {
-    const kv_layout & shape = store.layout();
-    const bool known = n_closed >= 0 && n_closed <= shape.n_chunks_max(n_tokens);
-    if (!known || shape.n_open_blocks(n_tokens, n_closed) > shape.n_recent_blocks) {
-        throw error(ACTQKV_ERR_STATE, format("state is inconsistent: %lld chunks of %lld tokens are closed",
-                                             (long long) n_closed, (long long) n_tokens));
-    }
-    recent_state recent;
-    in.array(recent.kv, store.recent_kv(n_tokens, n_closed));
-    in.array(recent.sums, store.recent_sums(n_tokens, n_closed));
-    return recent;
+    return mix(mix(model_fingerprint(hp, w), llama_model_size(model)), llama_model_n_params(model));
 }
 
 bool same_method(actqkv_params a, const actqkv_params & b) {
@@ -239,6 +97,7 @@ void session::state_get(uint8_t * data, uint64_t size) const {
         throw error(ACTQKV_ERR_ARGUMENT, format("the buffer has %llu bytes, expected %llu", (unsigned long long) size,
                                                 (unsigned long long) needed));
     }
+    store.check_all();
     writer out = {data};
     write_state(out, fingerprint(model, hp, tensors), hp, params, answering, tokens, n_done, store, memory, saved);
 }
@@ -267,12 +126,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
     read.phases.resize(n);
     in.raw(read.tokens.data(), n * sizeof(int32_t));
     in.raw(read.phases.data(), n);
-    for (int64_t i = 0; i < n; i++) {
-        if (read.tokens[i] < 0 || read.tokens[i] >= hp.n_vocab || read.phases[i] < 0 ||
-            read.phases[i] > ACTQKV_QUESTION) {
-            throw error(ACTQKV_ERR_STATE, format("state is inconsistent at token %lld", (long long) i));
-        }
-    }
+    check_history(read, hp, "state");
     std::vector<layer_memory> new_memory = read_memory(in, hp);
     const recent_state new_recent = read_recent(in, store, done, closed);
     checkpoints new_saved;
@@ -305,6 +159,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
     memory = std::move(new_memory);
     saved = std::move(new_saved);
     n_done = done;
+    store.set_closed(0); // nothing of a KV file stays
     store.restore_recent(new_recent, done, closed);
     for (int il = 0; il < hp.n_layer; il++) {
         for (const kv_store::range & r : store.used_ranges(il, done, closed)) {
