@@ -510,17 +510,16 @@ class Session:
     # -- what was attended
 
     def sources_begin(self) -> None:
-        """From now on sum the attention mass per block of past tokens."""
+        """From now on sum the squared attention weights that answered tokens give to each token of the past."""
         with self._exclusive() as handle:
             lib.actqkv_sources_begin(handle)
 
     def sources_end(self) -> NDArray[np.float64]:
-        """The sums [n_blocks], and stop. Block 0: the sinks; block b + 1: tokens [n_sink + b*c, n_sink + (b+1)*c)."""
+        """The sums [n] of the history's first n tokens, averaged over heads and layers; and stop. Empty: no answer."""
         with self._exclusive() as handle:
-            params = lib.actqkv_session_params(handle)
-            mass = np.zeros(params.n_ctx // params.method.n_chunk_tokens + 2)
-            n = lib.actqkv_sources_end(handle, ffi.from_buffer("double[]", mass), mass.size)
-        return mass[: int(n)]
+            weights = np.zeros(lib.actqkv_n_past(handle))
+            n = lib.actqkv_sources_end(handle, ffi.from_buffer("double[]", weights), weights.size)
+        return weights[: int(n)]
 
     def stats(self) -> Stats:
         """Time and traffic since the last reset."""

@@ -145,12 +145,11 @@ class _Conversation:
             session.stats_reset()
             if llm._auditor is not None:
                 llm._auditor.begin_answer()
-            session.sources_begin()
             try:
                 generate(llm, into, sampling)
             finally:
-                mass = session.sources_end()
-            passages = sources.find(mass, session.params, place.spans, place.files)
+                weights = session.sources_end()
+            passages = sources.find(weights, place.spans, place.files)
             stats = session.stats()
             stats = stats if stats.n_decode_tokens else prompt_stats
             attended_max, attended_mean = stats.attended_tokens_max, stats.attended_tokens_mean
@@ -194,7 +193,7 @@ class _Conversation:
         llm._rewind(step.keep)
         if llm.session is not None:
             llm.session.stats_reset()
-        llm._feed_prompt(step.tokens)
+        llm._feed_prompt(step.tokens, sources=True)
         return step
 
     def _plan(

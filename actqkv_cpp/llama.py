@@ -222,11 +222,16 @@ class Llama(llama_cpp.Llama):
         prompting, self._prompting = self._prompting, False
         (self._feed_prompt if prompting else self._feed)(array[n_decode:])
 
-    def _feed_prompt(self, tokens: NDArray[np.int32]) -> None:
+    def _feed_prompt(self, tokens: NDArray[np.int32], *, sources: bool = False) -> None:
         """Append a prompt [n] that is to be answered. Its last token is a decode step: the first token of the answer
         then comes from a plan made for it alone, not for the average of the question's tokens.
+
+        Args:
+            sources: the session begins to watch what is attended with that step.
         """
         self._feed(tokens[:-1])
+        if sources and self.session is not None:
+            self.session.sources_begin()
         self._feed(tokens[-1:], phase="decode")
 
     def _feed(self, tokens: NDArray[np.int32], *, phase: Phase = "prefill", progress: Progress | None = None) -> None:

@@ -1,4 +1,8 @@
-"""Recalls of an answer: was what it needed among the chosen chunks? Made of what `Llama.record` records.
+"""Recalls of an answer: was what it needed among the chosen chunks? Made of what `Llama.record` records, but for the
+first two, which every right answer has whose question has needles.
+
+source_found      1 where one of the answer's sources holds a needle
+source_recall     share of the needles (of as many as there may be sources) that the answer's sources hold
 
 needle_selected   when the answer began, share of the needles of which at least one layer had chosen a chunk
 needle_recall     share of the needles' chunks that were chosen, over layers and answered tokens
@@ -18,6 +22,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from actqkv_cpp.results import Source
+from actqkv_cpp.sources import N_PASSAGES
 
 if TYPE_CHECKING:
     from actqkv_cpp import Llama, Record, Recording
@@ -55,6 +62,22 @@ def measure(trace: Recording, needles: Sequence[tuple[int, int]]) -> dict[str, f
         if (value := _known_mean(by_layer)) is not None:
             found[name] = value
     return found
+
+
+def of_sources(sources: Sequence[Source], needles: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """The recalls of an answer's sources; a source holds a needle where it has at least half of its characters.
+
+    Args:
+        needles: (start, end) in characters of the document.
+    """
+    if not needles:
+        return {}
+    held = sum(any(_overlap(source, needle) >= (needle[1] - needle[0]) / 2 for source in sources) for needle in needles)
+    return {"source_found": float(held > 0), "source_recall": min(held / min(len(needles), N_PASSAGES), 1.0)}
+
+
+def _overlap(source: Source, needle: tuple[int, int]) -> int:
+    return min(source.end, needle[1]) - max(source.start, needle[0])
 
 
 def _found(record: Record, chunks: tuple[int, int]) -> float:

@@ -77,7 +77,7 @@ class Finding:
         seconds: from the question to the end of the answer.
         kv_bytes, summary_bytes: of the session then.
         measures: other figures, by name; means over `n`.
-        recalls: shares of what was looked for that was selected, by name.
+        recalls: shares of what was looked for that was selected, or is among the sources, by name.
     """
 
     score: float
@@ -253,8 +253,12 @@ class Suite:
             said = document.ask(question.text, max_tokens=sample.max_tokens)
         rate = said.timing.decode_tokens_per_s
         decode_s = said.usage.completion_tokens / rate if rate else 0.0
+        score = self.score(question, said.text)
+        found = _recalls(llm, trace, question) if trace is not None else {}
+        if score == 1.0 and llm.session is not None:
+            found |= recalls.of_sources(said.sources, question.needles)
         return Finding(
-            score=self.score(question, said.text),
+            score=score,
             task=question.task,
             depth=question.depth,
             references=question.references,
@@ -268,7 +272,7 @@ class Suite:
             decode_tokens_per_s=rate,
             kv_bytes=said.memory.kv_bytes,
             summary_bytes=said.memory.summary_bytes,
-            recalls=_recalls(llm, trace, question) if trace is not None else {},
+            recalls=found,
         )
 
 

@@ -258,10 +258,10 @@ int32_t actqkv_file_end(actqkv_session * session, actqkv_error * err) {
 
 void actqkv_sources_begin(actqkv_session * session) { session->impl.begin_sources(); }
 
-int64_t actqkv_sources_end(actqkv_session * session, double * mass, int64_t n) {
-    const std::vector<double> blocks = session->impl.end_sources();
-    std::copy_n(blocks.begin(), std::min<int64_t>(n, (int64_t) blocks.size()), mass);
-    return (int64_t) blocks.size();
+int64_t actqkv_sources_end(actqkv_session * session, double * weights, int64_t n) {
+    const std::vector<double> found = session->impl.end_sources();
+    std::copy_n(found.begin(), std::min<int64_t>(n, (int64_t) found.size()), weights);
+    return (int64_t) found.size();
 }
 
 actqkv_stats actqkv_stats_get(const actqkv_session * session) { return session->impl.stats(); }

@@ -307,11 +307,11 @@ ACTQKV_API int32_t actqkv_file_end(actqkv_session * session, struct actqkv_error
 
 // ---- what was attended
 
-// From now on sum attention mass per block of past tokens. Block 0 is the sinks, block b + 1 the tokens
-// [n_sink + b*c, n_sink + (b+1)*c). Mass is averaged over heads and layers and summed over queries.
+// From now on sum, for every token of the past, the squares of the attention weights that answered tokens (ACTQKV_DECODE)
+// give it, averaged over heads and layers. Squares, so that heads which have found something decide. Changes no result.
 ACTQKV_API void actqkv_sources_begin(actqkv_session * session);
-// Copies up to n blocks, returns how many there are, and stops recording.
-ACTQKV_API int64_t actqkv_sources_end(actqkv_session * session, double * mass, int64_t n);
+// Copies the sums of up to n tokens, from the first on, returns how many there are (0: nothing was answered), and stops.
+ACTQKV_API int64_t actqkv_sources_end(actqkv_session * session, double * weights, int64_t n);
 
 ACTQKV_API struct actqkv_stats actqkv_stats_get(const actqkv_session * session);
 ACTQKV_API void actqkv_stats_reset(actqkv_session * session);

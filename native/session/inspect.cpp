@@ -1,4 +1,5 @@
-// What a session tells of itself beside its results: true attention mass, records of windows, audits of the retrieval.
+// What a session tells of itself beside its results: true attention mass, records of windows, audits of the retrieval,
+// and which tokens an answer attended to.
 #include "session.h"
 
 #include <chrono>
@@ -130,6 +131,52 @@ void session::audit(const window & w, int il, const chunk_plan & plan) {
         counts.audit_head = audit_head;
     }
     counts.audit_ms += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+}
+
+// ---- sources
+
+void session::begin_sources() {
+    recording = true;
+    sources.clear();
+}
+
+std::vector<double> session::end_sources() {
+    recording = false;
+    source_weights.clear();
+    return std::move(sources);
+}
+
+// Has attention leave the weights of all keys, not of the recent ones alone.
+void session::keep_weights(actqkv_attend_args & args) {
+    int64_t n_keys = 1; // the window's own
+    for (int32_t s = 0; s < args.n_spans; s++) {
+        n_keys += args.spans[s].n_tok;
+    }
+    source_weights.resize(hp.n_head * n_keys);
+    args.weight_sums = source_weights.data();
+    args.sum_stride = n_keys;
+    args.first_summed = 0;
+}
+
+// Squares: a head that has found something puts most of its weight on few tokens and counts fully, one that spreads it
+// over all that is attended counts next to nothing.
+void session::add_sources(const window & w, const actqkv_attend_args & args) {
+    const int64_t n_summed = w.first + w.m - summed_from; // keys whose weights the store sums, the last ones
+    const int32_t r = hp.n_head / hp.n_head_kv;
+    sources.resize(w.first);
+    for (int h = 0; h < hp.n_head; h++) {
+        const actqkv_span * list = args.spans + h / r * args.span_stride;
+        const float * weight = args.weight_sums + h * args.sum_stride;
+        if (store.sums_attention()) {
+            std::copy_n(weight + args.sum_stride - n_summed, n_summed,
+                        sums.begin() + h * (int64_t) (params.n_local + params.n_window));
+        }
+        for (int32_t s = 0; s < args.n_spans; s++) {
+            for (int32_t t = 0; t < list[s].n_tok; t++, weight++) {
+                sources[list[s].first + t] += (double) *weight * *weight / (hp.n_head * hp.n_layer);
+            }
+        }
+    }
 }
 
 } // namespace actqkv

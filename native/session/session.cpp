@@ -21,10 +21,14 @@ double now_ms() {
 // Long readings keep a checkpoint at window boundaries this many tokens apart, before thinning.
 constexpr int64_t CHECKPOINT_TOKENS = 4096;
 
-uint64_t scratch_bytes(const hparams & hp, const actqkv_params & p, bool everything) {
+int64_t most_keys(const actqkv_params & p, bool everything) {
     const int64_t some = 2 * (int64_t) p.budget + 2 * p.method.n_chunk_tokens + p.n_window;
-    const int64_t keys = everything ? p.n_ctx : std::min<int64_t>(p.n_ctx, some);
-    return actqkv_attend_scratch(hp.n_head, hp.n_head_kv, hp.d_head, p.n_window, keys + p.n_window, p.n_threads);
+    return (everything ? p.n_ctx : std::min<int64_t>(p.n_ctx, some)) + p.n_window;
+}
+
+uint64_t scratch_bytes(const hparams & hp, const actqkv_params & p, bool everything) {
+    const int64_t keys = most_keys(p, everything);
+    return actqkv_attend_scratch(hp.n_head, hp.n_head_kv, hp.d_head, p.n_window, keys, p.n_threads);
 }
 
 } // namespace
@@ -61,9 +65,10 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
     // mean, variance, the question and its queries; entropies
     const uint64_t learnt = (3 + N_QUESTION_QUERIES) * hp.n_channels() * sizeof(float) + N_ENTROPIES * sizeof(double);
     const uint64_t window = params.n_window * 3 * hp.n_kv_channels() * sizeof(actqkv_f16) + // k_near, k_far, v
-                            (params.n_local + params.n_window) * hp.n_head * sizeof(float); // sums
-    const uint64_t per_token = 2 * (sizeof(int32_t) + sizeof(int8_t)); // the history, with room to grow
-    uint64_t per_chunk = 6 * sizeof(float) + sizeof(double);           // the planner's lists, the sources
+                            (params.n_local + params.n_window) * hp.n_head * sizeof(float) + // sums
+                            most_keys(params, attends_all(params.method)) * hp.n_head * sizeof(float); // of sources
+    const uint64_t per_token = 2 * (sizeof(int32_t) + sizeof(int8_t)) + sizeof(double); // history with room, sources
+    uint64_t per_chunk = 6 * sizeof(float);                            // the planner's lists
     if (params.method.granularity == ACTQKV_GRANULARITY_KV_HEAD) {
         per_chunk += (hp.n_head + hp.n_head_kv) * sizeof(float); // scores and votes
     }
@@ -335,17 +340,13 @@ actqkv_attend_args session::attend_args(const window & w) {
 void session::attend(const window & w, int il) {
     actqkv_attend_args args = attend_args(w);
     args.weight_sums = store.sums_attention() ? sums.data() : nullptr;
-    if (recording) {
-        span_mass.resize(spans.size());
-        args.span_mass = span_mass.data();
+    const bool watched = recording && w.decode;
+    if (watched) {
+        keep_weights(args);
     }
     actqkv_attend(actqkv_impl_best(), &args);
-    if (recording) {
-        const kv_layout & shape = store.layout();
-        source_mass.resize(shape.block_of(w.first + w.m) + 1);
-        for (size_t s = 0; s < spans.size(); s++) {
-            source_mass[shape.block_of(spans[s].first)] += span_mass[s] / hp.n_layer;
-        }
+    if (watched) {
+        add_sources(w, args);
     }
     count_attended(w, il);
 }
@@ -472,17 +473,7 @@ void session::rewind(int64_t n_past) {
     }
 }
 
-// ---- sources and statistics
-
-void session::begin_sources() {
-    recording = true;
-    source_mass.clear();
-}
-
-std::vector<double> session::end_sources() {
-    recording = false;
-    return std::move(source_mass);
-}
+// ---- statistics
 
 actqkv_stats session::stats() const {
     actqkv_stats s = counts;

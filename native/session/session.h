@@ -85,6 +85,9 @@ private:
     void record(const window & w, int il, const chunk_plan & plan);
     void begin_audit(const window & w);
     void audit(const window & w, int il, const chunk_plan & plan);
+    void keep_weights(actqkv_attend_args & args);
+    void add_sources(const window & w, const actqkv_attend_args & args);
+
     void count_attended(const window & w, int il);
     void convert_window(int m);
     void learn_question(const window & w, int il);
@@ -128,7 +131,8 @@ private:
     std::vector<uint8_t> scratch;
 
     bool recording = false;
-    std::vector<double> source_mass; // [block]
+    std::vector<double> sources;       // [token]
+    std::vector<float> source_weights; // [H][keys of one layer]
 
     actqkv_record_fn recorder = nullptr;
     void * recorder_user = nullptr;

@@ -6,68 +6,132 @@ import numpy as np
 import pytest
 
 from actqkv_cpp import sources
-from actqkv_cpp.figures import Params
 from actqkv_cpp.reader import TextFile
 from actqkv_cpp.template import Span
 
-PARAMS = Params("actqkv", {"chunk": 4}, 4096, 1, 256, 8, 512, 2048, "f16")  # n_sink 8, chunks of 4
-TEXT = "".join(f"{i:03d}é" for i in range(100))  # one token each: 4 characters, 5 bytes
-SPAN = Span(0, 3, np.arange(1, 101, dtype=np.int64) * 5)  # tokens 3 .. 102
-FILE = TextFile("a.txt", TEXT)
+SENTENCES = [f"Sentence é{i:02d} is here." for i in range(30)]
+TEXT = " ".join(SENTENCES)
+START = 3  # the document's first token in the session
 
 
-def _find(
-    mass: dict[int, float], spans: tuple[Span, ...] = (SPAN,), files: tuple[TextFile, ...] = (FILE,)
-) -> list[tuple[str, int, int, float]]:
-    blocks = np.zeros(40)
-    for block, value in mass.items():
-        blocks[block] = value
-    found = sources.find(blocks, PARAMS, spans, files)
+def words(text: str) -> list[tuple[int, int]]:
+    """Tokens as a tokenizer of words would make them: a word with the space before it."""
+    ends = [i for i, char in enumerate(text) if char == " " and i] + [len(text)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def span_of(text: str, document: int = 0, start: int = START) -> Span:
+    return Span(document, start, np.array([len(text[:end].encode()) for _, end in words(text)], np.int64))
+
+
+SPAN, FILE = span_of(TEXT), TextFile("a.txt", TEXT, by_line=True)
+
+
+def weights_at(places: dict[int, float], text: str = TEXT, start: int = START) -> np.ndarray:
+    """Attention on the word that holds a character of the text."""
+    out = np.zeros(400)
+    for at, weight in places.items():
+        out[start + next(i for i, (a, b) in enumerate(words(text)) if a <= at < b)] += weight
+    return out
+
+
+def find(
+    weights: np.ndarray, spans: tuple[Span, ...] = (SPAN,), files: tuple[TextFile, ...] = (FILE,)
+) -> list[tuple[str, str, float]]:
+    found = sources.find(weights, spans, files)
     texts = {file.name: file.text for file in files}
     for source in found:
         assert texts[source.document][source.start : source.end] == source.text
-    return [(source.document, source.start, source.end, round(source.score, 3)) for source in found]
+    return [(source.document, source.text, round(source.score, 3)) for source in found]
 
 
-def test_block_to_text() -> None:
-    """Breaks when a block's tokens are laid on other characters; block 2 is tokens 12 .. 15, the document's 9 .. 12."""
-    assert _find({2: 1.0}) == [("a.txt", 9 * 4, 13 * 4, 1.0)]
+def at(i: int, word: str = "is") -> int:
+    return TEXT.index(SENTENCES[i]) + SENTENCES[i].index(word)
 
 
-def test_ends_are_clipped_to_the_document() -> None:
-    """Breaks when a passage reaches into the template or another document; block 24 holds tokens 100 .. 103."""
-    assert _find({24: 1.0}) == [("a.txt", 97 * 4, 100 * 4, 1.0)]
+@pytest.mark.parametrize("word", ["Sentence", "é", "is", "here"])
+@pytest.mark.parametrize("i", [0, 7, 29])
+def test_a_token_gives_its_sentence(i: int, word: str) -> None:
+    """Breaks when tokens are laid on other characters, or the first and the last sentence have no source."""
+    assert find(weights_at({at(i, word): 1.0})) == [("a.txt", SENTENCES[i], 1.0)]
 
 
-def test_three_best_neighbours_merged() -> None:
+def test_attention_within_a_sentence_adds_up() -> None:
+    """Breaks when one attended word beats a sentence that all is attended of."""
+    found = find(weights_at({at(3): 3.0, at(9, "Sent"): 2.0, at(9, "is"): 2.0, at(9, "here"): 1.0}))
+    assert found == [("a.txt", SENTENCES[9], 0.625), ("a.txt", SENTENCES[3], 0.375)]
+
+
+def test_three_best_and_neighbours_joined() -> None:
     """Breaks when neighbours stand apart, more than three passages appear, or the order is not by score."""
-    found = _find({0: 50.0, 5: 3.0, 6: 2.0, 12: 4.0, 18: 0.5, 22: 0.4, 30: 9.0})
+    found = find(weights_at({at(5): 30.0, at(6): 20.0, at(12): 40.0, at(18): 6.0, at(22): 4.0}))
     assert found == [
-        ("a.txt", 21 * 4, 29 * 4, 0.505),
-        ("a.txt", 49 * 4, 53 * 4, 0.404),
-        ("a.txt", 73 * 4, 77 * 4, 0.051),
+        ("a.txt", f"{SENTENCES[5]} {SENTENCES[6]}", 0.5),
+        ("a.txt", SENTENCES[12], 0.4),
+        ("a.txt", SENTENCES[18], 0.06),
     ]
 
 
-def test_a_chunk_between_two_joins_them() -> None:
-    """Breaks when two passages that meet stay two."""
-    assert _find({5: 3.0, 7: 2.0, 6: 1.0}) == [("a.txt", 21 * 4, 33 * 4, 1.0)]
+def test_what_is_hardly_attended_is_no_source() -> None:
+    """Breaks when places are filled with what heads glance at."""
+    assert find(weights_at({at(5): 99.5, at(12): 0.5})) == [("a.txt", SENTENCES[5], 0.995)]
 
 
-def test_sinks_are_left_out() -> None:
-    """Breaks when the sinks, which always draw attention, are cited."""
-    assert _find({0: 9.0}) == []
+def test_template_and_question_are_no_sources() -> None:
+    """Breaks when the first token of a history, or the question after the documents, is cited or counted."""
+    weights = weights_at({at(5): 1.0})
+    weights[0] = weights[SPAN.end] = weights[-1] = 50.0
+    assert find(weights) == [("a.txt", SENTENCES[5], 1.0)]
 
 
 def test_documents_do_not_merge() -> None:
-    """Breaks when a passage runs from one document into the next."""
-    two = Span(1, 103, np.arange(1, 41, dtype=np.int64) * 5)
-    found = _find({24: 1.0, 25: 2.0}, (SPAN, two), (FILE, TextFile("b.txt", TEXT[:160])))
-    assert [(name, end - start) for name, start, end, _ in found] == [("b.txt", 20), ("a.txt", 12)]
-    assert [score for *_, score in found] == [0.75, 0.25]
+    """Breaks when a passage runs from one document into the next, or its document is another one."""
+    other = "Other words. More of them."
+    spans = (SPAN, span_of(other, 1, SPAN.end))
+    weights = weights_at({at(29): 1.0}) + weights_at({0: 3.0}, other, SPAN.end)
+    found = find(weights, spans, (FILE, TextFile("b.txt", other)))
+    assert found == [("b.txt", "Other words.", 0.75), ("a.txt", SENTENCES[29], 0.25)]
 
 
-@pytest.mark.parametrize("mass", [{}, {39: 1.0}])
-def test_nothing_attended(mass: dict[int, float]) -> None:
+def test_place() -> None:
+    """Breaks when a source is told to stand elsewhere than it begins."""
+    text = "a = 1\nb = 2\nc = 3\n"
+    (source,) = sources.find(
+        weights_at({text.index("3"): 1.0}, text), (span_of(text),), (TextFile("a.py", text, by_line=True),)
+    )
+    assert (source.text, source.place) == ("c = 3", "line 3")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("It rained. Dr. Low *slept. It rained.", "Dr. Low *slept."),
+        ("It rained. J. R. Low *slept! It rained.", "J. R. Low *slept!"),
+        ('He said: "It *rained." She slept.', 'He said: "It *rained."'),
+        ("Long lines of running text that a file has wrapped are one\nsentence, *and stay so. Next.", None),
+        ("A heading\n\nText *here. More.", "Text *here."),
+        ("x = 1\ny = *2\nz = 3", "y = *2"),
+        ("雨が降った。彼は*寝た。雨。", "彼は*寝た。"),
+        ("It cost approx. five* pounds. More.", "It cost approx. five* pounds."),
+        ("*", "*"),
+    ],
+)
+def test_sentences(text: str, sentence: str | None) -> None:
+    """Breaks when a sentence is cut at an abbreviation or a wrapped line, or runs on over a heading or a row."""
+    start, end = sources.sentence_around(text, text.index("*"))
+    assert text[start:end] == (sentence if sentence is not None else text.removesuffix(" Next."))
+
+
+def test_a_sentence_without_end_is_cut_between_words() -> None:
+    """Breaks when a text without full stops is cited whole, or cut within a word."""
+    text = "word " * 1000
+    start, end = sources.sentence_around(text, 2502)
+    assert start <= 2502 < end
+    assert set(text[start:end].split()) == {"word"}
+    assert 200 < end - start <= 800
+
+
+@pytest.mark.parametrize("weights", [np.zeros(0), np.zeros(400), np.eye(1, 400, 390)[0]])
+def test_nothing_attended(weights: np.ndarray) -> None:
     """Breaks when an answer that looked at no document cites one."""
-    assert _find(mass) == []
+    assert find(weights) == []

@@ -9,6 +9,7 @@ import pytest
 
 from actqkv_cpp import Llama, Record, Recording, Retrieval
 from actqkv_cpp.evaluation import recalls
+from actqkv_cpp.results import Source
 
 N_SINK, CHUNK = 8, 4
 
@@ -92,3 +93,15 @@ def test_on_the_model(method: str, selected: float) -> None:
     assert found["needle_selected"] == selected
     if method != "streaming":
         assert found["attention_mass"] > 0.2
+
+
+def test_of_sources() -> None:
+    """Breaks when a source that only touches a needle counts, or more needles are asked for than there are places."""
+    sources = [Source(document="a", start=start, end=end, text="", score=0.3) for start, end in [(0, 20), (50, 65)]]
+    assert recalls.of_sources(sources, [(5, 15)]) == {"source_found": 1.0, "source_recall": 1.0}
+    assert recalls.of_sources(sources, [(60, 70), (61, 71)]) == {"source_found": 1.0, "source_recall": 0.5}
+    assert recalls.of_sources(sources, [(70, 80)]) == {"source_found": 0.0, "source_recall": 0.0}
+    needles = [(0, 4), (4, 8), (8, 12), (70, 80), (90, 99)]
+    assert recalls.of_sources(sources, needles)["source_recall"] == 1.0
+    assert recalls.of_sources([], needles)["source_recall"] == 0.0
+    assert recalls.of_sources(sources, []) == {}
