@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from actqkv_cpp import results, sources
 from actqkv_cpp.answering import Generated, OnText, Sampling, generate, stops
 from actqkv_cpp.errors import ContextError, DocumentError, ParameterError, StateError
-from actqkv_cpp.reader import TextFile, load
+from actqkv_cpp.reader import TextFile, headings, load
 from actqkv_cpp.results import Answer, Memory
 from actqkv_cpp.template import Cursor, Part, Span, Step, Tokens, no_tokens
 
@@ -229,10 +229,10 @@ def _memory(llm: Llama) -> Memory:
 
 
 def _texts(files: Sequence[TextFile], first: int = 0) -> list[Part]:
-    """Documents numbered from `first`, a blank line between them."""
+    """Documents numbered from `first`, each after its name, a blank line between them."""
     parts: list[Part] = []
-    for i, file in enumerate(files):
-        parts += [Part(_GAP)] if i else []
+    for i, (heading, file) in enumerate(zip(headings(files, n_before=first), files, strict=True)):
+        parts.append(Part((_GAP if i else "") + heading))
         parts.append(Part(file.text, document=first + i))
     return parts
 

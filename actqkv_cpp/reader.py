@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -97,6 +98,23 @@ class TextFile:
         if not valid:
             raise StateError("a document lacks its name, text or anchors, or they do not fit each other")
         return cls(name, text, anchors, by_line)
+
+
+def headings(files: Sequence[TextFile], *, n_before: int = 0) -> list[str]:
+    """What stands before each document in the text that the model reads: its name; nothing before a single one.
+
+    Args:
+        n_before: documents that stand before these.
+
+    Example:
+        >>> headings([TextFile("texts/a.txt", "A."), TextFile("b.txt", "B.")])
+        ['Document: a.txt\\n\\n', 'Document: b.txt\\n\\n']
+    """
+    if n_before + len(files) == 1:
+        return [""]
+    short = [PurePath(file.name).name for file in files]
+    names = short if len(set(short)) == len(short) else [file.name for file in files]
+    return [f"Document: {name}\n\n" for name in names]
 
 
 def load(path: str | Path) -> TextFile:

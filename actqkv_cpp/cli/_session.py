@@ -36,6 +36,11 @@ def load_documents(names: Sequence[str]) -> list[TextFile]:
     return [reader.load_stdin() if name == STDIN else reader.load(name) for name in names]
 
 
+def texts_of(files: Sequence[TextFile]) -> list[str]:
+    """The documents as the model reads them, names included."""
+    return [heading + file.text for heading, file in zip(reader.headings(files), files, strict=True)]
+
+
 def open_model(output: Output, options: EngineOptions, texts: Sequence[str], *, reserve: int) -> Llama:
     """The model with a session of --ctx tokens, by default enough for `texts` and `reserve` tokens with room to spare.
 

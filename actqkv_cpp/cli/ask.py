@@ -16,7 +16,7 @@ from actqkv_cpp.cli._arguments import split
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._output import Output
-from actqkv_cpp.cli._session import TEMPLATE_TOKENS, load_documents, open_model, read_all
+from actqkv_cpp.cli._session import TEMPLATE_TOKENS, load_documents, open_model, read_all, texts_of
 from actqkv_cpp.errors import DocumentError, ParameterError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _ask(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, r
         if not question.strip():
             raise ParameterError("a question is empty", "leave it out")
     files = load_documents(request.documents)
-    texts = [file.text for file in files] + [max(request.questions, key=len)]
+    texts = [*texts_of(files), max(request.questions, key=len)]
     llm = open_model(output, engine, texts, reserve=sampling.max_tokens)
     reserve = sampling.max_tokens + max(map(llm.count_tokens, request.questions)) + TEMPLATE_TOKENS
     document = read_all(output, llm, files, system=engine.system, reserve=reserve)

@@ -8,7 +8,7 @@ from actqkv_cpp.cli import _options as o
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._repl import COMMANDS, Repl
-from actqkv_cpp.cli._session import STDIN, load_documents, open_model, read_with_progress
+from actqkv_cpp.cli._session import STDIN, load_documents, open_model, read_with_progress, texts_of
 from actqkv_cpp.cli._terminal import open_lines
 
 _QUESTION_TOKENS = 512  # kept free beside the answer
@@ -78,7 +78,7 @@ def _chat(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, 
         with_path=[name for name, command in COMMANDS.items() if "FILE" in command.usage],
     )
     reserve = sampling.max_tokens + _QUESTION_TOKENS
-    llm = open_model(output, engine, [file.text for file in files], reserve=reserve)
+    llm = open_model(output, engine, texts_of(files), reserve=reserve)
     reading = None
     if files:
         names = ", ".join(file.name for file in files)

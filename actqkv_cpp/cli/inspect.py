@@ -12,7 +12,7 @@ from actqkv_cpp.cli._arguments import split
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._output import Output
-from actqkv_cpp.cli._session import load_documents, open_model, read_all
+from actqkv_cpp.cli._session import load_documents, open_model, read_all, texts_of
 from actqkv_cpp.errors import ParameterError
 from actqkv_cpp.files import written_atomically
 
@@ -97,7 +97,7 @@ def _inspect(
     if not question.strip():
         raise ParameterError("the question is empty", "ask something")
     files = load_documents(documents)
-    llm = open_model(output, engine, [file.text for file in files] + [question], reserve=max_tokens)
+    llm = open_model(output, engine, [*texts_of(files), question], reserve=max_tokens)
     with llm.record(mass="answers") as recording:
         document = read_all(output, llm, files, system=engine.system, reserve=max_tokens + llm.count_tokens(question))
         with Interrupt() as stop, output.progress("answering", "tokens") as show:
