@@ -64,11 +64,11 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
     const uint64_t recent = open * (3 * shape.token_stride() * sizeof(actqkv_f16) + hp.n_head * sizeof(float));
     // mean, variance, the question and its queries; entropies
     const uint64_t learnt = (3 + N_QUESTION_QUERIES) * hp.n_channels() * sizeof(float) + N_ENTROPIES * sizeof(double);
-    const uint64_t window = params.n_window * 3 * hp.n_kv_channels() * sizeof(actqkv_f16) + // k_near, k_far, v
+    const uint64_t window = params.n_window * 3 * hp.n_kv_channels() * sizeof(actqkv_f16) +  // k_near, k_far, v
                             (params.n_local + params.n_window) * hp.n_head * sizeof(float) + // sums
                             most_keys(params, attends_all(params.method)) * hp.n_head * sizeof(float); // of sources
     const uint64_t per_token = 2 * (sizeof(int32_t) + sizeof(int8_t)) + sizeof(double); // history with room, sources
-    uint64_t per_chunk = 6 * sizeof(float);                            // the planner's lists
+    uint64_t per_chunk = 6 * sizeof(float);                                             // the planner's lists
     if (params.method.granularity == ACTQKV_GRANULARITY_KV_HEAD) {
         per_chunk += (hp.n_head + hp.n_head_kv) * sizeof(float); // scores and votes
     }

@@ -22,6 +22,7 @@ from actqkv_cpp import (
     Retrieval,
     StateError,
 )
+from actqkv_cpp.reader import TextFile
 
 FILLER = "A weaver described the second vase near the shore. They slowly counted the golden rug by the fence. "
 FACTS = {
@@ -303,6 +304,23 @@ def test_question_before_the_document(tiny_sparse: Llama) -> None:
     tokens, phases = tiny_sparse.session.history()
     asked = tokens[phases == 2].tolist()
     assert tiny_sparse.detokenize(asked).decode().replace(" ", "") == "whokeptit"
+
+
+def test_documents_are_named_where_there_are_several(tiny_sparse: Llama) -> None:
+    """Breaks when the model cannot tell documents apart, or a name stands before a single one or counts as its text."""
+    one = TextFile("shelf/one.txt", FILLER)
+    tiny_sparse.read(one, reserve=32)
+    assert "one.txt" not in _told(tiny_sparse)
+    chat = tiny_sparse.chat([one, TextFile("two.txt", FILLER)])
+    chat.say("where", max_tokens=2)
+    chat.read(text=FILLER, name="three.txt")
+    chat.say("where", max_tokens=2)
+    told = _told(tiny_sparse)
+    assert [told.count(f"Document: {name}.txt\n\n{FILLER[:30]}") for name in ("one", "two", "three")] == [1, 1, 1]
+    assert "shelf" not in told
+    doc = tiny_sparse.read([one, TextFile("other/one.txt", FILLER)], reserve=32)
+    assert "Document: other/one.txt" in _told(tiny_sparse)
+    assert doc.text[: int(doc.token_ends(1)[1][-1])] == FILLER
 
 
 def test_no_system_role(tmp_path: Path) -> None:
