@@ -161,19 +161,27 @@ void session::keep_weights(actqkv_attend_args & args) {
 // Squares: a head that has found something puts most of its weight on few tokens and counts fully, one that spreads it
 // over all that is attended counts next to nothing.
 void session::add_sources(const window & w, const actqkv_attend_args & args) {
-    const int64_t n_summed = w.first + w.m - summed_from; // keys whose weights the store sums, the last ones
-    const int32_t r = hp.n_head / hp.n_head_kv;
+    const int64_t n_keys = args.sum_stride, n_summed = w.first + w.m - summed_from; // of these the store sums weights
+    const int64_t stride = params.n_local + params.n_window;
+    const int n_sharing = hp.n_head / n_lists; // query heads of one list
+    const double share = 1.0 / (hp.n_head * hp.n_layer);
     sources.resize(w.first);
-    for (int h = 0; h < hp.n_head; h++) {
-        const actqkv_span * list = args.spans + h / r * args.span_stride;
-        const float * weight = args.weight_sums + h * args.sum_stride;
-        if (store.sums_attention()) {
-            std::copy_n(weight + args.sum_stride - n_summed, n_summed,
-                        sums.begin() + h * (int64_t) (params.n_local + params.n_window));
+    for (int i = 0; i < n_lists; i++) {
+        source_squares.assign(n_keys, 0.0f);
+        for (int h = i * n_sharing; h < (i + 1) * n_sharing; h++) {
+            const float * weight = args.weight_sums + h * n_keys;
+            for (int64_t j = 0; j < n_keys; j++) {
+                source_squares[j] += weight[j] * weight[j];
+            }
+            if (store.sums_attention()) {
+                std::copy_n(weight + n_keys - n_summed, n_summed, sums.begin() + h * stride);
+            }
         }
+        const float * square = source_squares.data();
         for (int32_t s = 0; s < args.n_spans; s++) {
-            for (int32_t t = 0; t < list[s].n_tok; t++, weight++) {
-                sources[list[s].first + t] += (double) *weight * *weight / (hp.n_head * hp.n_layer);
+            const actqkv_span & span = args.spans[i * args.span_stride + s];
+            for (int32_t t = 0; t < span.n_tok; t++) {
+                sources[span.first + t] += *square++ * share;
             }
         }
     }

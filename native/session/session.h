@@ -133,6 +133,7 @@ private:
     bool recording = false;
     std::vector<double> sources;       // [token]
     std::vector<float> source_weights; // [H][keys of one layer]
+    std::vector<float> source_squares; // [keys of one layer]
 
     actqkv_record_fn recorder = nullptr;
     void * recorder_user = nullptr;
