@@ -274,6 +274,8 @@ int32_t actqkv_try_extra_buffers(actqkv_error * err) {
 
 const char * actqkv_kernel_name(void) {
     switch (actqkv_impl_best()) {
+    case ACTQKV_IMPL_AVX512_VNNI:
+        return "avx512-vnni";
     case ACTQKV_IMPL_AVX512:
         return "avx512";
     case ACTQKV_IMPL_AVX2:

@@ -322,7 +322,8 @@ ACTQKV_API void actqkv_stats_reset(actqkv_session * session);
 // plain buffers. May die by a signal on a broken build: call it in a child process. Returns ACTQKV_OK when all agree.
 ACTQKV_API int32_t actqkv_try_extra_buffers(struct actqkv_error * err);
 
-// Name of the instruction set the kernels dispatch to here: "avx512", "avx2", "neon" or "scalar".
+// Name of the instruction set the kernels dispatch to here: "avx512-vnni", "avx512", "avx2", "neon" or
+// "scalar".
 ACTQKV_API const char * actqkv_kernel_name(void);
 
 // clang-format on

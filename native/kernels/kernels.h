@@ -23,7 +23,13 @@ extern "C" {
 
 typedef uint16_t actqkv_f16;
 
-enum actqkv_impl { ACTQKV_IMPL_SCALAR = 0, ACTQKV_IMPL_AVX2 = 1, ACTQKV_IMPL_AVX512 = 2, ACTQKV_IMPL_NEON = 3 };
+enum actqkv_impl {
+    ACTQKV_IMPL_SCALAR = 0,
+    ACTQKV_IMPL_AVX2 = 1,
+    ACTQKV_IMPL_AVX512 = 2,
+    ACTQKV_IMPL_NEON = 3,
+    ACTQKV_IMPL_AVX512_VNNI = 4,
+};
 
 // The fastest implementation this processor can run.
 int32_t actqkv_impl_best(void);
@@ -98,6 +104,7 @@ void actqkv_vote(int32_t impl, const float * scores, int64_t n, int32_t n_head, 
 
 // ---- refine
 
+// Against q8_0 and q4_0 keys the fast versions round each query to 16 bits, per 32 values.
 // scores[i] = sum over query heads of the greatest q_h . k among the keys of chunk chunks[i], i < n. query [H][d];
 // keys [chunk][G][c], rows of `type`.
 void actqkv_refine(int32_t impl, const float * query, int32_t type, const uint8_t * keys, const int32_t * chunks,

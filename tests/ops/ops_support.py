@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from actqkv_cpp._actqkv import ffi, lib
 
-NAMES = {0: "scalar", 1: "avx2", 2: "avx512", 3: "neon"}
+NAMES = {0: "scalar", 1: "avx2", 2: "avx512", 3: "neon", 4: "avx512-vnni"}
 
 
 def impls() -> list[int]:
     """Every impl this machine runs: a processor with AVX-512 also has AVX2."""
-    return [0, *{0: (), 1: (1,), 2: (1, 2), 3: (3,)}[lib.actqkv_impl_best()]]
+    return [0, *{0: (), 1: (1,), 2: (1, 2), 3: (3,), 4: (1, 2, 4)}[lib.actqkv_impl_best()]]
 
 
 # Largest normalised mean square error against float64. float has 24 bits: one rounding is about 1e-15 here, and sums
@@ -29,6 +29,7 @@ BOUNDS = {
     "summarize.rep": 1e-7,  # stored in half
     "summarize.norm": 1e-7,  # of a mean that may round to the other neighbour in half
     "refine": 1e-12,  # by the sum over heads of |q| |k|
+    "refine quantised": 1e-9,  # the same; queries rounded to 16 bits: half a step of 1/32767 of the largest, each
     "score": 1e-12,  # by |probe| |rep|: a dot product may cancel
     "vote": 1e-12,  # by the size of the scores: a difference of them
     "entropy": 1e-12,  # of 1 + h: h is a difference of numbers near ln n, so its error is absolute, about 1e-6

@@ -7,6 +7,7 @@ namespace actqkv {
 #if defined(__x86_64__)
 extern const ops ops_avx2;
 extern const ops ops_avx512;
+extern const ops ops_avx512_vnni;
 
 static bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -22,6 +23,9 @@ extern const ops ops_neon;
 
 const ops * ops_for(int32_t impl) {
 #if defined(__x86_64__)
+    if (impl == ACTQKV_IMPL_AVX512_VNNI && has_avx512() && __builtin_cpu_supports("avx512vnni")) {
+        return &ops_avx512_vnni;
+    }
     if (impl == ACTQKV_IMPL_AVX512 && has_avx512()) {
         return &ops_avx512;
     }
@@ -40,7 +44,7 @@ const ops * ops_for(int32_t impl) {
 } // namespace actqkv
 
 extern "C" int32_t actqkv_impl_best(void) {
-    const int32_t in_order[] = {ACTQKV_IMPL_AVX512, ACTQKV_IMPL_AVX2, ACTQKV_IMPL_NEON};
+    const int32_t in_order[] = {ACTQKV_IMPL_AVX512_VNNI, ACTQKV_IMPL_AVX512, ACTQKV_IMPL_AVX2, ACTQKV_IMPL_NEON};
     for (int32_t impl : in_order) {
         if (actqkv::ops_for(impl)) {
             return impl;

@@ -1,5 +1,5 @@
 // The inner loops that depend on the instruction set, written once in ops_simd.h over simd.h and compiled once per
-// instruction set (ops_avx2.cpp, ops_avx512.cpp, ops_neon.cpp). Everything that decides, splits or synchronises is
+// instruction set (ops_avx2.cpp, ops_avx512.cpp, ...). Everything that decides, splits or synchronises is
 // compiled for the plain machine, in NAME.cpp, and calls these through one table.
 #pragma once
 
@@ -9,6 +9,8 @@ namespace actqkv {
 
 // Keys are multiplied in panels of this many columns; see ops::pack_k.
 constexpr int N_PANEL = 64;
+
+constexpr int N_GREATEST = 16; // queries; see row_ops::greatest
 
 // What reads keys and values as they are kept. `rows` has n rows of the type, one behind the other.
 struct row_ops {
@@ -28,6 +30,13 @@ struct row_ops {
     // The same for n values of d numbers as rows [row, row + n) of a panel of N_PANEL rows and d_pad columns; d_pad is d
     // rounded up to 16, the columns between are 0.
     void (*pack_v)(const void * values, int n, int d, int d_pad, float * panel, int row);
+
+    // best[x] = the greatest row_b . query_x over n > 0 rows, of n_vec <= N_GREATEST queries that lie packed one behind
+    // the other: query_bytes(width) each, rounded to 16 bits. NULL where `dots` is what there is.
+    int64_t (*query_bytes)(int64_t width);
+    void (*pack_query)(const float * query, int64_t width, void * packed);
+    void (*greatest)(const void * packed, int n_vec, const void * rows, int64_t n, int64_t width, float * best,
+                     const void * ahead);
 };
 
 struct ops {

@@ -1,7 +1,7 @@
 // The inner loops for AVX2. On x86-64 this file alone is compiled with its flags (CMakeLists.txt): nothing in it may be
 // called before ops_for() has asked the processor, and nothing of it may be visible to the linker but the table.
 #if defined(__x86_64__)
-#include "ops_simd.h"
+#include "ops_table.h"
 
 namespace actqkv {
 extern const ops ops_avx2;

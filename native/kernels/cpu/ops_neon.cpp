@@ -1,6 +1,6 @@
 // The inner loops for NEON, which every 64-bit ARM processor has: no flags.
 #if defined(__aarch64__)
-#include "ops_simd.h"
+#include "ops_table.h"
 
 namespace actqkv {
 extern const ops ops_neon;

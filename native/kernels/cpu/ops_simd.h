@@ -542,21 +542,3 @@ static void simd_exp_moments(const float * scores, int64_t n, float shift, float
         *zx += v_sum(v_mul(x, y));
     }
 }
-
-#define ACTQKV_ROW_OPS(R) {simd_dots<R>, simd_mix<R>, simd_pack_k<R>, simd_pack_v<R>}
-#define ACTQKV_OPS                                                                                                     \
-    {simd_to_f16,                                                                                                      \
-     simd_add_f16,                                                                                                     \
-     ACTQKV_ROW_OPS(f16_rows),                                                                                         \
-     ACTQKV_ROW_OPS(q8_rows),                                                                                          \
-     ACTQKV_ROW_OPS(q4_rows),                                                                                          \
-     simd_logits,                                                                                                      \
-     simd_values,                                                                                                      \
-     simd_max,                                                                                                         \
-     simd_exp2_sum,                                                                                                    \
-     simd_sum,                                                                                                         \
-     simd_add_scaled,                                                                                                  \
-     simd_scale,                                                                                                       \
-     simd_column_stats,                                                                                                \
-     simd_weighted_distance,                                                                                           \
-     simd_exp_moments}

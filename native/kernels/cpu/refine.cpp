@@ -3,7 +3,8 @@
 //     score_b = sum over query heads h of max over keys j of the chunk of q_h . k_j
 //
 // Quest's bound (ALGORITHMS.md section 4) is an upper bound of exactly this sum. Reads the candidates' keys once:
-// n*c*G rows, memory-bound.
+// n*c*G rows. Where those are quantised, the fast versions multiply integers, a row per lane, by queries rounded to 16
+// bits (ops_integer.h): with every lane a dot product of its own, half of the time went into adding up lanes.
 #include <math.h>
 
 #include "ops.h"
@@ -13,8 +14,9 @@
 namespace actqkv {
 namespace {
 
-constexpr int N_KEYS = 64;  // keys at a time, so that no memory is needed beside the stack
-constexpr int N_HEADS = 16; // query heads at a time
+constexpr int N_KEYS = 64;             // keys at a time, so that no memory is needed beside the stack
+constexpr int N_HEADS = N_GREATEST;    // query heads at a time
+constexpr int PACKED_BYTES = 20 << 10; // their queries: of 256 values each; longer ones fewer at a time
 
 void dots_scalar(const float * queries, int n_vec, int32_t type, const uint8_t * keys, int64_t n, int64_t d,
                  float * out, int64_t ldo) {
@@ -67,27 +69,48 @@ float best_keys(const ops * op, const float * queries, int n_vec, int32_t type, 
     return sum;
 }
 
+// The same from packed queries.
+float best_keys_packed(const row_ops & rows, const uint8_t * packed, int n_vec, const uint8_t * keys, int32_t c,
+                       int32_t d, const uint8_t * ahead) {
+    float best[N_HEADS], sum = 0;
+    rows.greatest(packed, n_vec, keys, c, d, best, ahead);
+    for (int x = 0; x < n_vec; x++) {
+        sum += best[x];
+    }
+    return sum;
+}
+
 } // namespace
 } // namespace actqkv
 
 extern "C" void actqkv_refine(int32_t impl, const float * query, int32_t type, const uint8_t * keys,
                               const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head,
                               int32_t c, float * scores, int32_t n_threads) {
-    const actqkv::ops * op = actqkv::ops_for(impl);
+    using namespace actqkv;
+    const ops * op = ops_for(impl);
+    const row_ops * rows = op && op->of(type).greatest ? &op->of(type) : nullptr;
+    const int64_t query_bytes = rows ? rows->query_bytes(d_head) : 0;
+    const int most = rows ? (int) (PACKED_BYTES / query_bytes) : 0; // queries that fit; 0: one by one is too long too
     const int32_t r = n_head / n_head_kv;
     const int64_t tile = c * actqkv_row_bytes(type, d_head), chunk_bytes = n_head_kv * tile;
-    actqkv::parallel(n_threads, [=](int ith, int nth) {
-        for (int32_t i = (int32_t) ((int64_t) n * ith / nth); i < (int64_t) n * (ith + 1) / nth; i++) {
-            const uint8_t * chunk = keys + chunks[i] * chunk_bytes;
-            const uint8_t * next = i + 1 < n ? keys + chunks[i + 1] * chunk_bytes : nullptr;
-            float sum = 0;
-            for (int32_t h = 0, n_vec; h < n_head; h += n_vec) {
-                const int32_t g = h / r, rest = r - h % r; // of this group
-                n_vec = rest < actqkv::N_HEADS ? rest : actqkv::N_HEADS;
-                sum += actqkv::best_keys(op, query + (int64_t) h * d_head, n_vec, type, chunk + g * tile, c, d_head,
-                                         next ? next + g * tile : nullptr);
+    parallel(n_threads, [=](int ith, int nth) {
+        const int32_t from = (int32_t) ((int64_t) n * ith / nth), to = (int32_t) ((int64_t) n * (ith + 1) / nth);
+        alignas(64) uint8_t packed[PACKED_BYTES];
+        for (int32_t h = 0, n_vec; h < n_head; h += n_vec) {
+            const int32_t rest = r - h % r, limit = most > 0 && most < N_HEADS ? most : N_HEADS; // rest of this group
+            n_vec = rest < limit ? rest : limit;
+            const float * queries = query + (int64_t) h * d_head;
+            for (int x = 0; most > 0 && x < n_vec; x++) {
+                rows->pack_query(queries + (int64_t) x * d_head, d_head, packed + x * query_bytes);
             }
-            scores[i] = sum;
+            const uint8_t * of_head = keys + h / r * tile;
+            for (int32_t i = from; i < to; i++) {
+                const uint8_t * chunk = of_head + chunks[i] * chunk_bytes;
+                const uint8_t * next = i + 1 < to ? of_head + chunks[i + 1] * chunk_bytes : nullptr;
+                const float sum = most > 0 ? best_keys_packed(*rows, packed, n_vec, chunk, c, d_head, next)
+                                           : best_keys(op, queries, n_vec, type, chunk, c, d_head, next);
+                scores[i] = h == 0 ? sum : scores[i] + sum;
+            }
         }
     });
 }

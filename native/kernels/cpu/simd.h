@@ -64,6 +64,42 @@ static inline vf v_ldexp(vf x, vf n) {
 static inline float v_sum(vf x) { return _mm512_reduce_add_ps(x); }
 static inline float v_greatest(vf x) { return _mm512_reduce_max_ps(x); }
 
+// ---- W words of 32 bits; shifts are of 16-bit halves
+
+typedef __m512i vi;
+
+static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+template <int N> static inline vi vi_shift_left(vi x) { return _mm512_slli_epi16(x, N); }
+template <int N> static inline vi vi_shift_right(vi x) { return _mm512_srli_epi16(x, N); }
+template <int N> static inline vi vi_shift_signed(vi x) { return _mm512_srai_epi16(x, N); }
+static inline vf v_of_vi(vi x) { return _mm512_cvtepi32_ps(x); }
+static inline vi vi_low32(vi a, vi b) { return _mm512_unpacklo_epi32(a, b); }
+static inline vi vi_high32(vi a, vi b) { return _mm512_unpackhi_epi32(a, b); }
+static inline vi vi_low64(vi a, vi b) { return _mm512_unpacklo_epi64(a, b); }
+static inline vi vi_high64(vi a, vi b) { return _mm512_unpackhi_epi64(a, b); }
+static inline __m128i load_16(const uint8_t * p) { return _mm_loadu_si128((const __m128i *) p); }
+// 16 bytes of every fourth row
+static inline vi vi_load_lanes(const uint8_t * const * row, int64_t at) {
+    const __m512i x = _mm512_inserti32x4(_mm512_castsi128_si512(load_16(row[0] + at)), load_16(row[4] + at), 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(x, load_16(row[8] + at), 2), load_16(row[12] + at), 3);
+}
+// acc + a.lo*b.lo + a.hi*b.hi of the signed halves of each word
+static inline vi vi_dot(vi acc, vi a, vi b) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(acc, a, b);
+#else
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+}
+// The halves at `at` of W rows, as floats
+static inline vf v_load_halves(const uint8_t * const * row, int64_t at) {
+    const auto half = [&](int i) { return (short) bits_of_half(row[i] + at); };
+    const __m256i x = _mm256_setr_epi16(half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7), half(8),
+                                        half(9), half(10), half(11), half(12), half(13), half(14), half(15));
+    return _mm512_cvtph_ps(x);
+}
+
 // In each quarter: sums of its four lanes of a, b, c, d.
 static inline vf v_sum_quarters(vf a, vf b, vf c, vf d) {
     const __m512d p = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
@@ -127,6 +163,30 @@ static inline float v_greatest(vf x) {
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
+
+typedef __m256i vi; // as above
+
+static inline vi vi_set1(int32_t x) { return _mm256_set1_epi32(x); }
+static inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+template <int N> static inline vi vi_shift_left(vi x) { return _mm256_slli_epi16(x, N); }
+template <int N> static inline vi vi_shift_right(vi x) { return _mm256_srli_epi16(x, N); }
+template <int N> static inline vi vi_shift_signed(vi x) { return _mm256_srai_epi16(x, N); }
+static inline vf v_of_vi(vi x) { return _mm256_cvtepi32_ps(x); }
+static inline vi vi_low32(vi a, vi b) { return _mm256_unpacklo_epi32(a, b); }
+static inline vi vi_high32(vi a, vi b) { return _mm256_unpackhi_epi32(a, b); }
+static inline vi vi_low64(vi a, vi b) { return _mm256_unpacklo_epi64(a, b); }
+static inline vi vi_high64(vi a, vi b) { return _mm256_unpackhi_epi64(a, b); }
+static inline __m128i load_16(const uint8_t * p) { return _mm_loadu_si128((const __m128i *) p); }
+static inline vi vi_load_lanes(const uint8_t * const * row, int64_t at) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(row[0] + at)), load_16(row[4] + at), 1);
+}
+static inline vi vi_dot(vi acc, vi a, vi b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+static inline vf v_load_halves(const uint8_t * const * row, int64_t at) {
+    const auto half = [&](int i) { return (short) bits_of_half(row[i] + at); };
+    const __m128i x = _mm_setr_epi16(half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7));
+    return _mm256_cvtph_ps(x);
+}
+
 static inline vf v_sum_each(const vf * a) {
     const vf x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     const vf y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
@@ -172,6 +232,19 @@ static inline float v_sum(vf x) { return vaddvq_f32(x); }
 static inline float v_greatest(vf x) { return vmaxvq_f32(x); }
 static inline vf v_sum_each(const vf * a) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
 
+#endif
+
+#if defined(__AVX2__)
+// quads[j], lane i: bytes 4j to 4j + 3 of the 16 at `at` of row i
+static inline void vi_load_quads(const uint8_t * const * row, int64_t at, vi * quads) {
+    const vi a = vi_load_lanes(row, at), b = vi_load_lanes(row + 1, at);
+    const vi c = vi_load_lanes(row + 2, at), d = vi_load_lanes(row + 3, at);
+    const vi ab = vi_low32(a, b), cd = vi_low32(c, d), ab_high = vi_high32(a, b), cd_high = vi_high32(c, d);
+    quads[0] = vi_low64(ab, cd);
+    quads[1] = vi_high64(ab, cd);
+    quads[2] = vi_low64(ab_high, cd_high);
+    quads[3] = vi_high64(ab_high, cd_high);
+}
 #endif
 
 // The last n < W elements of an array: the lanes beyond are `fill` on loading and left alone on storing.
