@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,10 +204,11 @@ def memory_plan(
     model: Any, retrieval: Retrieval, *, n_ctx: int, n_threads: int = 1, kv_type: str = "f16"
 ) -> MemoryPlan:
     """What a session over `model` would need; checks the parameters as `Session` does and allocates nothing."""
-    return _plan(model, _make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type))
+    return native_plan(model, _make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type))
 
 
-def _plan(model: Any, params: Any) -> MemoryPlan:
+def native_plan(model: Any, params: Any) -> MemoryPlan:
+    """The same of struct actqkv_params *."""
     memory = ffi.new("struct actqkv_memory *")
     call(lib.actqkv_memory_plan, model_pointer(model), params, memory)
     plan: MemoryPlan = _plain(memory, MemoryPlan)
@@ -301,6 +303,20 @@ def token_array(tokens: Any) -> NDArray[np.int32]:
 # ---- session
 
 
+def _sessions_of(model: Any) -> weakref.WeakSet[Session]:
+    """The sessions over a model that are alive; closing the model closes them first."""
+    found: weakref.WeakSet[Session] | None = getattr(model, "_actqkv_sessions", None)
+    if found is None:
+        found = model._actqkv_sessions = weakref.WeakSet()
+        model._exit_stack.callback(_close_all, found)
+    return found
+
+
+def _close_all(sessions: weakref.WeakSet[Session]) -> None:
+    for session in list(sessions):
+        session.close()
+
+
 class Session:
     """One history of tokens over a loaded model. A context manager; `close()` may be called twice.
 
@@ -344,13 +360,13 @@ class Session:
         self.progress = None
         self.model = model
         self.n_vocab: int = model.n_vocab()
-        self.plan = _plan(model, params)
+        self.plan = native_plan(model, params)
         out = ffi.new("actqkv_session **")
         make(out)
         self.n_layer: int = llama_cpp.llama_model_n_layer(model.model)
         self._handle = ffi.gc(out[0], lib.actqkv_session_free, size=min(self.plan.total_bytes, 2**62))
         lib.actqkv_set_progress(self._handle, lib.actqkv_py_progress, ffi.NULL)
-        model._exit_stack.callback(self.close)  # the session must be freed before its model
+        _sessions_of(model).add(self)  # must be freed before their model
 
     # -- life
 

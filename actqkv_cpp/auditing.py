@@ -45,6 +45,11 @@ class Auditor:
         self._at_budget: list[float] = []  # recalls since the budget last changed
         self._of_answer: list[float] = []
 
+    def follow(self, session: Session) -> None:
+        """Another session has taken the place of the one that was audited."""
+        session.set_audit(self.every)
+        self._session, self._n_seen, self._at_budget = session, 0, []
+
     def begin_answer(self) -> None:
         """The session's statistics were just reset."""
         self._n_seen = 0

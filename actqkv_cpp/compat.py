@@ -15,9 +15,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
-from actqkv_cpp.errors import unknown_name
+from actqkv_cpp.errors import ParameterError, unknown_name
 
 if TYPE_CHECKING:
     from llama_cpp.llama_chat_format import LlamaChatCompletionHandler
@@ -112,6 +112,7 @@ TABLE: tuple[Row, ...] = (
         {
             "retrieval": "what is attended: a Retrieval",
             "kv_type": 'type of stored chunks: "f16", "q8_0" or "q4_0"',
+            "kv_file": "KV file that read() writes, and that stands for keys and values in memory",
         },
     ),
     *_rows(
@@ -286,6 +287,22 @@ def render() -> str:
         lines += [f"| `{row.name}` | {row.treatment} | {row.note} |" for row in rows]
         lines.append("")
     return "\n".join(lines)
+
+
+def kv_type(ours: str, options: dict[str, Any], known: Mapping[str, int]) -> str:
+    """The kv_type meant by our argument and llama_cpp's type_k and type_v, of those `known` by ggml's numbers."""
+    types = {name: options[name] for name in ("type_k", "type_v") if options.get(name) is not None}
+    if not types:
+        return ours
+    names = {name: next((kept for kept, value in known.items() if value == t), None) for name, t in types.items()}
+    found = set(names.values()) | ({"f16"} if len(types) == 1 else set()) | ({ours} - {"f16"})
+    if len(found) != 1 or None in found:
+        given = ", ".join(f"{name}={value}" for name, value in types.items())
+        raise ParameterError(
+            f"K and V are stored in one type, not {given} with kv_type={ours!r}",
+            f"give kv_type, one of {', '.join(known)}",
+        )
+    return cast(str, found.pop())
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""Reading documents and asking about them: `Document` and `Chat`, made by `Llama.read` and `Llama.chat`."""
+"""Reading documents and asking about them: `Document` and `Chat`, made by `Llama.read`, `open` and `chat`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actqkv_cpp import results, sources
+from actqkv_cpp import results, saved, sources
 from actqkv_cpp.answering import Generated, OnText, Sampling, generate, stops
 from actqkv_cpp.errors import ContextError, DocumentError, ParameterError, StateError
 from actqkv_cpp.reader import TextFile, headings, load
+from actqkv_cpp.reading import QUESTION, Place, Reading
 from actqkv_cpp.results import Answer, Memory
-from actqkv_cpp.template import Cursor, Part, Span, Step, Tokens, no_tokens
+from actqkv_cpp.template import Cursor, Part, Step
 
 if TYPE_CHECKING:
     from actqkv_cpp.config import Retrieval
-    from actqkv_cpp.figures import Phase
     from actqkv_cpp.llama import Llama
 
 Progress: TypeAlias = Callable[[int, int], object]  # (tokens done, tokens in all); returning False stops
@@ -28,56 +28,7 @@ PathLike: TypeAlias = str | Path
 Source: TypeAlias = PathLike | TextFile | Sequence[PathLike | TextFile] | None  # what `Llama.read` reads
 
 _RESERVE = 1024  # tokens kept free for question and answer while reading, at most an eighth of n_ctx
-_QUESTION = -1  # in place of a document's number: the question of question-aware prefill
 _GAP = "\n\n"  # between texts that share one message
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a conversation stands: all that the next turn needs. Frozen, so that it can be returned to."""
-
-    cursor: Cursor
-    before: tuple[Part, ...]  # of the prompt, before the user's text
-    after: tuple[Part, ...]  # between the user's text and the answer
-    files: tuple[TextFile, ...] = ()
-    spans: tuple[Span, ...] = ()
-    history: Tokens = field(default_factory=no_tokens)  # of the session here, to notice when it was used otherwise
-
-
-@dataclass
-class _Reading:
-    """Documents on their way into the session: tokens [n_total] to be read after `place`, of which `n_read` are in."""
-
-    place: _Place
-    closing: tuple[Part, ...]  # what follows the documents, for a reading that ends early
-    step: Step
-    done: _Place
-    n_read: int = 0
-    seconds: float = 0.0
-    history: Tokens = field(default_factory=no_tokens)  # of the session, after what was read
-
-    @property
-    def n_total(self) -> int:
-        return len(self.step.tokens)
-
-    def here(self) -> _Place:
-        """Where the next turn starts: after the reading, or after the part of it that was done."""
-        if self.n_read == self.n_total:
-            return replace(self.done, history=self.history)
-        n_past = min(self.step.keep + self.n_read, max(span.end for span in self.done.spans))
-        spans = tuple(replace(s, ends=s.ends[: n_past - s.start]) for s in self.done.spans if s.start < n_past)
-        if len(spans) <= len(self.place.spans):  # not a word of the documents: as if they had not been given
-            return self.place
-        return replace(self.done, cursor=Cursor(n_past), before=self.closing, spans=spans, history=self.history)
-
-    def segments(self) -> list[tuple[Tokens, Phase]]:
-        """What is left to read: tokens and the phase they enter in."""
-        ours = [span for span in self.step.spans if span.document == _QUESTION]
-        begin, end = (ours[0].start - self.step.keep, ours[0].end - self.step.keep) if ours else (0, 0)
-        cuts: list[tuple[int, int, Phase]] = [
-            (0, begin, "prefill"), (begin, end, "question"), (end, self.n_total, "prefill"),
-        ]  # fmt: skip
-        return [(self.step.tokens[max(a, self.n_read) : b], phase) for a, b, phase in cuts if b > self.n_read]
 
 
 class _Conversation:
@@ -86,7 +37,7 @@ class _Conversation:
     def __init__(self, llm: Llama) -> None:
         self.llm = llm
 
-    def _check_history(self, place: _Place) -> None:
+    def _check_history(self, place: Place) -> None:
         n = place.cursor.n_past
         if n > self.llm.n_tokens or not np.array_equal(self.llm.input_ids[:n], place.history[:n]):
             raise StateError(
@@ -94,7 +45,7 @@ class _Conversation:
                 "read the document again; one Llama holds one history",
             )
 
-    def _read(self, reading: _Reading, progress: Progress | None) -> None:
+    def _read(self, reading: Reading, progress: Progress | None) -> None:
         """Read what is left of `reading`; on any exception its `n_read` says how far that went."""
         llm, keep = self.llm, reading.step.keep
         begin = time.perf_counter()
@@ -116,12 +67,12 @@ class _Conversation:
 
     def _answer(
         self,
-        place: _Place,
+        place: Place,
         text: str,
         sampling: Sampling,
         into: Generated,
         *,
-        reading: _Reading | None,
+        reading: Reading | None,
         retrieval: Retrieval | None,
     ) -> Answer:
         """Ask `text` at `place`, after `reading`; the session then holds both. `into` grows as the answer does."""
@@ -129,7 +80,7 @@ class _Conversation:
             return self._answer_now(place, text, sampling, into, reading)
 
     def _answer_now(
-        self, place: _Place, text: str, sampling: Sampling, into: Generated, reading: _Reading | None
+        self, place: Place, text: str, sampling: Sampling, into: Generated, reading: Reading | None
     ) -> Answer:
         llm, session = self.llm, self.llm.session
         begin = time.perf_counter()
@@ -179,7 +130,7 @@ class _Conversation:
             audit=llm._auditor.report() if llm._auditor is not None else None,
         )
 
-    def _feed_question(self, place: _Place, text: str) -> Step:
+    def _feed_question(self, place: Place, text: str) -> Step:
         """Read the question, template included, up to where the answer begins."""
         llm = self.llm
         self._check_history(place)
@@ -197,8 +148,8 @@ class _Conversation:
         return step
 
     def _plan(
-        self, place: _Place, head: Sequence[Part], closing: tuple[Part, ...], done: _Place, *, reserve: int | None
-    ) -> _Reading:
+        self, place: Place, head: Sequence[Part], closing: tuple[Part, ...], done: Place, *, reserve: int | None
+    ) -> Reading:
         """The plan of reading `head` and `closing` after `place`; ContextError when they do not fit."""
         llm = self.llm
         step = llm._encoder.extend(place.cursor, [*head, *closing], closed=False)
@@ -212,8 +163,8 @@ class _Conversation:
                 f"{n_needed}; n_ctx is {llm.n_ctx()}",
                 f"use n_ctx={-(-n_needed // 1024) * 1024} or more, or a shorter document",
             )
-        spans = place.spans + tuple(span for span in step.spans if span.document != _QUESTION)
-        return _Reading(place, closing, step, replace(done, cursor=step.cursor, spans=spans))
+        spans = place.spans + tuple(span for span in step.spans if span.document != QUESTION)
+        return Reading(place, closing, step, replace(done, cursor=step.cursor, spans=spans))
 
 
 def _memory(llm: Llama) -> Memory:
@@ -247,19 +198,19 @@ class _Beginning:
 
     head: tuple[Part, ...]
     closing: tuple[Part, ...]
-    done: _Place
+    done: Place
 
 
 def _beginning(llm: Llama, content: Sequence[Part], files: Sequence[TextFile]) -> _Beginning:
     """A first turn with `content` in the system role; where the template has none, before the question."""
     head, middle, tail = llm._template.first(system=bool(content))
     closing = _template(middle) if middle is not None else (Part(_GAP),) if content else ()
-    done = _Place(Cursor(), (), _template(tail), tuple(files))
+    done = Place(Cursor(), (), _template(tail), tuple(files))
     return _Beginning((*_template(head), *content), closing, done)
 
 
 class Document(_Conversation):
-    """One reading of one or more documents; the basis of any number of questions. Made by `Llama.read`.
+    """One reading of one or more documents; the basis of any number of questions. Made by `Llama.read` and `open`.
 
     Attributes:
         llm: the Llama whose session holds it.
@@ -286,7 +237,7 @@ class Document(_Conversation):
         super().__init__(llm)
         self.files = tuple(files)
         content = [Part(system + _GAP)] if system else []
-        content += [Part(question, document=_QUESTION), Part(_GAP)] if question else []
+        content += [Part(question, document=QUESTION), Part(_GAP)] if question else []
         begin = _beginning(llm, [*content, *_texts(files)], files)
         without = _beginning(llm, content, [])
         nothing = replace(without.done, before=without.head + without.closing)
@@ -360,6 +311,34 @@ class Document(_Conversation):
         if self.tokens_read < self.tokens_total:
             self._read(self._reading, progress)
 
+    def save(self, path: PathLike) -> None:
+        """Write the reading to a KV file, in place of what is there: `Llama.open` opens it without reading again.
+
+        An interrupted reading is written as far as it went. Questions and answers are not part of it.
+
+        Raises:
+            KVFileError: the file cannot be written: the folder is missing or read-only, the disk is full.
+            StateError: the session was used for something else since the reading.
+            ParameterError: llama.cpp runs the model.
+
+        Example:
+            >>> llm.read("book.txt").save("book.akv")
+        """
+        if self.tokens_read > 0:
+            self._check_history(self._reading.here())
+        self.llm._native_session("a KV file")
+        self.llm._rewind(self.tokens_read)
+        saved.save(self.llm, path, self.files, self._reading)
+
+    @classmethod
+    def _opened(cls, llm: Llama, path: PathLike) -> Document:
+        """The document of a KV file, whose session takes the place of the Llama's."""
+        document = cls.__new__(cls)
+        _Conversation.__init__(document, llm)
+        document._reading = saved.open_reading(llm, path)
+        document.files = document._reading.done.files
+        return document
+
     def ask(
         self,
         question: str,
@@ -423,7 +402,7 @@ class Chat(_Conversation):
         super().__init__(llm)
         self.messages: list[dict[str, str]] = []
         self.answer: Answer | None = None
-        self._reading: _Reading | None = document._reading if document else None
+        self._reading: Reading | None = document._reading if document else None
         if document is not None:
             self._place = document._reading.here()
         else:
@@ -431,7 +410,7 @@ class Chat(_Conversation):
             self._place = replace(begin.done, before=begin.head + begin.closing)
         self._system = system
         self._start = self._place
-        self._turns: list[_Place] = []
+        self._turns: list[Place] = []
 
     @property
     def documents(self) -> list[str]:
@@ -502,7 +481,7 @@ class Chat(_Conversation):
         )  # fmt: skip
         return self._answer(self._place, question, sampling, Generated(), reading=self._reading, retrieval=retrieval)
 
-    def _after_answer(self, place: _Place) -> _Place:
+    def _after_answer(self, place: Place) -> Place:
         """The place after an answer: nothing of it is open, the next turn brings the template's end of it."""
         llm = self.llm
         before, after = llm._template.following()

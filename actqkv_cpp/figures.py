@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+_IN_MEMORY = 8192  # tokens whose keys and values wait for the next checkpoint, or for a question to end
+
 Phase = Literal["prefill", "decode", "question"]  # how a token enters the history
 Mass = Literal["none", "answers", "all"]  # of which windows a recorder measures the true attention mass
 
@@ -56,6 +58,12 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         return self.kv_bytes + self.summary_bytes + self.checkpoint_bytes + self.compute_bytes
+
+    def needed_bytes(self, n_ctx: int, *, in_file: bool) -> int:
+        """Bytes of memory for `n_ctx` tokens; with `in_file` without what lies in a KV file. Summaries count, as every
+        window reads all of them."""
+        kept = self.kv_bytes * max(n_ctx - _IN_MEMORY, 0) // max(n_ctx, 1) if in_file else 0
+        return self.total_bytes - kept
 
 
 @dataclass(frozen=True)

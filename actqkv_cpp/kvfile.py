@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actqkv_cpp._native import Session, call, ffi, found_params, lib, model_pointer, set_number, token_array  # type: ignore[attr-defined]  # not theirs, but theirs is the only import
+from actqkv_cpp import _native
+from actqkv_cpp._native import Session, call, found_params, model_pointer, native_plan, set_number, token_array
 from actqkv_cpp.errors import ParameterError
-from actqkv_cpp.figures import FileInfo
+from actqkv_cpp.figures import FileInfo, MemoryPlan
+
+ffi, lib = _native.ffi, _native.lib  # type: ignore[attr-defined]  # not its own, but it alone may import them
 
 CHECKPOINT_TOKENS = 4096  # from one point to the next from which a killed reading can go on
 
@@ -47,6 +50,11 @@ def verify(path: str | Path) -> None:
     call(lib.actqkv_file_verify, _name(path), ffi.NULL, ffi.NULL)
 
 
+def plan(model: Any, path: str | Path, *, n_ctx: int, n_threads: int) -> MemoryPlan:
+    """What a session over the file would need, all of it in memory."""
+    return native_plan(model, _params(path, n_ctx=n_ctx, n_threads=n_threads))
+
+
 def open_session(model: Any, path: str | Path, *, n_ctx: int, n_threads: int, write: bool = False) -> Session:
     """A session where the reading of a KV file stands; it reads, and at first answers, by the method of that reading.
 
@@ -58,10 +66,7 @@ def open_session(model: Any, path: str | Path, *, n_ctx: int, n_threads: int, wr
         StateError: it is damaged, no KV file, or of another model.
         ContextError: the reading does not fit n_ctx.
     """
-    found = _info(path)  # owns what the next line copies
-    params = ffi.new("struct actqkv_params *", found.params)
-    set_number(params, "n_ctx", n_ctx)
-    set_number(params, "n_threads", n_threads)
+    params = _params(path, n_ctx=n_ctx, n_threads=n_threads)
     given = model_pointer(model), _name(path), n_ctx, n_threads, write
     session = Session.__new__(Session)
     session._begin(model, params, lambda *out: call(lib.actqkv_session_open, *given, *out))
@@ -106,10 +111,25 @@ def end(session: Session) -> None:
         call(lib.actqkv_file_end, handle)
 
 
+def leave(session: Session) -> None:
+    """The session writes no file from now on; the file stays as it is. Nothing where there is none."""
+    with session._exclusive() as handle:
+        lib.actqkv_file_leave(handle)
+
+
 def _info(path: str | Path) -> Any:
     found = ffi.new("struct actqkv_file_info *")
     call(lib.actqkv_file_info, _name(path), found)
     return found
+
+
+def _params(path: str | Path, *, n_ctx: int, n_threads: int) -> Any:
+    """struct actqkv_params * of the file's reading, with these sizes."""
+    found = _info(path)  # owns what the next line copies
+    params = ffi.new("struct actqkv_params *", found.params)
+    set_number(params, "n_ctx", n_ctx)
+    set_number(params, "n_threads", n_threads)
+    return params
 
 
 def _name(path: str | Path) -> bytes:

@@ -13,14 +13,15 @@ import functools
 import re
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from actqkv_cpp import compat, default_model_path, machine, modelfile
+from actqkv_cpp import compat, default_model_path, machine, modelfile, saved
 from actqkv_cpp._native import KV_TYPES, Session, memory_plan, model_check
 from actqkv_cpp.auditing import Auditor
 from actqkv_cpp.config import LLAMA_CPP, Retrieval, parse_size
@@ -29,7 +30,6 @@ from actqkv_cpp.document import Chat, Document, PathLike, Progress, text_files
 from actqkv_cpp.errors import (
     Cancelled,
     ContextError,
-    MemoryPlanError,
     ModelError,
     ParameterError,
     StateError,
@@ -54,6 +54,8 @@ class Llama(llama_cpp.Llama):
         model_path: a GGUF file (the first of a split model). None: the bundled model, for trying out.
         retrieval: what is attended and how it is chosen; default Retrieval().
         kv_type: type in which chunks are kept once they have left local: "f16", "q8_0" or "q4_0".
+        kv_file: KV file that `read` writes while it reads, or goes on with where it holds the beginning; and where keys
+            and values stay, so that the plan counts on disk instead of memory for them. Also of a file to `open`.
         **options: the constructor arguments of llama_cpp.Llama; docs/llama_cpp.md says what becomes of each. `n_ctx`
             (tokens, default 512 as there, 0: the trained length) also takes "128k" and may exceed the trained length.
 
@@ -89,14 +91,18 @@ class Llama(llama_cpp.Llama):
         *,
         retrieval: Retrieval | None = None,
         kv_type: str = "f16",
+        kv_file: PathLike | None = None,
         **options: Unpack[compat.LlamaOptions],
     ) -> None:
         given = cast(dict[str, Any], options)
         compat.check_names(given)
+        self._retrieval = retrieval
         self.retrieval = self._answering = retrieval if retrieval is not None else Retrieval()
+        self.kv_file = None if kv_file is None else Path(kv_file)
         self.session = self.document = None
-        self.kv_type = _kv_type(kv_type, given)
+        self.kv_type = compat.kv_type(kv_type, given, KV_TYPES)
         self._auditor: Auditor | None = None
+        self._has_opened = False  # the session is of a KV file, by the method of its reading
         self._prompting = False  # generate() is about to read its prompt
         self._sampled: int | None = None  # what sample() returned, until it is read back: that is a decode step
         self._rows_wanted: Literal["last", "sampled", "all"] = "last"
@@ -155,15 +161,9 @@ class Llama(llama_cpp.Llama):
         n_ctx = options["n_ctx"] or self._model.n_ctx_train()
         n_threads = options.get("n_threads") or options.get("n_threads_batch") or machine.available_cores()
         plan = memory_plan(self._model, self.retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=self.kv_type)
-        free = machine.available_memory()
-        if free is not None and plan.total_bytes > free:
-            raise MemoryPlanError(
-                f"a session of {n_ctx} tokens needs {plan.total_bytes:,} bytes ({plan.kv_bytes:,} of KV, "
-                f"{plan.summary_bytes:,} of summaries), {free:,} are free",
-                f"use n_ctx={n_ctx * free // plan.total_bytes // 1024 * 1024} or less, or a smaller kv_type",
-            )
+        machine.check_memory(plan, n_ctx, in_file=self.kv_file is not None)
         self.session = Session(self._model, self.retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=self.kv_type)
-        self._stack.callback(self.session.close)
+        self._stack.callback(self._close_session)
         self._ctx = cast(Any, SessionContext(self.session, self._ctx))
         self._n_ctx = n_ctx
         self.n_batch = min(n_ctx, options.get("n_batch", compat.base_defaults()["n_batch"]))
@@ -171,10 +171,30 @@ class Llama(llama_cpp.Llama):
         for name in ("n_ctx", "n_batch", "n_threads"):
             setattr(self.context_params, name, getattr(self, f"_{name}" if name == "n_ctx" else name))
         self.input_ids = np.zeros(n_ctx, np.intc)
-        self._rows = LogitRows(self._n_vocab)
-        self.scores = cast(Any, self._rows)
+        self._take_history(self.session)
         self._logits_all = bool(options.get("logits_all", False))
         self._rows_wanted = "all" if self._logits_all else "last"
+
+    def _take_session(self, session: Session) -> None:
+        """Put another session over the same model, and its history, in the place of this one."""
+        self._close_session()
+        self.session = session
+        self._ctx = cast(Any, SessionContext(session, cast(SessionContext, self._ctx)._own))
+        self._take_history(session)
+        if self._auditor is not None:
+            self._auditor.follow(session)
+
+    def _take_history(self, session: Session) -> None:
+        tokens, _ = session.history()
+        self.n_tokens = len(tokens)
+        self.input_ids[: self.n_tokens] = tokens
+        self._rows = LogitRows(self._n_vocab)
+        self.scores = cast(Any, self._rows)
+        self._requires_eval, self._sampled = True, None
+
+    def _close_session(self) -> None:
+        if self.session is not None:
+            self.session.close()
 
     def close(self) -> None:
         """Free session and model. May be called twice."""
@@ -191,7 +211,7 @@ class Llama(llama_cpp.Llama):
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         if self.session is not None:
             state |= {"type_k": None, "type_v": None}
-        return state | {"retrieval": self.retrieval, "kv_type": self.kv_type}
+        return state | {"retrieval": self._retrieval, "kv_type": self.kv_type, "kv_file": self.kv_file}
 
     @property
     def n_ctx_train(self) -> int:
@@ -369,15 +389,9 @@ class Llama(llama_cpp.Llama):
             super().load_state(state)
             return
         self.session.state_set(state.llama_state)
-        tokens, _ = self.session.history()
-        self.n_tokens = len(tokens)
-        self.input_ids[: self.n_tokens] = tokens
-        self._rows = LogitRows(self._n_vocab)
-        self.scores = cast(Any, self._rows)
+        self._take_history(self.session)
         rows = np.asarray(state.scores)
         self._rows.put(self.n_tokens - len(rows), rows.copy(), keep=False)
-        self._requires_eval = True
-        self._sampled = None
         self._seed = state.seed
 
     # -- methods
@@ -522,10 +536,34 @@ class Llama(llama_cpp.Llama):
         """
         files = text_files(source, text, name)
         self._require_context()
+        if self._has_opened:
+            saved.leave_opened(self)
         document = Document(self, files, system=system, question=question, reserve=reserve)
         self.document = document
-        document.resume(progress=progress)
+        with nullcontext() if self.kv_file is None else saved.written(self, self.kv_file, document._reading):
+            document.resume(progress=progress)
         return document
+
+    def open(self, path: PathLike) -> Document:
+        """Open a KV file, of `Document.save`, `kv_file=` or `actqkv index`: what was read is there at once.
+
+        Memory is needed for what is attended, and shared by processes. Answers are by the Retrieval that this Llama was
+        given, else by that of the reading. An interrupted reading opens as it is: `Document.resume` reads on.
+
+        Raises:
+            KVFileError: the file is missing or cannot be read.
+            StateError: it is damaged, no KV file, of another version or of another model.
+            ContextError, MemoryPlanError: it does not fit n_ctx; what is needed beside it does not fit in memory.
+            ParameterError: this Llama's Retrieval cannot answer from it, or llama.cpp runs the model.
+
+        Warns:
+            UserWarning: another quantisation of the model read it, or the document has changed since.
+
+        Example:
+            >>> llm.open("book.akv").ask("Who kept the key?").text
+        """
+        self.document = Document._opened(self, path)
+        return self.document
 
     def chat(
         self,
@@ -550,9 +588,9 @@ class Llama(llama_cpp.Llama):
         """
         if document is None:
             return Chat(self, None, system=system)
+        if isinstance(document, Document) and system is not None:
+            raise ParameterError("a Document has its system text already", "give system= to read()")
         if isinstance(document, Document):
-            if system is not None:
-                raise ParameterError("a Document has its system text already", "give system= to read()")
             return Chat(self, document)
         return Chat(self, self.read(document, system=system, progress=progress))
 
@@ -560,19 +598,3 @@ class Llama(llama_cpp.Llama):
 # Signatures and docstrings that callers see are the base's.
 functools.update_wrapper(Llama.sample, llama_cpp.Llama.sample)
 functools.update_wrapper(Llama.generate, llama_cpp.Llama.generate)
-
-
-def _kv_type(kv_type: str, options: dict[str, Any]) -> str:
-    """The kv_type meant by our argument and llama_cpp's type_k and type_v."""
-    types = {name: options[name] for name in ("type_k", "type_v") if options.get(name) is not None}
-    if not types:
-        return kv_type
-    names = {name: next((ours for ours, value in KV_TYPES.items() if value == t), None) for name, t in types.items()}
-    found = set(names.values()) | ({"f16"} if len(types) == 1 else set()) | ({kv_type} - {"f16"})
-    if len(found) != 1 or None in found:
-        given = ", ".join(f"{name}={value}" for name, value in types.items())
-        raise ParameterError(
-            f"K and V are stored in one type, not {given} with kv_type={kv_type!r}",
-            f"give kv_type, one of {', '.join(KV_TYPES)}",
-        )
-    return cast(str, found.pop())

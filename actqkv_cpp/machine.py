@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from actqkv_cpp import _env
+from actqkv_cpp.errors import MemoryPlanError
+from actqkv_cpp.figures import MemoryPlan
 
 _CHILD_TIMEOUT_S = 60.0  # it takes about one second; a child that hangs is as bad as one that dies
 _CHILD = "import sys; sys.path[:0] = {path!r}; from actqkv_cpp import _native; _native.try_extra_buffers()"
@@ -78,6 +80,23 @@ def available_memory() -> int | None:
     """Bytes that this process can still take without swapping, cgroup limits included; None where unknown."""
     found = [_meminfo_available(), _cgroup_available()]
     return min((n_bytes for n_bytes in found if n_bytes is not None), default=None)
+
+
+def check_memory(plan: MemoryPlan, n_ctx: int, *, in_file: bool) -> None:
+    """MemoryPlanError where a session of `n_ctx` tokens needs more memory than there is.
+
+    Args:
+        in_file: keys and values go to a KV file, and only those of the tokens between two checkpoints take memory.
+    """
+    free, needed = available_memory(), plan.needed_bytes(n_ctx, in_file=in_file)
+    if free is None or needed <= free:
+        return
+    where, remedies = (" in a file", "a smaller kv_type") if in_file else ("", "a smaller kv_type, or a kv_file")
+    raise MemoryPlanError(
+        f"a session of {n_ctx} tokens needs {needed:,} bytes ({plan.kv_bytes:,} of KV{where}, "
+        f"{plan.summary_bytes:,} of summaries), {free:,} are free",
+        f"use n_ctx={n_ctx * free // needed // 1024 * 1024} or less, or {remedies}",
+    )
 
 
 def _meminfo_available() -> int | None:

@@ -23,6 +23,7 @@ _UNPACKED_BYTES = 1 << 30  # of a zip archive, at most
 
 # First bytes of what people hand over by mistake, and what to do about it.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
+    (b"AKVFILE\0", "a KV file of actqkv", "open it: llm.open(path), or give it to the -d of actqkv chat or ask"),
     (b"GGUF", "a GGUF model", "the model is an argument of its own: actqkv chat model.gguf -d book.txt"),
     (
         b"\xd0\xcf\x11\xe0",

@@ -256,6 +256,8 @@ int32_t actqkv_file_end(actqkv_session * session, actqkv_error * err) {
     return guarded(err, [&] { session->impl.file_end(); });
 }
 
+void actqkv_file_leave(actqkv_session * session) { session->impl.file_leave(); }
+
 void actqkv_sources_begin(actqkv_session * session) { session->impl.begin_sources(); }
 
 int64_t actqkv_sources_end(actqkv_session * session, double * weights, int64_t n) {

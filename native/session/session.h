@@ -52,6 +52,7 @@ public:
     void file_spill(bool on);
     void file_sync();
     void file_end();
+    void file_leave() { file = nullptr; }
 
     actqkv_progress_fn progress = nullptr;
     void * progress_user = nullptr;
