@@ -79,17 +79,36 @@ class Params:
         return x if self.storage == "f64" else x.astype(np.float16).astype(np.float64)
 
     def kept(self, x: Floats, closed: NDArray[np.bool_]) -> Floats:
-        """Keys or values x [n, G, d] as they read back, those of closed chunks marked."""
+        """Values x [n, G, d] as they read back, those of closed chunks marked."""
         stored = self.stored(x)
         if self.storage in {"f64", "f16"}:
             return stored
         quantised: Floats = np.where(closed[:, None, None], requantised(stored, self.storage), stored)
         return quantised
 
+    def kept_keys(self, x: Floats, closed: NDArray[np.bool_]) -> Floats:
+        """The same of keys, which closed chunks keep turned, so that no channel sticks out of its block."""
+        stored = self.stored(x)
+        if self.storage in {"f64", "f16"}:
+            return stored
+        back = turned(requantised(turned(stored), self.storage))
+        quantised: Floats = np.where(closed[:, None, None], back, stored)
+        return quantised
+
 
 # How closed chunks are kept (section 3.3 leaves it open): ggml's q8_0 and q4_0
 
 N_BLOCK = 32  # values of one head that share a scale; the last block of a head may have fewer
+
+
+def turned(x: Floats) -> Floats:
+    """x [..., d] times the Hadamard matrix of the largest power of two in d (256 at most), which is its own inverse."""
+    p = min(x.shape[-1] & -x.shape[-1], 256)
+    matrix = np.ones((1, 1))
+    while len(matrix) < p:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    out: Floats = (x.reshape(*x.shape[:-1], -1, p) @ matrix / math.sqrt(p)).reshape(x.shape)
+    return out
 
 
 def requantised(x: Floats, storage: Storage) -> Floats:
@@ -196,11 +215,11 @@ def attention_logits(
         logits: Floats = np.einsum("ihd,jhd->ihj", rotated_q, np.repeat(rotated_k, n_gqa, axis=1)) * scale
         return logits
 
-    logits = products(rotate(q, q_positions, rope), params.kept(rotate(k, k_positions, rope), closed))
+    logits = products(rotate(q, q_positions, rope), params.kept_keys(rotate(k, k_positions, rope), closed))
     distance = (q_positions[:, None] - k_positions[None, :])[:, None, :]
     if params.positions == "clamped":
         # R_0 is not left out: it carries YaRN's magnitude on the rotated dimensions.
-        far = products(rotate(q, params.n_local, rope), params.kept(rotate(k, 0, rope), closed))
+        far = products(rotate(q, params.n_local, rope), params.kept_keys(rotate(k, 0, rope), closed))
         logits = np.where(distance < params.n_local, logits, far)
     return np.where(distance >= 0, logits, -np.inf)
 
@@ -702,7 +721,7 @@ class ReferenceSession:
         for b in candidates:
             tokens = np.arange(params.n_chunk_tokens) + params.n_sink + b * params.n_chunk_tokens
             rotated = rotate(state.k[tokens], tokens if exact else 0, self.rope)
-            keys.append(params.kept(rotated, np.ones(len(tokens), dtype=bool)))
+            keys.append(params.kept_keys(rotated, np.ones(len(tokens), dtype=bool)))
         refined = np.full(len(scores), -np.inf)
         refined[candidates] = key_scores(query, keys)
         return refined

@@ -44,8 +44,14 @@ enum actqkv_kv_type { ACTQKV_KV_F16 = 1, ACTQKV_KV_Q4_0 = 2, ACTQKV_KV_Q8_0 = 8 
 // Bytes of a row of n values; 0: no such type, or no such row of it (q8_0 and q4_0 take multiples of 16).
 int64_t actqkv_row_bytes(int32_t type, int64_t n);
 
-// Rows of n_values f16 as rows of `type`, one behind the other.
-void actqkv_store_rows(int32_t type, const actqkv_f16 * src, int64_t n_rows, int64_t n_values, uint8_t * dst);
+// Multiplies each row of n values by the Hadamard matrix H / sqrt(p), in segments of p: the largest power of two that
+// divides n, 256 at most. Products of turned rows are those of the rows, and turning twice gives them back; but a
+// channel that is larger than the others is spread over all.
+void actqkv_turn(float * x, int64_t n_rows, int64_t n);
+
+// Rows of n_values f16 as rows of `type`, one behind the other. turned: through actqkv_turn, unless type is f16.
+void actqkv_store_rows(int32_t type, int32_t turned, const actqkv_f16 * src, int64_t n_rows, int64_t n_values,
+                       uint8_t * dst);
 
 // ---- probe (ALGORITHMS.md 3.1, 3.2)
 
@@ -106,7 +112,7 @@ void actqkv_vote(int32_t impl, const float * scores, int64_t n, int32_t n_head, 
 
 // Against q8_0 and q4_0 keys the fast versions round each query to 16 bits, per 32 values.
 // scores[i] = sum over query heads of the greatest q_h . k among the keys of chunk chunks[i], i < n. query [H][d];
-// keys [chunk][G][c], rows of `type`.
+// keys [chunk][G][c], rows of `type`; where they are turned, so is the query.
 void actqkv_refine(int32_t impl, const float * query, int32_t type, const uint8_t * keys, const int32_t * chunks,
                    int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t c, float * scores,
                    int32_t n_threads);
@@ -124,7 +130,7 @@ void actqkv_top_k(const float * scores, int64_t n, int32_t k, int32_t * chosen, 
 
 // A run of past tokens. K of KV head g: far + g*far_stride (as stored, met by q_far) and near + g*near_stride (RoPE
 // at the true position, met by q_near), n_tok rows of kv_type each; strides in bytes. far == NULL: always near. near ==
-// NULL: always far.
+// NULL: always far. Keys of another kv_type than f16 are of one of the two, and met by q_turned.
 // Both: near while position(query) - position(key) < n_clamp, else far. n_tok may be 0. Queries share each read of K
 // and V best when spans of one sort (only far, only near, both) follow each other.
 // One list of spans may serve all KV heads, or each has its own; then span s of every list has the same n_tok >= 1 and
@@ -141,12 +147,13 @@ struct actqkv_span {
 
 struct actqkv_attend_args {
     int32_t n_head, n_head_kv, d_head;
-    int32_t m;            // queries
-    int64_t n_past;       // position of the window's first query; span keys all lie before it
-    int64_t n_clamp;      // n_local; see actqkv_span
-    float scale;          // of q . k
-    const float * q_near; // [m][H][d] RoPE at the true position
-    const float * q_far;  // [m][H][d] RoPE at the fixed distance; may be q_near's equal
+    int32_t m;              // queries
+    int64_t n_past;         // position of the window's first query; span keys all lie before it
+    int64_t n_clamp;        // n_local; see actqkv_span
+    float scale;            // of q . k
+    const float * q_near;   // [m][H][d] RoPE at the true position
+    const float * q_far;    // [m][H][d] RoPE at the fixed distance; may be q_near's equal
+    const float * q_turned; // [m][H][d] what keys of another type than f16 meet; NULL where there are none
     const struct actqkv_span * spans;
     int32_t n_spans;
     int64_t span_stride;         // KV head g's list is at spans + g*span_stride; 0: one list for all

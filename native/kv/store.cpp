@@ -169,8 +169,8 @@ void kv_store::store_chunk(int il, int64_t chunk) {
     const int64_t from = shape.recent_offset(chunk + 1), to = chunk * shape.chunk_bytes();
     const int64_t n_rows = (int64_t) shape.n_head_kv * shape.n_chunk_tokens;
     const auto & keys = stores_near ? l.near : l.far;
-    actqkv_store_rows(shape.kv_type, keys.data() + from, n_rows, shape.d_head, l.k.data() + to);
-    actqkv_store_rows(shape.kv_type, l.v_open.data() + from, n_rows, shape.d_head, l.v.data() + to);
+    actqkv_store_rows(shape.kv_type, true, keys.data() + from, n_rows, shape.d_head, l.k.data() + to);
+    actqkv_store_rows(shape.kv_type, false, l.v_open.data() + from, n_rows, shape.d_head, l.v.data() + to);
 }
 
 // rep: room for one summary.

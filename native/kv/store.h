@@ -59,7 +59,7 @@ public:
     // Closes every chunk that ends at or before `limit`: stores and summarises it in all layers.
     void close_until(int64_t limit, int n_threads);
 
-    // Keys of closed chunks, [chunk][G][c] rows of layout().row_bytes().
+    // Keys of closed chunks, [chunk][G][c] rows of layout().row_bytes(); turned (kernels.h) unless they are f16.
     const uint8_t * chunk_keys(int il) const { return layers[il].k.data(); }
 
     // Rows of summaries: one of width() f16 per chunk; with a list per KV head, n_rows() of width() / n_rows() each, row

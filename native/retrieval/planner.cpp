@@ -277,7 +277,8 @@ void planner::plan_by_mass(const mass_source & true_mass, const observer & obser
 }
 
 const chunk_plan & planner::plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
-                                 const float * q_near, int m, const mass_source & true_mass, const observer & observe) {
+                                 const float * q_near, const float * q_stored, int m, const mass_source & true_mass,
+                                 const observer & observe) {
     const int32_t retrieval = retrieval_of(il);
     const bool exact = reading.method.positions == ACTQKV_POSITIONS_EXACT;
     const bool rotated = exact && now().method.summary_keys == ACTQKV_KEYS_ATTENDED;
@@ -292,7 +293,7 @@ const chunk_plan & planner::plan(int il, layer_memory & memory, const kv_store &
         chosen.chunks.resize(n_chunks);
         std::iota(chosen.chunks.begin(), chosen.chunks.end(), 0);
     } else if (retrieval == ACTQKV_RETRIEVE_TOP && n_chunks > 0) {
-        plan_by_score(il, memory, store, exact ? q_near : q_far, observe);
+        plan_by_score(il, memory, store, q_stored, observe);
     } else if (retrieval == ACTQKV_RETRIEVE_ORACLE && n_chunks > 0) {
         plan_by_mass(true_mass, observe);
     }

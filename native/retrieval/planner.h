@@ -55,9 +55,11 @@ public:
     // Before the first layer of a window.
     void begin_window(const std::vector<layer_memory> & memory, int64_t n_chunks, bool decode);
 
-    // q_far, q_near: [m][E]. Updates memory's statistics (reading) and entropies.
+    // q_far, q_near: [m][E]; q_stored: as the keys of closed chunks meet them. Updates memory's statistics (reading) and
+    // entropies.
     const chunk_plan & plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
-                            const float * q_near, int m, const mass_source & true_mass, const observer & observe);
+                            const float * q_near, const float * q_stored, int m, const mass_source & true_mass,
+                            const observer & observe);
 
     // Of the layer that was planned last, for recording; NULL and NaN where there is no such thing.
     struct trace {

@@ -111,6 +111,7 @@ void session::audit(const window & w, int il, const chunk_plan & plan) {
     args.n_head_kv = 1;
     args.q_near += g * r * hp.d_head;
     args.q_far += g * r * hp.d_head;
+    args.q_turned += args.q_turned != nullptr ? g * r * hp.d_head : 0;
     args.k_window += g * args.window_stride;
     args.v_window += g * args.window_stride;
     actqkv_attend(actqkv_impl_best(), &args);

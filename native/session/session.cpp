@@ -41,6 +41,7 @@ session::session(const llama_model * model, const actqkv_params & wanted)
     for (auto * buffer : {&k_near, &k_far, &v}) {
         buffer->resize(kv);
     }
+    q_turned.resize(params.kv_type != ACTQKV_KV_F16 ? params.n_window * hp.n_channels() : 0);
     sums.resize(store.sums_attention() ? (size_t) hp.n_head * (params.n_local + params.n_window) : 0);
     reserve_scratch();
 }
@@ -65,6 +66,7 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
     // mean, variance, the question and its queries; entropies
     const uint64_t learnt = (3 + N_QUESTION_QUERIES) * hp.n_channels() * sizeof(float) + N_ENTROPIES * sizeof(double);
     const uint64_t window = params.n_window * 3 * hp.n_kv_channels() * sizeof(actqkv_f16) +  // k_near, k_far, v
+                            params.n_window * hp.n_channels() * sizeof(float) +              // q_turned
                             (params.n_local + params.n_window) * hp.n_head * sizeof(float) + // sums
                             most_keys(params, attends_all(params.method)) * hp.n_head * sizeof(float); // of sources
     const uint64_t per_token = 2 * (sizeof(int32_t) + sizeof(int8_t)) + sizeof(double); // history with room, sources
@@ -209,6 +211,7 @@ void session::run_layer(const window & w, int il) {
     }
     t0 = now_ms();
     convert_window(w.m);
+    const float * q_stored = stored_queries(w.m);
     counts.attend.ms += now_ms() - t0;
     const auto mass = [&](bool per_head) -> const std::vector<double> & {
         const double start = now_ms();
@@ -216,7 +219,7 @@ void session::run_layer(const window & w, int il) {
         counts.attend.ms += now_ms() - start;
         return found;
     };
-    const chunk_plan & plan = plans.plan(il, memory[il], store, io.q_far, io.q_near, w.m, mass, observe);
+    const chunk_plan & plan = plans.plan(il, memory[il], store, io.q_far, io.q_near, q_stored, w.m, mass, observe);
 
     if (recorder != nullptr) {
         record(w, il, plan);
@@ -265,6 +268,17 @@ void session::convert_window(int m) {
     convert(io.k_near, k_near.data());
     convert(io.k_far, k_far.data());
     convert(io.v, v.data());
+}
+
+// The window's queries as the keys of closed chunks meet them.
+const float * session::stored_queries(int m) {
+    const float * met = params.method.positions == ACTQKV_POSITIONS_EXACT ? graph.io().q_near : graph.io().q_far;
+    if (params.kv_type == ACTQKV_KV_F16) {
+        return met;
+    }
+    std::copy_n(met, m * hp.n_channels(), q_turned.data());
+    actqkv_turn(q_turned.data(), (int64_t) m * hp.n_head, hp.d_head);
+    return q_turned.data();
 }
 
 void session::make_spans(const window & w, int il, const chunk_plan & plan) {
@@ -323,6 +337,7 @@ actqkv_attend_args session::attend_args(const window & w) {
     args.scale = hp.attn_scale;
     args.q_near = io.q_near;
     args.q_far = io.q_far;
+    args.q_turned = q_turned.empty() ? nullptr : q_turned.data();
     args.spans = spans.data();
     args.n_spans = (int32_t) spans.size() / n_lists;
     args.span_stride = n_lists > 1 ? args.n_spans : 0;

@@ -91,6 +91,7 @@ private:
 
     void count_attended(const window & w, int il);
     void convert_window(int m);
+    const float * stored_queries(int m);
     void learn_question(const window & w, int il);
     observer observer_of(int il, int64_t n_past) const;
 
@@ -122,6 +123,7 @@ private:
 
     // Buffers of the current window.
     std::vector<actqkv_f16> k_near, k_far, v; // [G][n_window][d]
+    std::vector<float> q_turned;              // [n_window][H][d]; empty: chunks are f16
     std::vector<actqkv_span> spans;           // n_lists lists of equal length
     int32_t n_lists = 1;
     int first_summed = 0;    // first of a list's spans whose weights are summed

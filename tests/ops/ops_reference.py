@@ -57,6 +57,13 @@ def load_rows(kv_type: str, raw: Bytes, d: int) -> Array:
     return np.asarray((scale * steps).reshape(*raw.shape[:-1], -1)[..., :d])
 
 
+def turn(x: Array) -> Array:
+    """x [..., n] by Sylvester's Hadamard matrices, in segments of the largest power of two in n, 256 at most."""
+    p = min(x.shape[-1] & -x.shape[-1], 256)
+    matrix = np.array([[(-1.0) ** bin(i & j).count("1") for j in range(p)] for i in range(p)]) / np.sqrt(p)
+    return np.asarray((x.reshape(*x.shape[:-1], -1, p) @ matrix).reshape(x.shape))
+
+
 # ---- probe (3.1, 3.2)
 
 
@@ -173,12 +180,13 @@ def top_k(scores: Array, k: int) -> npt.NDArray[np.int64]:
 
 @dataclass
 class Span:
-    """far, near: [G][n][d] or None. first: position of the first token."""
+    """far, near: [G][n][d] or None. first: position of the first token. turned: met by queries of their own."""
 
     far: Array | None
     near: Array | None
     v: Array
     first: int
+    turned: bool = False
 
     @property
     def n_tok(self) -> int:
@@ -187,8 +195,7 @@ class Span:
 
 def attend(
     spans: list[Span],
-    q_near: Array,
-    q_far: Array,
+    queries: tuple[Array, Array, Array],
     k_window: Array,
     v_window: Array,
     *,
@@ -196,7 +203,11 @@ def attend(
     n_clamp: int,
     scale: float,
 ) -> tuple[Array, Array, Array]:
-    """q [m][H][d], window K and V [G][m][d]. Returns out [m][H][d], weight sums over queries [H][keys], span mass."""
+    """queries near, far and turned [m][H][d], window K and V [G][m][d].
+
+    Returns out [m][H][d], weight sums over queries [H][keys], span mass.
+    """
+    q_near, q_far, q_turned = queries
     m, n_head, _ = q_near.shape
     r = n_head // len(k_window)
     out = np.zeros_like(q_near)
@@ -209,8 +220,9 @@ def attend(
             for s in spans:
                 distance = n_past + i - (s.first + np.arange(s.n_tok))
                 near = np.full(s.n_tok, s.far is None) if s.near is None or s.far is None else distance < n_clamp
-                a = q_near[i, h] @ s.near[g].T if s.near is not None else np.zeros(s.n_tok)
-                b = q_far[i, h] @ s.far[g].T if s.far is not None else np.zeros(s.n_tok)
+                of_near, of_far = (q_turned, q_turned) if s.turned else (q_near, q_far)
+                a = of_near[i, h] @ s.near[g].T if s.near is not None else np.zeros(s.n_tok)
+                b = of_far[i, h] @ s.far[g].T if s.far is not None else np.zeros(s.n_tok)
                 logits.append(np.where(near, a, b))
             window = k_window[g] @ q_near[i, h]
             logits.append(np.where(np.arange(m) <= i, window, -np.inf))

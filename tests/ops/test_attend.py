@@ -36,7 +36,7 @@ class Span:
         d = self.v.shape[-1]
         far, near, v = (None if x is None else reference.load_rows(self.kv_type, x, d)[kv] for x in self.rows)
         assert v is not None
-        return reference.Span(far, near, v, self.first)
+        return reference.Span(far, near, v, self.first, turned=self.kv_type != "f16")
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Case:
     spans: list[Span]
     q_near: npt.NDArray[np.float32]
     q_far: npt.NDArray[np.float32]
+    q_turned: npt.NDArray[np.float32]  # independent of the others, to know who meets whom
     k_window: npt.NDArray[np.float16]
     v_window: npt.NDArray[np.float16]
     n_past: int
@@ -66,8 +67,9 @@ class Case:
     def _expected(
         self, spans: list[Span], kv: slice, heads: slice
     ) -> tuple[reference.Array, reference.Array, reference.Array]:
+        near, far, turned = (x[:, heads].astype(np.float64) for x in (self.q_near, self.q_far, self.q_turned))
         return reference.attend(
-            [s.read(kv) for s in spans], *(x[:, heads].astype(np.float64) for x in (self.q_near, self.q_far)),
+            [s.read(kv) for s in spans], (near, far, turned),
             *(x[kv].astype(np.float64) for x in (self.k_window, self.v_window)),
             n_past=self.n_past, n_clamp=self.n_clamp, scale=self.scale,
         )  # fmt: skip
@@ -114,8 +116,8 @@ def make(
         for n in lengths:
             spans.append(Span(tokens(n) if kind == "both" else None, tokens(n), tokens(n), first))
             first += n
-    q_near, q_far = (rng.normal(size=(m, n_head, d)).astype(np.float32) * 1.5 for _ in range(2))
-    return Case(spans, q_near, q_far, tokens(m), tokens(m), n_past, n_clamp, 1 / np.sqrt(d), len(far))
+    queries = (rng.normal(size=(m, n_head, d)).astype(np.float32) * 1.5 for _ in range(3))
+    return Case(spans, *queries, tokens(m), tokens(m), n_past, n_clamp, 1 / np.sqrt(d), len(far))
 
 
 def run(case: Case, impl: int, n_threads: int, *, sums: bool = True, mass: bool = True) -> tuple[npt.NDArray, ...]:  # type: ignore[type-arg]
@@ -139,6 +141,8 @@ def run(case: Case, impl: int, n_threads: int, *, sums: bool = True, mass: bool 
     args.n_head, args.n_head_kv, args.d_head, args.m = n_head, n_head_kv, d, m
     args.n_past, args.n_clamp, args.scale = case.n_past, case.n_clamp, case.scale
     args.q_near, args.q_far = pointer(case.q_near), pointer(case.q_far)
+    quantised = any(s.kv_type != "f16" for s in itertools.chain(*lists))
+    args.q_turned = pointer(case.q_turned) if quantised else ffi.NULL
     args.spans, args.n_spans, args.span_stride = spans, len(case.spans), len(case.spans) if case.lists else 0
     args.k_window, args.v_window, args.window_stride = pointer(case.k_window), pointer(case.v_window), m * d
     args.out, args.first_summed = pointer(out), case.first_summed

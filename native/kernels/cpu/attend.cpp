@@ -1,6 +1,6 @@
 // attend - one softmax over everything a window sees (ALGORITHMS.md sections 1 and 2).
 //
-//     l_ij  = scale * q_i . k_j      with (q_near, k_near) or (q_far, k_far) as actqkv_span says
+//     l_ij  = scale * q_i . k_j      with the q and k that actqkv_span says
 //     w_ij  = e^l_ij / sum_j e^l_ij  over all keys of all spans and the window's keys j <= i
 //     out_i = sum_j w_ij v_j         weight_sums_hj = sum_i w_ij         span_mass = sum of w over span, queries / H
 //
@@ -27,6 +27,7 @@ static int64_t weigh_scalar(const actqkv_attend_args & a, int32_t h, int32_t i, 
     const int32_t d = a.d_head, g = h / (a.n_head / a.n_head_kv);
     const float * q_near = a.q_near + ((int64_t) i * a.n_head + h) * d;
     const float * q_far = a.q_far + ((int64_t) i * a.n_head + h) * d;
+    const float * q_turned = a.q_turned ? a.q_turned + ((int64_t) i * a.n_head + h) * d : nullptr;
     int64_t n = 0;
     for (int32_t s = 0; s < a.n_spans; s++) {
         const actqkv_span & span = span_of(a, g, s);
@@ -34,7 +35,8 @@ static int64_t weigh_scalar(const actqkv_attend_args & a, int32_t h, int32_t i, 
         for (int32_t j = 0; j < span.n_tok; j++) {
             const bool is_near = span.near && (!span.far || a.n_past + i - (span.first + j) < a.n_clamp);
             const uint8_t * k = is_near ? span.near + g * span.near_stride : span.far + g * span.far_stride;
-            weights[n++] = a.scale * dot(is_near ? q_near : q_far, span.kv_type, k + j * row, d);
+            const float * q = span.kv_type != ACTQKV_KV_F16 ? q_turned : is_near ? q_near : q_far;
+            weights[n++] = a.scale * dot(q, span.kv_type, k + j * row, d);
         }
     }
     for (int32_t j = 0; j <= i; j++) {

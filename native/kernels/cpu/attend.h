@@ -30,6 +30,8 @@ struct cursor {
     int64_t key = 0;
 };
 
+inline bool is_turned(const piece & p) { return p.type != ACTQKV_KV_F16; }
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -24,7 +24,7 @@ struct one {
     int64_t n_keys, first_summed; // counted in keys
     bool kept;
 
-    float * queries;  // [part][2][r][d] q_near and q_far of the current group, times scale and log2(e)
+    float * queries;  // [part][3][r][d] q_near, q_far, q_turned of the current group, times scale and log2(e)
     float * partials; // [part + KV head][r][2 + d] M, L, O of a segment
     float * weights;  // [H][n_keys] if kept, else [part][r][N_BLOCK]
     double * mass;    // [part][n_keys] per span that is not empty; see mass_row
@@ -38,7 +38,7 @@ struct one {
 uint64_t lay_out(one & o, uint8_t * base, int64_t n_keys) {
     arena a{base};
     const int32_t n_head = o.args.n_head, n_head_kv = o.args.n_head_kv;
-    o.queries = a.take<float>((uint64_t) o.n_parts * 2 * o.r * o.d);
+    o.queries = a.take<float>((uint64_t) o.n_parts * 3 * o.r * o.d);
     o.partials = a.take<float>((uint64_t) (o.n_parts + n_head_kv) * o.r * (2 + o.d));
     const uint64_t kept = (uint64_t) n_head * min64(n_keys, N_KEPT), block = (uint64_t) o.n_parts * o.r * N_BLOCK;
     o.weights = a.take<float>(o.kept ? kept : kept > block ? kept : block);
@@ -52,6 +52,7 @@ void scale_queries(const one & o, int32_t g, float * q) {
     for (int64_t e = 0; e < n; e++) {
         q[e] = o.args.q_near[g * n + e] * scale;
         q[n + e] = o.args.q_far[g * n + e] * scale;
+        q[2 * n + e] = o.args.q_turned ? o.args.q_turned[g * n + e] * scale : 0;
     }
 }
 
@@ -64,7 +65,8 @@ void logits(const one & o, int32_t g, const float * q, int64_t from, int64_t to,
         more = at.key < to && next_piece(o.args, g, to - at.key, at, next);
         const uint8_t * k = p.kind == FAR ? p.far : p.near;
         const uint8_t * ahead = !more ? nullptr : next.kind == FAR ? next.far : next.near;
-        o.op.of(p.type).dots(p.kind == FAR ? q + o.r * o.d : q, o.r, k, p.n, o.d, weights + p.key - from, ldw, ahead);
+        const float * met = q + (is_turned(p) ? 2 : p.kind == FAR ? 1 : 0) * o.r * o.d;
+        o.op.of(p.type).dots(met, o.r, k, p.n, o.d, weights + p.key - from, ldw, ahead);
         p = next;
     }
 }
@@ -243,7 +245,7 @@ void attend_one(const ops & op, const actqkv_attend_args & args) {
             for (int64_t s = 0; args.span_mass && s < n_keys; s++) {
                 o.mass[part * n_keys + s] = 0;
             }
-            float * q = o.queries + (int64_t) part * 2 * o.r * o.d;
+            float * q = o.queries + (int64_t) part * 3 * o.r * o.d;
             for_segments(o, part, [&](int32_t g, int64_t from, int64_t to) {
                 scale_queries(o, g, q);
                 segment(o, part, g, from, to, q);
@@ -256,7 +258,7 @@ void attend_one(const ops & op, const actqkv_attend_args & args) {
     if (!whole) {
         parallel(o.n_parts, [&](int ith, int nth) {
             for (int32_t part = ith; part < o.n_parts; part += nth) {
-                float * q = o.queries + (int64_t) part * 2 * o.r * o.d;
+                float * q = o.queries + (int64_t) part * 3 * o.r * o.d;
                 for_segments(o, part, [&](int32_t g, int64_t from, int64_t to) {
                     scale_queries(o, g, q);
                     finish(o, part, g, from, to, q);

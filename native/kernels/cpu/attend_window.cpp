@@ -28,6 +28,7 @@ namespace {
 
 struct panel {
     sort kind;
+    bool turned;
     int32_t n;
     int64_t key, position; // of its first key; positions are consecutive where kind is BOTH or WINDOW
     float * k;             // near for NEAR, BOTH and WINDOW, else far
@@ -48,6 +49,7 @@ struct part_memory {
     float * logits; // [rows of a block][N_PANELS * N_PANEL]
     float * q_near; // [rows of a block][d], times scale and log2(e)
     float * q_far;
+    float * q_turned;
     float * near;    // [rows of a block][N_PANEL], near logits of a panel of sort BOTH
     float * out;     // [r*m][d_pad] O
     float * max;     // [r*m] M
@@ -78,6 +80,7 @@ part_memory take_part(const window & w, arena & a) {
     p.logits = a.take<float>(N_LOGITS);
     p.q_near = a.take<float>((uint64_t) MAX_ROWS * w.d);
     p.q_far = a.take<float>((uint64_t) MAX_ROWS * w.d);
+    p.q_turned = a.take<float>((uint64_t) MAX_ROWS * w.d);
     p.near = a.take<float>(MAX_ROWS * N_PANEL);
     p.out = a.take<float>((uint64_t) w.n_rows * w.d_pad);
     p.max = a.take<float>(w.n_rows);
@@ -112,9 +115,10 @@ bool next_panel(const window & w, int32_t g, int64_t stop, cursor & at, panel & 
         }
         if (p.n == 0) {
             p.kind = x.kind;
+            p.turned = is_turned(x);
             p.key = x.key;
             p.position = x.position;
-        } else if (x.kind != p.kind || (x.kind == BOTH && x.position != p.position + p.n)) {
+        } else if (x.kind != p.kind || is_turned(x) != p.turned || (x.kind == BOTH && x.position != p.position + p.n)) {
             break;
         }
         if (k) {
@@ -177,6 +181,7 @@ void load_queries(const window & w, const part_memory & mem, int32_t g, row_bloc
         for (int32_t e = 0; e < w.d; e++) {
             mem.q_near[i * w.d + e] = w.args.q_near[from + e] * scale;
             mem.q_far[i * w.d + e] = w.args.q_far[from + e] * scale;
+            mem.q_turned[i * w.d + e] = w.args.q_turned ? w.args.q_turned[from + e] * scale : 0;
         }
     }
 }
@@ -213,7 +218,7 @@ void block_logits(const window & w, const part_memory & mem, const slab & s, row
         if (p.kind == BOTH) {
             logits_both(w, mem, p, b, l);
         } else {
-            const float * q = p.kind == FAR ? mem.q_far : mem.q_near;
+            const float * q = p.turned ? mem.q_turned : p.kind == FAR ? mem.q_far : mem.q_near;
             w.op.logits(q + (int64_t) skip * w.d, b.n - skip, w.d, p.k, l + skip * w.ldl(), w.ldl());
         }
         for (int32_t i = 0; i < b.n; i++) {

@@ -3,6 +3,9 @@
 //     q8_0  s = max |x| / 127                          q_i = round(x_i / s), halves away from zero
 //     q4_0  s = x_m / -8, x_m the first of largest |x|   q_i = min(15, floor(x_i / s + 8.5))
 //
+// Keys are turned before (kernels.h): without that, KL(f16 || q4_0) of attention over keys of the bundled model is 0.30
+// instead of 0.24, and 1.41 instead of 0.34 with two channels raised eightfold; q8_0 0.0013 and 0.0011, 0.0050 and 0.0013.
+//
 // s is rounded to f16 after the division. A block whose values are not finite has no meaning, but does no harm. Runs
 // once per token: small beside what made it.
 #include "rows.h"
@@ -45,8 +48,38 @@ void store_q4_0(const float * x, uint8_t * block) {
     }
 }
 
+constexpr int64_t MOST_TURNED = 256; // values of a segment
+
+int64_t segment_of(int64_t n) {
+    int64_t p = n & -n;
+    return p < MOST_TURNED ? p : MOST_TURNED;
+}
+
+void turn_segment(float * x, int64_t p) {
+    for (int64_t half = 1; half < p; half *= 2) {
+        for (int64_t i = 0; i < p; i += 2 * half) {
+            for (int64_t j = i; j < i + half; j++) {
+                const float a = x[j], b = x[j + half];
+                x[j] = a + b;
+                x[j + half] = a - b;
+            }
+        }
+    }
+    const float factor = 1 / sqrtf((float) p);
+    for (int64_t i = 0; i < p; i++) {
+        x[i] *= factor;
+    }
+}
+
 } // namespace
 } // namespace actqkv
+
+extern "C" void actqkv_turn(float * x, int64_t n_rows, int64_t n) {
+    const int64_t p = actqkv::segment_of(n);
+    for (int64_t i = 0; i < n_rows * n; i += p) {
+        actqkv::turn_segment(x + i, p);
+    }
+}
 
 extern "C" int64_t actqkv_row_bytes(int32_t type, int64_t n) {
     const int64_t n_blocks = (n + actqkv::BLOCK - 1) / actqkv::BLOCK;
@@ -61,21 +94,29 @@ extern "C" int64_t actqkv_row_bytes(int32_t type, int64_t n) {
                                     : 0;
 }
 
-extern "C" void actqkv_store_rows(int32_t type, const actqkv_f16 * src, int64_t n_rows, int64_t n_values,
-                                  uint8_t * dst) {
+extern "C" void actqkv_store_rows(int32_t type, int32_t turned, const actqkv_f16 * src, int64_t n_rows,
+                                  int64_t n_values, uint8_t * dst) {
+    using namespace actqkv;
     if (type == ACTQKV_KV_F16) {
         memcpy(dst, src, n_rows * n_values * sizeof(actqkv_f16));
         return;
     }
     const bool q8_0 = type == ACTQKV_KV_Q8_0;
+    const int64_t p = segment_of(n_values); // divides MOST_TURNED
     for (int64_t row = 0; row < n_rows; row++, src += n_values) {
-        for (int64_t from = 0; from < n_values; from += actqkv::BLOCK) {
-            float x[actqkv::BLOCK] = {0};
-            for (int64_t i = from; i < n_values && i < from + actqkv::BLOCK; i++) {
-                x[i - from] = half_to_float(src[i]);
+        for (int64_t from = 0; from < n_values; from += MOST_TURNED) {
+            const int64_t n = n_values - from < MOST_TURNED ? n_values - from : MOST_TURNED;
+            float x[MOST_TURNED] = {0};
+            for (int64_t i = 0; i < n; i++) {
+                x[i] = half_to_float(src[from + i]);
             }
-            (q8_0 ? actqkv::store_q8_0 : actqkv::store_q4_0)(x, dst);
-            dst += q8_0 ? actqkv::Q8_BYTES : actqkv::Q4_BYTES;
+            for (int64_t i = 0; turned && i < n; i += p) {
+                turn_segment(x + i, p);
+            }
+            for (int64_t i = 0; i < n; i += BLOCK) {
+                (q8_0 ? store_q8_0 : store_q4_0)(x + i, dst);
+                dst += q8_0 ? Q8_BYTES : Q4_BYTES;
+            }
         }
     }
 }
