@@ -34,7 +34,8 @@ from actqkv_cpp.results import Answer, Audit, Memory, Source, Timing, Usage
 
 if TYPE_CHECKING:
     from actqkv_cpp._native import methods
-    from actqkv_cpp.document import Chat, Document
+    from actqkv_cpp.chat import Chat, Turn
+    from actqkv_cpp.document import Document
     from actqkv_cpp.llama import Llama
     from actqkv_cpp.recording import Record, Recording
 
@@ -67,6 +68,7 @@ __all__ = [
     "StateError",
     "ThreadError",
     "Timing",
+    "Turn",
     "Usage",
     "default_model_path",
     "methods",
@@ -76,7 +78,8 @@ __all__ = [
 _LAZY = {
     "Llama": "llama",
     "Document": "document",
-    "Chat": "document",
+    "Chat": "chat",
+    "Turn": "chat",
     "Record": "recording",
     "Recording": "recording",
     "methods": "_native",

@@ -1,6 +1,7 @@
 """The only reader of the environment.
 
 ACTQKV_CACHE_DIR       where verdicts about this machine are remembered; default XDG_CACHE_HOME/actqkv, ~/.cache/actqkv
+ACTQKV_DATA_DIR        where saved chats are kept; default XDG_DATA_HOME/actqkv, ~/.local/share/actqkv
 ACTQKV_EXTRA_BUFFERS   auto (default): llama.cpp's extra buffer types where they were tried and found safe; on; off
 GOMP_SPINCOUNT         1000 unless it or OMP_WAIT_POLICY is set: see let_threads_sleep
 """
@@ -34,6 +35,14 @@ def cache_dir() -> Path:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "actqkv"
+
+
+def data_dir() -> Path:
+    """The folder for what the user asked to keep; may not exist yet."""
+    if own := os.environ.get("ACTQKV_DATA_DIR"):
+        return Path(own)
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "actqkv"
 
 
 def extra_buffers() -> ExtraBuffers:

@@ -50,9 +50,11 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class Generated:
-    """An answer while it grows. `n_tokens` counts sampled tokens without the one that ends it."""
+    """An answer while it grows. `n_tokens` counts sampled tokens without the one that ends it; the history has
+    `n_prompt` before them."""
 
     text: str = ""
+    n_prompt: int = 0
     n_tokens: int = 0
     finish_reason: FinishReason = "length"
     context_full: bool = False

@@ -1,4 +1,4 @@
-"""Reading documents and asking about them: `Document` and `Chat`, made by `Llama.read`, `open` and `chat`."""
+"""Reading documents and asking about them: `Document`, made by `Llama.read` and `open`."""
 
 from __future__ import annotations
 
@@ -28,18 +28,22 @@ PathLike: TypeAlias = str | Path
 Source: TypeAlias = PathLike | TextFile | Sequence[PathLike | TextFile] | None  # what `Llama.read` reads
 
 _RESERVE = 1024  # tokens kept free for question and answer while reading, at most an eighth of n_ctx
-_GAP = "\n\n"  # between texts that share one message
+GAP = "\n\n"  # between texts that share one message
 
 
-class _Conversation:
+class Conversation:
     """What `Document` and `Chat` share: reading into, and answering from, the session of one Llama."""
 
     def __init__(self, llm: Llama) -> None:
         self.llm = llm
 
-    def _check_history(self, place: Place) -> None:
+    def _holds(self, place: Place) -> bool:
+        """Whether the session's history begins with that of `place`."""
         n = place.cursor.n_past
-        if n > self.llm.n_tokens or not np.array_equal(self.llm.input_ids[:n], place.history[:n]):
+        return n <= self.llm.n_tokens and np.array_equal(self.llm.input_ids[:n], place.history[:n])
+
+    def _check_history(self, place: Place) -> None:
+        if not self._holds(place):
             raise StateError(
                 "the session was used for something else since this was read",
                 "read the document again; one Llama holds one history",
@@ -86,7 +90,7 @@ class _Conversation:
         begin = time.perf_counter()
         step = self._feed_question(place, text)
         prompt_s = time.perf_counter() - begin
-        n_prompt = step.keep + len(step.tokens)
+        n_prompt = into.n_prompt = step.keep + len(step.tokens)
         passages: tuple[results.Source, ...] = ()
         attended_max, attended_mean, dense_max = n_prompt + into.n_tokens, float(n_prompt), 0
         if session is None:
@@ -130,8 +134,8 @@ class _Conversation:
             audit=llm._auditor.report() if llm._auditor is not None else None,
         )
 
-    def _feed_question(self, place: Place, text: str) -> Step:
-        """Read the question, template included, up to where the answer begins."""
+    def _feed_question(self, place: Place, text: str, *, sources: bool = True) -> Step:
+        """Read the question, template included, up to where the answer begins; the session then watches sources."""
         llm = self.llm
         self._check_history(place)
         step = llm._encoder.extend(place.cursor, [*place.before, Part(text), *place.after], closed=True)
@@ -144,7 +148,7 @@ class _Conversation:
         llm._rewind(step.keep)
         if llm.session is not None:
             llm.session.stats_reset()
-        llm._feed_prompt(step.tokens, sources=True)
+        llm._feed_prompt(step.tokens, sources=sources)
         return step
 
     def _plan(
@@ -179,21 +183,21 @@ def _memory(llm: Llama) -> Memory:
     )
 
 
-def _texts(files: Sequence[TextFile], first: int = 0) -> list[Part]:
+def texts(files: Sequence[TextFile], first: int = 0) -> list[Part]:
     """Documents numbered from `first`, each after its name, a blank line between them."""
     parts: list[Part] = []
     for i, (heading, file) in enumerate(zip(headings(files, n_before=first), files, strict=True)):
-        parts.append(Part((_GAP if i else "") + heading))
+        parts.append(Part((GAP if i else "") + heading))
         parts.append(Part(file.text, document=first + i))
     return parts
 
 
-def _template(text: str) -> tuple[Part, ...]:
+def template(text: str) -> tuple[Part, ...]:
     return (Part(text, template=True),)
 
 
 @dataclass(frozen=True)
-class _Beginning:
+class Beginning:
     """A first turn: parts up to the end of system text and documents, what follows them, and the place then."""
 
     head: tuple[Part, ...]
@@ -201,15 +205,15 @@ class _Beginning:
     done: Place
 
 
-def _beginning(llm: Llama, content: Sequence[Part], files: Sequence[TextFile]) -> _Beginning:
+def beginning(llm: Llama, content: Sequence[Part], files: Sequence[TextFile]) -> Beginning:
     """A first turn with `content` in the system role; where the template has none, before the question."""
     head, middle, tail = llm._template.first(system=bool(content))
-    closing = _template(middle) if middle is not None else (Part(_GAP),) if content else ()
-    done = Place(Cursor(), (), _template(tail), tuple(files))
-    return _Beginning((*_template(head), *content), closing, done)
+    closing = template(middle) if middle is not None else (Part(GAP),) if content else ()
+    done = Place(Cursor(), (), template(tail), tuple(files))
+    return Beginning((*template(head), *content), closing, done)
 
 
-class Document(_Conversation):
+class Document(Conversation):
     """One reading of one or more documents; the basis of any number of questions. Made by `Llama.read` and `open`.
 
     Attributes:
@@ -236,10 +240,10 @@ class Document(_Conversation):
     ) -> None:
         super().__init__(llm)
         self.files = tuple(files)
-        content = [Part(system + _GAP)] if system else []
-        content += [Part(question, document=QUESTION), Part(_GAP)] if question else []
-        begin = _beginning(llm, [*content, *_texts(files)], files)
-        without = _beginning(llm, content, [])
+        content = [Part(system + GAP)] if system else []
+        content += [Part(question, document=QUESTION), Part(GAP)] if question else []
+        begin = beginning(llm, [*content, *texts(files)], files)
+        without = beginning(llm, content, [])
         nothing = replace(without.done, before=without.head + without.closing)
         self._reading = self._plan(nothing, begin.head, begin.closing, begin.done, reserve=reserve)
 
@@ -334,7 +338,7 @@ class Document(_Conversation):
     def _opened(cls, llm: Llama, path: PathLike) -> Document:
         """The document of a KV file, whose session takes the place of the Llama's."""
         document = cls.__new__(cls)
-        _Conversation.__init__(document, llm)
+        Conversation.__init__(document, llm)
         document._reading = saved.open_reading(llm, path)
         document.files = document._reading.done.files
         return document
@@ -382,173 +386,6 @@ class Document(_Conversation):
         return self._answer(
             self._reading.here(), question, sampling, Generated(), reading=self._reading, retrieval=retrieval
         )
-
-
-class Chat(_Conversation):
-    """A conversation over one session, over documents or none; a turn sees those before it. Made by `Llama.chat`.
-
-    Attributes:
-        llm: the Llama whose session holds it.
-        messages: the turns so far, as {"role": "user" or "assistant", "content": text}.
-        answer: the latest Answer, or None.
-
-    Example:
-        >>> chat = llm.chat("book.txt")
-        >>> chat.say("Who kept the key?")
-        >>> chat.say("Where?").text
-    """
-
-    def __init__(self, llm: Llama, document: Document | None, *, system: str | None = None) -> None:
-        super().__init__(llm)
-        self.messages: list[dict[str, str]] = []
-        self.answer: Answer | None = None
-        self._reading: Reading | None = document._reading if document else None
-        if document is not None:
-            self._place = document._reading.here()
-        else:
-            begin = _beginning(llm, [Part(system)] if system else [], [])
-            self._place = replace(begin.done, before=begin.head + begin.closing)
-        self._system = system
-        self._start = self._place
-        self._turns: list[Place] = []
-
-    @property
-    def documents(self) -> list[str]:
-        """Names of the documents read, in order."""
-        return [file.name for file in self._place.files]
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the conversation in the session."""
-        return self._place.cursor.n_past
-
-    def say(
-        self,
-        text: str,
-        *,
-        max_tokens: int = 1024,
-        min_tokens: int = 0,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        top_k: int = 40,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        on_text: OnText | None = None,
-        retrieval: Retrieval | None = None,
-    ) -> Answer:
-        """One turn: `text` is the user's; question and answer stay in the conversation.
-
-        Arguments and errors as in `Document.ask`. Interrupting (KeyboardInterrupt) keeps the turn with the answer so
-        far, as soon as the question was read; before that, the turn never was.
-        """
-        sampling = Sampling(
-            max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, min_p=min_p,
-            top_k=top_k, seed=seed, stop=stops(stop), on_text=on_text,
-        )  # fmt: skip
-        place, said = self._place, Generated()
-        try:
-            self.answer = self._answer(place, text, sampling, said, reading=self._reading, retrieval=retrieval)
-            return self.answer
-        finally:
-            if said.first_token_at is not None:
-                self._turns.append(place)
-                self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said.text}]
-                self._place = self._after_answer(place)
-
-    def ask(
-        self,
-        question: str,
-        *,
-        max_tokens: int = 1024,
-        min_tokens: int = 0,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        top_k: int = 40,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        on_text: OnText | None = None,
-        retrieval: Retrieval | None = None,
-    ) -> Answer:
-        """An aside: answered from the conversation so far and then forgotten; later turns do not see it.
-
-        Arguments and errors as in `Document.ask`.
-        """
-        sampling = Sampling(
-            max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, min_p=min_p,
-            top_k=top_k, seed=seed, stop=stops(stop), on_text=on_text,
-        )  # fmt: skip
-        return self._answer(self._place, question, sampling, Generated(), reading=self._reading, retrieval=retrieval)
-
-    def _after_answer(self, place: Place) -> Place:
-        """The place after an answer: nothing of it is open, the next turn brings the template's end of it."""
-        llm = self.llm
-        before, after = llm._template.following()
-        if llm.session is not None:
-            llm.session.checkpoint()
-        history = llm.input_ids[: llm.n_tokens].copy()
-        return replace(
-            place, cursor=Cursor(llm.n_tokens), before=_template(before), after=_template(after), history=history
-        )
-
-    def read(
-        self,
-        source: PathLike | TextFile | None = None,
-        *,
-        text: str | None = None,
-        name: str | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Add a document to the running conversation; later turns see it beside all before it.
-
-        Args:
-            source, text, name, progress: as in `Llama.read`.
-
-        Raises:
-            as `Llama.read`; an interrupted reading keeps what was read of the document.
-
-        Example:
-            >>> chat.read("second.txt")
-        """
-        files = text_files(source, text, name)
-        place = self._place
-        content = _texts(files, first=len(place.files))
-        inserted = self.llm._template.inserted() if self._turns else None
-        if not place.cursor.n_past:
-            begin = _beginning(self.llm, [Part(self._system + _GAP), *content] if self._system else content, files)
-        elif inserted is not None:
-            begin = _Beginning(
-                (*_template(inserted[0]), *content),
-                _template(inserted[1]),
-                replace(place, before=(), after=_template(inserted[2])),
-            )
-        else:
-            begin = _Beginning((*place.before, *content), (Part(_GAP),), replace(place, before=()))
-        done = replace(begin.done, files=place.files + tuple(files))
-        self._check_history(place)
-        reading = self._plan(place, begin.head, begin.closing, done, reserve=None)
-        try:
-            self._read(reading, progress)
-        finally:
-            self._place, self._reading = reading.here(), reading
-            if not self._turns:
-                self._start = self._place
-
-    def undo(self) -> None:
-        """Forget the last turn (question and answer), and documents read after it. StateError when there is none."""
-        if not self._turns:
-            raise StateError("there is no turn to undo")
-        self._place = self._turns.pop()
-        del self.messages[-2:]
-        self.answer = None
-
-    def reset(self) -> None:
-        """Forget all turns, and documents read between them; those that came before the first turn stay read."""
-        self._place = self._start
-        self._turns.clear()
-        self.messages.clear()
-        self.answer = None
 
 
 def text_files(source: Source, text: str | None, name: str | None) -> list[TextFile]:

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from actqkv_cpp import compat, default_model_path, machine, modelfile, saved
 from actqkv_cpp._native import KV_TYPES, Session, memory_plan, model_check
 from actqkv_cpp.auditing import Auditor
+from actqkv_cpp.chat import Chat
 from actqkv_cpp.config import LLAMA_CPP, Retrieval, parse_size
 from actqkv_cpp.context import SessionContext
-from actqkv_cpp.document import Chat, Document, PathLike, Progress, text_files
+from actqkv_cpp.document import Document, PathLike, Progress, text_files
 from actqkv_cpp.errors import (
     Cancelled,
     ContextError,
@@ -517,8 +518,7 @@ class Llama(llama_cpp.Llama):
         """Read documents into the session, replacing its history; questions come later, any number of them.
 
         Args:
-            source: a file (PDF, DOCX, EPUB, HTML, Markdown, text or source code), or several that are read one after
-                another.
+            source: a file (PDF, DOCX, EPUB, HTML, Markdown, text, source code), or several, read one after another.
             text: the document itself, instead of `source`.
             name: what `text` is called in sources; default "text".
             system: instructions that stand before the documents.

@@ -116,6 +116,21 @@ class Answer:
     def __str__(self) -> str:
         return self.text
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Answer:
+        """The answer of `to_json`. KeyError, TypeError or ValueError where it is none."""
+        audit = value.get("audit")
+        return cls(
+            question=value["question"],
+            text=value["answer"],
+            sources=tuple(Source(**source) for source in value["sources"]),
+            usage=Usage(**value["usage"]),
+            timing=Timing(**value["timing"]),
+            memory=Memory(**value["memory"]),
+            finish_reason=value["finish_reason"],
+            audit=None if audit is None else Audit(**audit),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """One answer with its own usage, memory and timing; and its audit, where audits are on."""
         audit = {} if self.audit is None else {"audit": self.audit.to_json()}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import actqkv_cpp
 from actqkv_cpp import reader
 from actqkv_cpp.cli import _errors
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._options import SamplingOptions, check_text
-from actqkv_cpp.cli._output import Output, answer_figures
-from actqkv_cpp.cli._session import Reading, read_with_progress
+from actqkv_cpp.cli._output import Output, answer_figures, shorten
+from actqkv_cpp.cli._saved import ReadEvent, SavedChat, events_of, is_name
+from actqkv_cpp.cli._saved import save as save_chat
+from actqkv_cpp.cli._session import STDIN, Reading, read_with_progress
 from actqkv_cpp.cli._terminal import Lines
 from actqkv_cpp.cli._transcript import Transcript, Turn
 from actqkv_cpp.errors import ParameterError, unknown_name
+from actqkv_cpp.reader import TextFile
 
 if TYPE_CHECKING:
     from actqkv_cpp import Answer, Chat
@@ -30,12 +34,25 @@ class Command:
     run: Callable[[Repl, str], object]
 
 
+@dataclass
+class Branch:
+    """A conversation that shares its beginning with others; `answers` of its turns and of asides."""
+
+    chat: Chat
+    answers: list[Turn]
+
+    def until(self, n_turns: int) -> list[Turn]:
+        """Answers of the first `n_turns`, and asides."""
+        return [turn for turn in self.answers if turn.number is None or turn.number < n_turns]
+
+
 class Repl:
     """A chat over a loaded model.
 
     Args:
         chat: the conversation, over `llm.document` where there is one.
         reading: how far the reading of that document went.
+        documents: of -d, as `/save NAME` remembers them; `system` likewise.
     """
 
     def __init__(
@@ -46,16 +63,44 @@ class Repl:
         *,
         sampling: SamplingOptions,
         reading: Reading | None,
+        documents: Sequence[str] = (),
+        system: str | None = None,
     ) -> None:
         self._output = output
         self._lines = lines
         self._llm = chat.llm
-        self._chat = chat
+        self._branches = [Branch(chat, [])]
+        self._at = 0  # of the branches
         self._sampling = sampling
         self._readings = [reading] if reading else []
-        self._turns: list[Turn] = []
+        self._documents = tuple(documents)
+        self._system = system
         self._saved: set[Path] = set()
         self._leaving = False
+
+    @property
+    def _chat(self) -> Chat:
+        return self._branches[self._at].chat
+
+    @property
+    def _turns(self) -> list[Turn]:
+        return self._branches[self._at].answers
+
+    def take_up(self, saved: SavedChat, files: dict[str, TextFile]) -> None:
+        """Have the conversation be what was saved, whose first documents are read already.
+
+        Args:
+            files: documents read between turns, by path.
+        """
+        for event in saved.events[len(self._chat.documents) :]:
+            if isinstance(event, ReadEvent):
+                self._add(files[event.path])
+                continue
+            number = len(self._chat.turns)
+            self._chat.replay(event.question, event.answer, event.tokens)
+            if event.details is not None:
+                self._turns.append(Turn("chat", event.details, number))
+        self._output.note(f"gone on with, {self._where()}")
 
     def run(self) -> None:
         """Until /quit or the end of input."""
@@ -95,7 +140,7 @@ class Repl:
                 return not stop.requested
 
             answer = how(text, on_text=on_text, **self._sampling.arguments())
-        self._turns.append(Turn(kind, answer))
+        self._turns.append(Turn(kind, answer, len(self._chat.turns) - 1 if kind == "chat" else None))
         self._output.answer_note(answer)
         for reading in self._readings:
             if not reading.complete:
@@ -110,12 +155,14 @@ class Repl:
 
     def read(self, name: str) -> None:
         if name:
-            file = reader.load(Path(name).expanduser())
-            add = self._chat.read
-            reading = read_with_progress(self._output, file.name, lambda progress: add(file, progress=progress))
-            self._readings.append(reading)
+            self._add(reader.load(Path(name).expanduser()))
         else:
             self._read_on()
+
+    def _add(self, file: TextFile) -> None:
+        add = self._chat.read
+        reading = read_with_progress(self._output, file.name, lambda progress: add(file, progress=progress))
+        self._readings.append(reading)
 
     def _read_on(self) -> None:
         """Finish the reading of -d. What was said on its first part is forgotten: it would stand in the middle."""
@@ -132,7 +179,7 @@ class Repl:
         self._readings = [reading]
         if self._chat.messages:
             self._output.note("the conversation starts again")
-        self._chat = self._llm.chat(document)
+        self._branches, self._at = [Branch(self._llm.chat(document), [])], 0
 
     def ask(self, question: str) -> None:
         if not question:
@@ -157,9 +204,56 @@ class Repl:
         self._turns.clear()
         self._output.note("the conversation starts again; documents read before it stay")
 
+    def undo(self, rest: str) -> None:
+        chat = self._chat
+        chat.undo()
+        self._branches[self._at].answers = self._branches[self._at].until(len(chat.turns))
+        self._output.note(f"forgotten; {self._where()}")
+
+    def edit(self, question: str) -> None:
+        if not question:
+            raise ParameterError("/edit needs the question as it should have been", COMMANDS["/edit"].usage)
+        self.undo("")
+        self._answer("chat", self._chat.say, question)
+
+    def branch(self, number: str) -> None:
+        if not number:
+            self._list_branches()
+            return
+        if not number.isdecimal():
+            raise ParameterError(f"/branch needs the number of a turn, not {number!r}", "/branch lists the turns")
+        here, n_turns = self._branches[self._at], int(number)
+        self._branches.append(Branch(here.chat.branch(n_turns), here.until(n_turns)))
+        self._at = len(self._branches) - 1
+        self._output.note(f"branch {self._at + 1}; {self._where()}; /switch {self._branches.index(here) + 1} goes back")
+
+    def switch(self, number: str) -> None:
+        if not number.isdecimal() or not 1 <= int(number) <= len(self._branches):
+            raise ParameterError(
+                f"there is no branch {number!r}, there are 1 to {len(self._branches)}", "/branch lists them"
+            )
+        self._at = int(number) - 1
+        self._output.note(f"branch {number}; {self._where()}")
+
+    def _list_branches(self) -> None:
+        for i, branch in enumerate(self._branches):
+            here = " (here)" if i == self._at else ""
+            self._output.note(f"branch {i + 1}{here}: {len(branch.chat.turns)} turns")
+        for i, turn in enumerate(self._chat.turns, 1):
+            self._output.note(f"  {i}  {shorten(' '.join(turn.question.split()), 60)}")
+
+    def _where(self) -> str:
+        turns = self._chat.turns
+        return (
+            f"after turn {len(turns)}: {shorten(' '.join(turns[-1].question.split()), 60)}" if turns else "no turns yet"
+        )
+
     def save(self, name: str) -> None:
         if not name:
-            raise ParameterError("/save needs a file", COMMANDS["/save"].usage)
+            raise ParameterError("/save needs a name, or a file", COMMANDS["/save"].usage)
+        if is_name(name):
+            self._save_chat(name)
+            return
         path = Path(name).expanduser()
         transcript = Transcript(
             model=Path(self._llm.model_path).name,
@@ -170,6 +264,27 @@ class Repl:
         transcript.save(path, overwrite=path.resolve() in self._saved)
         self._saved.add(path.resolve())
         self._output.note(f"saved {len(self._turns)} answers to {path}")
+
+    def _save_chat(self, name: str) -> None:
+        """To go on another day."""
+        if STDIN in self._documents:
+            raise ParameterError("a document from standard input could not be read again", "save it in a file first")
+        if any(not reading.complete for reading in self._readings):
+            raise ParameterError("a document is not read whole", "/read reads on")
+        details = {turn.number: turn.answer for turn in self._turns if turn.number is not None}
+        path = Path(self._llm.model_path)
+        bundled = path == actqkv_cpp.default_model_path()
+        save_chat(
+            name,
+            SavedChat(
+                model=None if bundled else str(path.resolve()),
+                model_bytes=path.stat().st_size,
+                system=self._system,
+                documents=tuple(str(Path(document).resolve()) for document in self._documents),
+                events=events_of(self._chat, details),
+            ),
+        )
+        self._output.note(f"saved; actqkv chat --resume {name} goes on")
 
     def quit(self, rest: str) -> None:
         self._leaving = True
@@ -186,7 +301,15 @@ COMMANDS = {
     "/ask": Command("/ask QUESTION", "Ask aside: the conversation does not remember it.", Repl.ask),
     "/sources": Command("/sources", "Show the passages that the last answer came from.", Repl.sources),
     "/stats": Command("/stats", "Show tokens, memory and speed.", Repl.stats),
+    "/undo": Command("/undo", "Forget the last question and its answer.", Repl.undo),
+    "/edit": Command("/edit QUESTION", "Ask this in place of the last question.", Repl.edit),
+    "/branch": Command("/branch [N]", "Go on from turn N apart; without N, list branches and turns.", Repl.branch),
+    "/switch": Command("/switch B", "Go to branch B.", Repl.switch),
     "/reset": Command("/reset", "Forget the conversation; documents stay read.", Repl.reset),
-    "/save": Command("/save FILE", "Save the conversation: JSON where FILE ends in .json, else Markdown.", Repl.save),
+    "/save": Command(
+        "/save NAME|FILE",
+        "Save the conversation: NAME for actqkv chat --resume; FILE.json, or FILE.md and others, to read.",
+        Repl.save,
+    ),
     "/quit": Command("/quit", "Leave; so does Ctrl-D.", Repl.quit),
 }

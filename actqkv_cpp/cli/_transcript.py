@@ -14,10 +14,12 @@ from actqkv_cpp.results import Answer
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; `kind` is "chat", or "ask" where it stood outside the conversation."""
+    """A question and its answer; `kind` is "chat", or "ask" where it stood outside the conversation. `number` of the
+    conversation's turns, from 0; None outside."""
 
     kind: Literal["chat", "ask"]
     answer: Answer
+    number: int | None = None
 
 
 @dataclass(frozen=True)

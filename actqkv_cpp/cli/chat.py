@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from actqkv_cpp import default_model_path, reader
 from actqkv_cpp.cli import _options as o
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._repl import COMMANDS, Repl
-from actqkv_cpp.cli._session import STDIN, load_documents, open_model, read_with_progress, texts_of
+from actqkv_cpp.cli._saved import ReadEvent, SavedChat, check_same
+from actqkv_cpp.cli._saved import load as load_chat
+from actqkv_cpp.cli._session import STDIN, TEMPLATE_TOKENS, load_documents, open_model, read_with_progress, texts_of
 from actqkv_cpp.cli._terminal import open_lines
+from actqkv_cpp.errors import ParameterError, StateError
+from actqkv_cpp.reader import TextFile
 
 _QUESTION_TOKENS = 512  # kept free beside the answer
 
@@ -35,6 +44,10 @@ def chat(
     audit: o.Audit = 0,
     min_recall: o.MinRecall = None,
     system: o.System = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Go on with a chat of /save NAME: its model, documents and turns."),
+    ] = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -47,6 +60,7 @@ def chat(
       actqkv chat -d book.txt
       actqkv chat model.gguf --ctx 128k -d book.txt -d notes.md
       actqkv chat model.gguf -d paper.pdf
+      actqkv chat --resume paper
     """
     output = Output(quiet=quiet, verbose=verbose)
     engine = o.EngineOptions(
@@ -67,18 +81,36 @@ def chat(
     )
     sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
     with reported(output):
-        _chat(output, engine, sampling, documents or [])
+        if resume is None:
+            _chat(output, engine, sampling, documents or [])
+            return
+        if documents or system is not None:
+            raise ParameterError("--resume brings its own documents and system text", "leave -d and --system out")
+        saved = load_chat(resume)
+        path = engine.model or (Path(saved.model) if saved.model else None)
+        _chat(output, replace(engine, model=path, system=saved.system), sampling, list(saved.documents), saved)
 
 
-def _chat(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, documents: list[str]) -> None:
+def _chat(
+    output: Output,
+    engine: o.EngineOptions,
+    sampling: o.SamplingOptions,
+    documents: list[str],
+    saved: SavedChat | None = None,
+) -> None:
     files = load_documents(documents)
+    later = _check(saved, files, engine) if saved is not None else {}
     lines = open_lines(
         stdin_taken=STDIN in documents,
         commands=COMMANDS,
         with_path=[name for name, command in COMMANDS.items() if "FILE" in command.usage],
     )
     reserve = sampling.max_tokens + _QUESTION_TOKENS
-    llm = open_model(output, engine, texts_of(files), reserve=reserve)
+    texts = [*texts_of(files), *(file.text for file in later.values())]
+    for turn in saved.turns if saved is not None else ():
+        texts.append(turn.question)
+        reserve += len(turn.tokens) + TEMPLATE_TOKENS
+    llm = open_model(output, engine, texts, reserve=reserve)
     reading = None
     if files:
         names = ", ".join(file.name for file in files)
@@ -90,4 +122,37 @@ def _chat(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, 
     conversation = llm.chat(llm.document) if llm.document else llm.chat(system=engine.system)
     resume = "" if reading is None or reading.complete else "/read reads on, "
     output.note(f"{resume}/help shows the commands, Ctrl-D leaves")
-    Repl(output, lines, conversation, sampling=sampling, reading=reading).run()
+    repl = Repl(
+        output,
+        lines,
+        conversation,
+        sampling=sampling,
+        reading=reading,
+        documents=documents,
+        system=engine.system,
+    )
+    if saved is not None:
+        repl.take_up(saved, later)
+    repl.run()
+
+
+def _check(saved: SavedChat, files: list[TextFile], engine: o.EngineOptions) -> dict[str, TextFile]:
+    """The documents that a saved chat read between its turns, by path.
+
+    Raises:
+        DocumentError: a document has changed since, or is missing.
+        StateError: another model is given than it was held with.
+    """
+    path = engine.model or default_model_path()
+    if path.is_file() and path.stat().st_size != saved.model_bytes:
+        raise StateError(
+            f"the chat was held with a model of {saved.model_bytes:,} bytes, {path} has {path.stat().st_size:,}",
+            "name the model that it was held with: actqkv chat MODEL --resume NAME",
+        )
+    events = [event for event in saved.events if isinstance(event, ReadEvent)]
+    for file, event in zip(files, events, strict=False):
+        check_same(file, event)
+    later = {event.path: reader.load(event.path) for event in events[len(files) :]}
+    for event in events[len(files) :]:
+        check_same(later[event.path], event)
+    return later

@@ -13,7 +13,8 @@ from actqkv_cpp.evaluation.recalls import Recalls
 
 if TYPE_CHECKING:
     from actqkv_cpp import Llama, Recording
-    from actqkv_cpp.document import Chat, Document, Progress
+    from actqkv_cpp.chat import Chat
+    from actqkv_cpp.document import Document, Progress
 
 _SLACK_TOKENS = 16  # where two texts meet, the tokenizer may need a few more than for each alone
 _FULL = 0.985  # of the room: as near as fitting tries to come, so that a document is tokenised once or twice

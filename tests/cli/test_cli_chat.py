@@ -126,7 +126,7 @@ def test_wrong_commands(terminal: Start, babbler: Path) -> None:
         ("/sources", "there is no answer yet"),
         ("/read", "/read needs a file"),
         ("/ask", "/ask needs a question"),
-        ("/save", "/save needs a file"),
+        ("/save", "/save needs a name, or a file"),
         ("/save /no/such/folder/talk.md", "No such file or directory"),
         ("/help", "Leave; so does Ctrl-D."),
     ]:
