@@ -23,7 +23,8 @@ N_PASSAGES = 3
 _N_SENTENCES = 12  # looked at: neighbours of a passage join it, others compete for the three places
 _LEAST_SCORE = 0.01  # of a passage beside the best
 _REACH_CHARS = 300  # of a sentence before and after the attended word
-_PASSAGE_CHARS = 800  # neighbours join up to this length
+_PASSAGE_CHARS = 800  # neighbours join up to this length ...
+_JOINED_SHARE = 0.1  # ... where the lesser has this share of the other's attention
 
 # Where a sentence may end: at a full stop and the like before white space, in Chinese and Japanese also without, and
 # with a line so short that it is none of running text (a heading, code, a row of a table) or empty.
@@ -46,7 +47,7 @@ def find(weights: NDArray[np.float64], spans: Sequence[Span], files: Sequence[Te
     """The passages of most attention, best first: at most three, each of whole sentences.
 
     From the most attended token down, the sentence around it is taken with all attention that falls on it; sentences
-    that follow each other become one passage. A passage's score is its share of what fell on the documents.
+    that follow each other and were attended alike become one passage. A passage's score is its share of what fell on the documents.
 
     Args:
         weights: [n] of the history's first tokens, as Session.sources_end gives them.
@@ -140,6 +141,7 @@ def _joined(passages: list[_Passage], texts: Sequence[str]) -> list[_Passage]:
             and before.span == passage.span
             and not texts[passage.span][before.end : passage.start].strip()
             and passage.end - before.start <= _PASSAGE_CHARS
+            and min(before.weight, passage.weight) >= _JOINED_SHARE * max(before.weight, passage.weight)
         ):
             before.end = max(before.end, passage.end)
             before.weight += passage.weight

@@ -74,6 +74,7 @@ class Repl:
         self._sampling = sampling
         self._readings = [reading] if reading else []
         self._documents = tuple(documents)
+        self._n_given = len(chat.documents)
         self._system = system
         self._saved: set[Path] = set()
         self._leaving = False
@@ -238,7 +239,8 @@ class Repl:
     def _list_branches(self) -> None:
         for i, branch in enumerate(self._branches):
             here = " (here)" if i == self._at else ""
-            self._output.note(f"branch {i + 1}{here}: {len(branch.chat.turns)} turns")
+            n_turns = len(branch.chat.turns)
+            self._output.note(f"branch {i + 1}{here}: {n_turns} turn{'s' if n_turns != 1 else ''}")
         for i, turn in enumerate(self._chat.turns, 1):
             self._output.note(f"  {i}  {shorten(' '.join(turn.question.split()), 60)}")
 
@@ -281,7 +283,7 @@ class Repl:
                 model_bytes=path.stat().st_size,
                 system=self._system,
                 documents=tuple(str(Path(document).resolve()) for document in self._documents),
-                events=events_of(self._chat, details),
+                events=events_of(self._chat, self._n_given, details),
             ),
         )
         self._output.note(f"saved; actqkv chat --resume {name} goes on")

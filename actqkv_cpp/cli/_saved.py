@@ -67,10 +67,11 @@ class SavedChat:
         return [event for event in self.events if isinstance(event, TurnEvent)]
 
 
-def events_of(chat: Chat, details: dict[int, Answer]) -> tuple[ReadEvent | TurnEvent, ...]:
+def events_of(chat: Chat, n_given: int, details: dict[int, Answer]) -> tuple[ReadEvent | TurnEvent, ...]:
     """What became of a chat, in its order.
 
     Args:
+        n_given: documents of -d, which come first.
         details: answers by the number of their turn.
 
     Raises:
@@ -79,8 +80,8 @@ def events_of(chat: Chat, details: dict[int, Answer]) -> tuple[ReadEvent | TurnE
     events: list[ReadEvent | TurnEvent] = []
     n_files = 0
     for i, files in enumerate(chat.documents_by_turn):
-        for file in files[n_files:]:
-            if not Path(file.name).is_file():
+        for number, file in enumerate(files[n_files:], n_files):
+            if number >= n_given and not Path(file.name).is_file():
                 raise ParameterError(
                     f"{file.name} is no file, so that it could not be read again", "save its text in a file first"
                 )

@@ -72,6 +72,12 @@ def test_three_best_and_neighbours_joined() -> None:
     ]
 
 
+def test_a_glance_at_a_neighbour_does_not_join_it() -> None:
+    """Breaks when the sentence that holds the answer drowns among those around it."""
+    found = find(weights_at({at(5): 95.0, at(6): 5.0}))
+    assert found == [("a.txt", SENTENCES[5], 0.95), ("a.txt", SENTENCES[6], 0.05)]
+
+
 def test_what_is_hardly_attended_is_no_source() -> None:
     """Breaks when places are filled with what heads glance at."""
     assert find(weights_at({at(5): 99.5, at(12): 0.5})) == [("a.txt", SENTENCES[5], 0.995)]

@@ -51,7 +51,7 @@ def test_branches(actqkv: Actqkv, home: dict[str, str], book: Path) -> None:
     assert f"branch 2; after turn 1: {QUESTION}; /switch 1 goes back" in err
     assert f"branch 1; after turn 2: {OTHER_QUESTION}" in err
     assert "branch 1 (here): 3 turns" in err
-    assert "branch 2: 1 turns" in err
+    assert "branch 2: 1 turn\n" in err
     assert "saved 3 answers to a.json" in err
     assert err.count("tokens of") == 1
     assert "there are 3 turns, 9 are wanted" in err
