@@ -47,7 +47,8 @@ def find(weights: NDArray[np.float64], spans: Sequence[Span], files: Sequence[Te
     """The passages of most attention, best first: at most three, each of whole sentences.
 
     From the most attended token down, the sentence around it is taken with all attention that falls on it; sentences
-    that follow each other and were attended alike become one passage. A passage's score is its share of what fell on the documents.
+    that follow each other and were attended alike become one passage. A passage's score is its share of what fell on
+    the documents.
 
     Args:
         weights: [n] of the history's first tokens, as Session.sources_end gives them.
