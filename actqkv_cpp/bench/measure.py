@@ -126,6 +126,9 @@ class Benchmark:
                 )
         llm.session.close()
         self._model = llm._model
+        arch = llm.metadata["general.architecture"]
+        n_embd, n_head = llm._model.n_embd(), int(llm.metadata[f"{arch}.attention.head_count"])
+        self._d_head = int(llm.metadata.get(f"{arch}.attention.key_length", n_embd // n_head))
         self._retrieval = llm.retrieval
         self._n_threads = llm.n_threads
         self._weights_bytes = int(llama_cpp.llama_model_size(llm._model.model))
@@ -231,6 +234,13 @@ class Benchmark:
     def _peer(self, session: Session, depth: int) -> Peer | None:
         """A context of llama.cpp that holds `depth` tokens; None, with a note, where it does not fit in memory."""
         n_read = min(depth, self._spec.peer_read)
+        if n_read < depth and self._spec.kv_type != "f16" and self._d_head % 64 != 0:
+            # build_rope_shift of libllama 0.3.36 dereferences a rotation that it makes for multiples of 64 only
+            self._note(
+                f"llama.cpp cannot copy {self._spec.kv_type} keys of heads of {self._d_head}: "
+                f"--peer-read {depth:,} reads this far"
+            )
+            return None
         n_ctx = depth + n_read + PREFILL_TOKENS  # the last copy may reach beyond the depth before it is cut
         n_bytes = session.plan.kv_bytes * n_ctx // session.params.n_ctx
         free = machine.available_memory()

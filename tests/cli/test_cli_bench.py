@@ -52,6 +52,29 @@ def test_json(actqkv: Actqkv, babbler: Path) -> None:
     assert math.isclose(2 * ours[0]["memory"]["kv_bytes"], ours[2]["memory"]["kv_bytes"], rel_tol=0.1)
 
 
+def test_kv_type(actqkv: Actqkv, babbler: Path) -> None:
+    """--kv-type does not reach both engines, or the plan is that of f16."""
+    rows = {}
+    for kv_type in ("f16", "q8_0"):
+        found = actqkv(
+            "bench", babbler, "--lengths", "512", "--peer-read", "512", "--kv-type", kv_type, "--json", *FAST
+        )
+        assert found.status == 0, found.err
+        rows[kv_type] = json.loads(found.out)["rows"]
+        assert {(row["engine"], row["kv_type"]) for row in rows[kv_type]} == {
+            (e, kv_type) for e in ("actqkv", "llama.cpp")
+        }
+    memory = {t: next(row["memory"] for row in found if row["memory"]) for t, found in rows.items()}
+    assert memory["q8_0"]["kv_bytes"] < memory["f16"]["kv_bytes"]
+
+
+def test_copies_that_llama_cpp_cannot_make(actqkv: Actqkv, babbler: Path) -> None:
+    """llama.cpp dies of moving quantised keys of heads that are no multiple of 64, and takes the benchmark along."""
+    found = actqkv("bench", babbler, "--lengths", "512", "--peer-read", "256", "--kv-type", "q4_0", *FAST)
+    assert found.status == 0, found.err
+    assert "llama.cpp cannot copy q4_0 keys of heads of 32: --peer-read 512" in found.out + found.err
+
+
 def test_exact_methods_beyond_the_trained_length(actqkv: Actqkv, babbler: Path) -> None:
     """A method that answers nothing beyond the trained 2,048 tokens ends the benchmark there, first or not."""
     found = actqkv("bench", babbler, "--lengths", "2k", "--peer-read", "256", "--methods", "dense", *FAST)
