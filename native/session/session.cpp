@@ -276,8 +276,12 @@ const float * session::stored_queries(int m) {
     if (params.kv_type == ACTQKV_KV_F16) {
         return met;
     }
-    std::copy_n(met, m * hp.n_channels(), q_turned.data());
-    actqkv_turn(q_turned.data(), (int64_t) m * hp.n_head, hp.d_head);
+    const int64_t n = (int64_t) m * hp.n_head;
+    parallel(m > 1 ? params.n_threads : 1, [&](int ith, int nth) {
+        const int64_t from = n * ith / nth * hp.d_head, to = n * (ith + 1) / nth * hp.d_head;
+        std::copy_n(met + from, to - from, q_turned.data() + from);
+        actqkv_turn(q_turned.data() + from, (to - from) / hp.d_head, hp.d_head);
+    });
     return q_turned.data();
 }
 

@@ -18,6 +18,13 @@ namespace {
 // x in [low, high] as a whole number, `low` for NaN.
 int whole(float x, int low, int high) { return !(x > (float) low) ? low : x > (float) high ? high : (int) x; }
 
+// x in [-128, 128] as a whole number, halves away from zero, as roundf, which is no instruction; 0 for NaN.
+int nearest(float x) {
+    const int towards_zero = x == x ? (int) x : 0;
+    const float rest = x - (float) towards_zero;
+    return towards_zero + (rest >= 0.5f) - (rest <= -0.5f);
+}
+
 void put_scale(float scale, uint8_t * block) {
     const uint16_t bits = float_to_half(scale);
     memcpy(block, &bits, sizeof(bits));
@@ -31,7 +38,7 @@ void store_q8_0(const float * x, uint8_t * block) {
     const float scale = most / 127, inverse = scale > 0 ? 1 / scale : 0;
     put_scale(scale, block);
     for (int i = 0; i < BLOCK; i++) {
-        block[2 + i] = (uint8_t) whole(roundf(x[i] * inverse), -127, 127);
+        block[2 + i] = (uint8_t) nearest(x[i] * inverse);
     }
 }
 
