@@ -4,5 +4,6 @@ Each module has `read`, which takes a file's bytes and gives an `Extract`; it ra
 
 pdf         pypdfium2 (Apache-2.0 or BSD-3, wheels): PDFium, the reader of Chrome; fast, and fuzzed as a browser must be
 docx        mammoth (BSD-2, pure Python): also keeps footnotes, content controls and accepted changes
-html, epub  the standard library; markdown: markdown-it-py (MIT), which `rich` brings along
+html, epub  lxml (BSD-3, wheels): takes any page in linear time; html.parser of Python fails or stalls on hostile ones
+markdown    a scan for headings; the text stays as it is
 """

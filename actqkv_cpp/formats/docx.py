@@ -32,7 +32,7 @@ def read(name: str, data: bytes) -> Extract:
         raise DocumentError(
             f"{name} is a damaged DOCX: {one_line(error)}", "open it in a word processor and save it again"
         ) from None
-    found = html.extract(page)
+    found = html.extract(name, page)
     if not found.text:
         raise DocumentError(f"{name} is a DOCX without text", "a document needs at least a word")
     return found

@@ -1,4 +1,4 @@
-"""EPUB by the standard library: a zip of XHTML files in reading order; headings, else the contents, are anchors."""
+"""EPUB: a zip of XHTML files in reading order; headings, else the contents, are anchors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _book(name: str, archive: zipfile.ZipFile) -> Extract:
     titles = _contents(archive, package_path, list(items.values()))
     builder = Builder()
     for path in paths:
-        chapter = html.extract(html.decode(f"{path} in {name}", archive.read(path)))
+        chapter = html.extract(name, html.decode(f"{path} in {name}", archive.read(path)))
         if not chapter.text:
             continue
         builder.gap(2)

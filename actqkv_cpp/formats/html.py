@@ -1,10 +1,11 @@
-"""HTML by the standard library: text as a browser would show it, without scripts and styles; headings are anchors."""
+"""HTML by lxml: text as a browser would show it, without scripts and styles; headings are anchors."""
 
 from __future__ import annotations
 
 import codecs
 import re
-from html.parser import HTMLParser
+from collections.abc import Mapping
+from contextlib import suppress
 
 from actqkv_cpp.errors import DocumentError
 from actqkv_cpp.formats.extract import Builder, Extract
@@ -32,19 +33,30 @@ def read(name: str, data: bytes) -> Extract:
     Raises:
         DocumentError: it is not in the encoding that it names (UTF-8 where it names none), or shows no text.
     """
-    found = extract(decode(name, data))
+    found = extract(name, decode(name, data))
     if not found.text:
         raise DocumentError(f"{name} is an HTML page without text", "a page that scripts fill: save it from a browser")
     return found
 
 
-def extract(page: str) -> Extract:
-    """The text of a page in memory; empty where it shows none."""
-    parser = _Parser()
-    parser.feed(page)
-    parser.close()
-    parser.end_heading()
-    return parser.builder.build()
+def extract(name: str, page: str) -> Extract:
+    """The text of a page in memory; empty where it shows none.
+
+    Raises:
+        DocumentError: the extra is not installed.
+    """
+    try:
+        from lxml import etree  # noqa: PLC0415 (an extra)
+    except ImportError:
+        raise DocumentError(
+            f"{name} is made of HTML, which lxml reads, and that is not installed", 'pip install "actqkv[documents]"'
+        ) from None
+    target = _Target()
+    parser = etree.HTMLParser(target=target, encoding="utf-8", huge_tree=True)
+    with suppress(etree.XMLSyntaxError):  # a page without an element
+        parser.feed(page.encode("utf-8", "replace"))
+        parser.close()
+    return target.close()
 
 
 def decode(name: str, data: bytes) -> str:
@@ -66,9 +78,10 @@ def decode(name: str, data: bytes) -> str:
         ) from None
 
 
-class _Parser(HTMLParser):
+class _Target:
+    """Takes the parser's events and builds the text."""
+
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
         self.builder = Builder()
         self._skipped: str | None = None  # the element whose content is passed over
         self._n_skipped = 0  # how deeply it is nested in itself
@@ -80,7 +93,7 @@ class _Parser(HTMLParser):
         self._new_cell = False  # nothing stands in the current cell yet: blocks in it begin no line
         self._heading: tuple[int, list[str]] | None = None  # where it begins, and its words
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def start(self, tag: str, attributes: Mapping[str, str]) -> None:
         if self._skipped is not None:
             self._n_skipped += tag == self._skipped
         elif tag in _SKIPPED:
@@ -95,7 +108,7 @@ class _Parser(HTMLParser):
             elif tag == "pre":
                 self._n_pre += 1
 
-    def handle_endtag(self, tag: str) -> None:
+    def end(self, tag: str) -> None:
         if self._skipped is not None:
             self._n_skipped -= tag == self._skipped
             if not self._n_skipped:
@@ -105,7 +118,8 @@ class _Parser(HTMLParser):
             self._n_pre = max(self._n_pre - 1, 0)
         elif tag == "tr":
             self._gap = 0  # of blocks in its last cell
-        self._break(tag)
+        if tag != "br":
+            self._break(tag)
 
     def _begin_cell(self) -> None:
         self.end_heading()
@@ -141,7 +155,11 @@ class _Parser(HTMLParser):
             self._heading = None
             self.builder.anchor("".join(words), start)
 
-    def handle_data(self, data: str) -> None:
+    def close(self) -> Extract:
+        self.end_heading()
+        return self.builder.build()
+
+    def data(self, data: str) -> None:
         if self._skipped is not None:
             return
         if self._heading is not None:

@@ -1,23 +1,47 @@
-"""Markdown: the text as it is, headings as anchors."""
+"""Markdown: the text as it is, headings as anchors.
+
+A scan of lines, since anchors need no more and a parser of all of CommonMark takes seconds per megabyte.
+"""
 
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
 from actqkv_cpp.formats.extract import Anchor
 
-_LINE_END = re.compile(r"\r\n|\r|\n")
+_LINE = re.compile(r"([^\r\n]*)(?:\r\n|\r|\n|$)")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_HASHES = re.compile(r"\ufeff? {0,3}#{1,6}(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
+_UNDERLINE = re.compile(r" {0,3}(?:=+|-+)[ \t]*$")
+_NO_PARAGRAPH = re.compile(r"\s*$|\s*[#>|*+-]|\s*\d+[.)]\s|    |\t")  # a line that an underline makes no heading of
+_FRONT_MATTER = "---"
 
 
 def anchors(text: str) -> tuple[Anchor, ...]:
-    """The headings of a Markdown text (CommonMark), where their lines begin."""
-    from markdown_it import MarkdownIt  # noqa: PLC0415 (tens of milliseconds)
-
-    parser = MarkdownIt("commonmark").disable("inline")
-    starts = [0, *(found.end() for found in _LINE_END.finditer(text))]
-    found = []
-    for token, inside in pairwise(parser.parse(text)):
-        if token.type == "heading_open" and token.map is not None and inside.content.strip():
-            found.append(Anchor(starts[token.map[0]], " ".join(inside.content.split())))
+    """The headings of a Markdown text, hashed or underlined, where their lines begin; not those in fenced code."""
+    found: list[Anchor] = []
+    fence = ""  # that the current code began with
+    front_matter = False
+    before = (0, "")  # the line before: where it begins, and what it says
+    for match in _LINE.finditer(text):
+        line, start = match[1], match.start()
+        if start == 0 and line.rstrip() == _FRONT_MATTER:
+            front_matter = True
+        elif front_matter:
+            front_matter = line.rstrip() not in (_FRONT_MATTER, "...")
+            line = ""
+        elif fence:
+            mark = _FENCE.match(line)
+            if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
+                fence = ""
+            line = ""
+        elif mark := _FENCE.match(line):
+            fence, line = mark[1], ""
+        elif heading := _HASHES.match(line):
+            if heading[1]:
+                found.append(Anchor(start, " ".join(heading[1].split())))
+        elif _UNDERLINE.match(line) and not _NO_PARAGRAPH.match(before[1]):
+            found.append(Anchor(before[0], " ".join(before[1].split())))
+            line = ""
+        before = (start, line)
     return tuple(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,13 +177,27 @@ def test_refused(tmp_path: Path, name: str, data: bytes, words: str, hint: str) 
     assert hint in str(found.value.hint)
 
 
-@pytest.mark.parametrize(("name", "data", "module"), [("a.pdf", PDF, "pypdfium2"), ("a.docx", DOCX, "mammoth")])
+@pytest.mark.parametrize(
+    ("name", "data", "module"),
+    [("a.pdf", PDF, "pypdfium2"), ("a.docx", DOCX, "mammoth"), ("a.html", HTML, "lxml"), ("a.epub", EPUB, "lxml")],
+)
 def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes, module: str) -> None:
     """Without the extra, a traceback of an import instead of the command that installs it."""
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DocumentError, match=module) as found:
         load(tmp_path, name, data)
     assert found.value.hint == 'pip install "actqkv[documents]"'
+
+
+@pytest.mark.parametrize(
+    "piece", ["<a", "<!--", "<![", "<![CDATA[", "<?", "</", "<!", '<b a="', "&", "&#", "<div>", "<script>"]
+)
+def test_pages_that_stall_parsers(tmp_path: Path, piece: str) -> None:
+    """A page of unfinished tags takes minutes, or ends in a traceback."""
+    begin = time.process_time()
+    file = load(tmp_path, "a.html", b"<p>word</p>" + piece.encode() * 50_000)
+    assert file.text.startswith("word")
+    assert time.process_time() - begin < 10
 
 
 def test_archive_that_unpacks_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
