@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 import warnings
 from collections.abc import Iterator
@@ -195,7 +196,13 @@ def _place(found: dict[str, Any], tokens: Tokens, files: tuple[TextFile, ...], s
 
 
 def begin(llm: Llama, path: str | Path, files: tuple[TextFile, ...], reading: Reading) -> None:
-    """Have the session of `llm` write `reading` to a new KV file as it goes on."""
+    """Have the session of `llm` write `reading` to a new KV file as it goes on.
+
+    Raises:
+        KVFileError: the file cannot be made, or its disk has no room for it.
+    """
+    plan = llm._native_session("a KV file").plan
+    _check_disk(path, (plan.kv_bytes + plan.summary_bytes) * reading.n_total // llm.n_ctx())
     phases = np.concatenate([np.full(len(t), _PHASES[phase], np.int8) for t, phase in reading.all_segments()])
     section = encode(identity.of_model(llm.model_path), files, reading)
     kvfile.begin(
@@ -206,6 +213,17 @@ def begin(llm: Llama, path: str | Path, files: tuple[TextFile, ...], reading: Re
         section,
         checkpoint_tokens=kvfile.CHECKPOINT_TOKENS,
     )
+
+
+def _check_disk(path: str | Path, needed: int) -> None:
+    try:
+        free = shutil.disk_usage(Path(path).parent).free
+    except OSError:  # what is wrong is said when the file is made
+        return
+    if needed > free:
+        raise KVFileError(
+            f"{path} takes {needed:,} bytes, {free:,} are free on its disk", "free some, or use a smaller kv_type"
+        )
 
 
 def save(llm: Llama, path: str | Path, files: tuple[TextFile, ...], reading: Reading) -> None:

@@ -12,6 +12,7 @@ from actqkv_cpp.cli.ask import ask
 from actqkv_cpp.cli.bench import bench
 from actqkv_cpp.cli.chat import chat
 from actqkv_cpp.cli.eval import evaluate
+from actqkv_cpp.cli.index import index
 from actqkv_cpp.cli.inspect import inspect
 from actqkv_cpp.cli.report import report
 from actqkv_cpp.cli.text import text
@@ -53,6 +54,7 @@ def actqkv(
 
 app.command()(chat)
 app.command()(ask)
+app.command()(index)
 app.command()(bench)
 app.command()(inspect)
 app.command("eval")(evaluate)

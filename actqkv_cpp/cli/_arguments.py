@@ -1,4 +1,4 @@
-"""The arguments that stand before the options: an optional MODEL, then questions."""
+"""The arguments that stand before the options: an optional MODEL, then questions or documents."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from actqkv_cpp.errors import ParameterError
 
 
-def split(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """MODEL, or None, and questions."""
+def split(arguments: list[str], *, documents: bool = False) -> tuple[Path | None, list[str]]:
+    """MODEL, or None, and questions, or `documents`, among which a file is no MODEL unless its name ends in .gguf."""
     first = Path(arguments[0]) if arguments else None
-    if first is None or not (first.suffix == ".gguf" or _is_file(first)):
+    if first is None or not (first.suffix == ".gguf" or (_is_file(first) and not documents)):
         return None, arguments
     if first.suffix != ".gguf" and first.read_bytes()[:4] != b"GGUF":
         raise ParameterError(f"{first} is a file, but no GGUF model", "give each document a -d of its own")

@@ -42,7 +42,8 @@ _DOCUMENT = typer.Option(
     "-d",
     "--document",
     metavar="FILE",
-    help="File to read: PDF, DOCX, EPUB, HTML, Markdown, text or source code; - is standard input. Repeat for more.",
+    help="File to read: PDF, DOCX, EPUB, HTML, Markdown, text or source code; - is standard input. The first may be a "
+    "KV file (.akv) of actqkv index. Repeat for more.",
 )
 _MODEL = typer.Argument(metavar="MODEL", help="GGUF file. [default: the bundled model]", show_default=False)
 
@@ -78,6 +79,16 @@ KvType = Annotated[
         help="Type in which keys and values are kept: f16, q8_0 or q4_0.",
         metavar="TYPE",
         default="f16",
+    ),
+]
+KvFile = Annotated[
+    Path | None,
+    _option(
+        "--kv-file",
+        help="Write keys and values to this file while reading, and keep them there; after an interruption go on from "
+        "it.",
+        metavar="FILE",
+        default="they are kept in RAM",
     ),
 ]
 GpuLayers = Annotated[
@@ -157,6 +168,14 @@ class EngineOptions:
     verbose: bool
     audit: int = 0
     min_recall: float | None = None
+    kv_file: Path | None = None
+    given: frozenset[str] = frozenset()  # names of the options that were given, as against defaults
+
+
+def given(context: typer.Context) -> frozenset[str]:
+    """Names of the parameters that the command line gives."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(name for name, source in sources.items() if source is not None and source.name != "DEFAULT")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""From options to a model that has room for the documents: what `chat` and `ask` do before the first question."""
+"""From options to a model that has room for the documents: what commands do before the first question."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import actqkv_cpp
 from actqkv_cpp import reader
@@ -21,9 +22,14 @@ from actqkv_cpp.errors import Cancelled, DocumentError, MemoryPlanError, Paramet
 from actqkv_cpp.reader import TextFile
 
 if TYPE_CHECKING:
-    from actqkv_cpp import Document, Llama
+    from actqkv_cpp import Chat, Document, Llama
+    from actqkv_cpp.figures import FileInfo
+
+    Asked: TypeAlias = Document | Chat
 
 STDIN = "-"
+_KV_FILE = b"AKVFILE\0"
+_INDEX_AGAIN = "leave it out, or index the document again with it"
 _SPARE_TOKENS = 8 * 1024  # what the default --ctx has beyond documents, question and answer
 TEMPLATE_TOKENS = 256  # more than the chat templates known to us put around documents and one question
 _WINDOW_TOKENS = 256  # of reading, unless local is shorter
@@ -36,21 +42,70 @@ def load_documents(names: Sequence[str]) -> list[TextFile]:
     return [reader.load_stdin() if name == STDIN else reader.load(name) for name in names]
 
 
+@dataclass(frozen=True)
+class Documents:
+    """What -d names: a KV file or none, then files to be read."""
+
+    opened: Path | None
+    files: list[TextFile]
+
+    def all_files(self) -> list[TextFile]:
+        """With those in the KV file."""
+        from actqkv_cpp import kvfile, saved  # noqa: PLC0415 (heavy)
+
+        if self.opened is None:
+            return self.files
+        tokens, _, section = kvfile.read(self.opened)
+        return [*saved.decode(section, tokens).files, *self.files]
+
+
+def find_documents(names: Sequence[str]) -> Documents:
+    """The documents of -d, checked before any model is loaded.
+
+    Raises:
+        DocumentError: one cannot be read, or a KV file is not the first.
+    """
+    kv_files = [name for name in names if name != STDIN and _is_kv_file(name)]
+    if kv_files and (len(kv_files) > 1 or kv_files != list(names[:1])):
+        raise DocumentError(
+            f"{kv_files[-1]} is a KV file, which opens as the first document only",
+            "give it first, and other documents as they are",
+        )
+    return Documents(Path(kv_files[0]) if kv_files else None, load_documents(names[len(kv_files) :]))
+
+
+def _is_kv_file(name: str) -> bool:
+    try:
+        with Path(name).open("rb") as file:
+            return file.read(len(_KV_FILE)) == _KV_FILE or name.endswith(".akv")
+    except (OSError, ValueError):
+        return name.endswith(".akv")
+
+
 def texts_of(files: Sequence[TextFile]) -> list[str]:
     """The documents as the model reads them, names included."""
     return [heading + file.text for heading, file in zip(reader.headings(files), files, strict=True)]
 
 
-def open_model(output: Output, options: EngineOptions, texts: Sequence[str], *, reserve: int) -> Llama:
+def open_model(
+    output: Output, options: EngineOptions, texts: Sequence[str], *, reserve: int, opened: Path | None = None
+) -> Llama:
     """The model with a session of --ctx tokens, by default enough for `texts` and `reserve` tokens with room to spare.
 
+    Args:
+        opened: a KV file that comes before the texts; it is opened, and answered by its own method where no option asks
+            for another.
+
     Raises:
-        ModelError: the file is missing or broken.
+        ModelError: the model is missing or broken.
+        KVFileError, StateError: the KV file is.
         MemoryPlanError: --ctx, or what the texts need, does not fit in RAM.
+        ParameterError: options that contradict each other, or the KV file.
     """
     if not options.verbose:
         silence_llama_cpp()
-    retrieval = _retrieval(options)
+    info = _info(opened, options) if opened is not None else None
+    retrieval = _retrieval(options) if info is None else _retrieval_of_file(options, info)
     path = options.model or actqkv_cpp.default_model_path()
 
     def load(n_ctx: int, **more: Any) -> Llama:
@@ -60,16 +115,21 @@ def open_model(output: Output, options: EngineOptions, texts: Sequence[str], *, 
                 path,
                 n_ctx=n_ctx,
                 retrieval=retrieval,
-                kv_type=options.kv_type,
+                kv_type=options.kv_type if info is None else info.params.kv_type,
+                kv_file=opened or options.kv_file,
                 n_gpu_layers=options.gpu_layers,
                 n_threads=options.threads,
                 verbose=options.verbose,
                 **more,
             )
 
-    exact = actqkv_cpp.methods()[options.method]["positions"] == "exact"
+    positions = actqkv_cpp.methods()[options.method] if info is None else info.params.columns
+    exact = positions["positions"] == "exact"
+    reserve += info.n_tokens if info is not None else 0
     with output.waiting(f"loading {path.name}"):
         llm = load(options.ctx) if options.ctx is not None else _load_with_room(load, texts, reserve, exact=exact)
+    if opened is not None:
+        _open(output, llm, opened)
     if options.audit or options.min_recall is not None:
         llm.audit(options.audit, min_recall=options.min_recall)
     bundled = "" if options.model else " (bundled, for trying out)"
@@ -119,15 +179,64 @@ def read_with_progress(output: Output, names: str, work: Callable[[Progress], ob
     return result
 
 
-def read_all(output: Output, llm: Llama, files: list[TextFile], *, system: str | None, reserve: int) -> Document:
+def read_all(output: Output, llm: Llama, found: Documents, *, system: str | None, reserve: int) -> Asked:
     """The documents, read whole. KeyboardInterrupt where Ctrl-C stopped that."""
-    names = ", ".join(file.name for file in files)
-    reading = read_with_progress(
-        output, names, lambda progress: llm.read(files, system=system, reserve=reserve, progress=progress)
-    )
-    if not reading.complete or llm.document is None:
+    chat, reading = start(output, llm, found, system=system, reserve=reserve)
+    if reading is not None and not reading.complete:
         raise KeyboardInterrupt
-    return llm.document
+    return chat if found.opened is not None and found.files else cast("Document", llm.document)
+
+
+def start(
+    output: Output, llm: Llama, found: Documents, *, system: str | None, reserve: int
+) -> tuple[Chat, Reading | None]:
+    """A conversation over the documents, and how far the latest reading went; None where nothing was to be read."""
+    files, document = found.files, llm.document
+    reading = None
+    if document is None and files:
+        names = ", ".join(file.name for file in files)
+        reading = read_with_progress(
+            output, names, lambda progress: llm.read(files, system=system, reserve=reserve, progress=progress)
+        )
+        files, document = [], llm.document
+    elif document is not None and document.tokens_read < document.tokens_total:
+        rest, already = document, document.tokens_read
+        names = ", ".join(rest.names)
+        reading = read_with_progress(output, names, lambda progress: rest.resume(progress=progress), already=already)
+    chat = llm.chat(document) if document is not None else llm.chat(system=system)
+    for file in files if reading is None or reading.complete else []:
+
+        def add(progress: Progress, file: TextFile = file) -> None:
+            chat.read(file, progress=progress)
+
+        reading = read_with_progress(output, file.name, add)
+        if not reading.complete:
+            break
+    return chat, reading
+
+
+def _info(opened: Path, options: EngineOptions) -> FileInfo:
+    """What the KV file holds, where the options do not contradict it."""
+    from actqkv_cpp import kvfile  # noqa: PLC0415 (heavy)
+
+    info = kvfile.info(opened)
+    if "kv_type" in options.given and options.kv_type != info.params.kv_type:
+        raise ParameterError(f"kv_type is {options.kv_type}, {opened} has {info.params.kv_type}", _INDEX_AGAIN)
+    if options.system is not None:
+        raise ParameterError(f"{opened} was read with its own system message", "give --system to actqkv index")
+    if options.kv_file is not None:
+        raise ParameterError(f"{opened} is on disk already, --kv-file is for what is to be read", "leave it out")
+    return info
+
+
+def _open(output: Output, llm: Llama, opened: Path) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        document = llm.open(opened)
+    for warning in said:
+        output.note(f"warning: {warning.message}")
+    part = "" if document.tokens_read == document.tokens_total else f"the first {document.tokens_read:,} of "
+    output.note(f"opened {opened}: {part}{document.tokens_total:,} tokens of {', '.join(document.names)}")
 
 
 def _load_with_room(load: Callable[..., Llama], texts: Sequence[str], reserve: int, *, exact: bool) -> Llama:
@@ -175,6 +284,22 @@ def _retrieval(options: EngineOptions) -> Retrieval:
     )
 
 
+def _retrieval_of_file(options: EngineOptions, info: FileInfo) -> Retrieval:
+    """The reading's own Retrieval, with what was given in its place. What cannot answer is refused when it opens."""
+    from actqkv_cpp import saved  # noqa: PLC0415 (heavy)
+
+    sizes = {"budget": options.budget, "n_sink": options.sink, "n_local": options.local, "chunk": options.chunk}
+    names = {"budget": "budget", "n_sink": "sink", "n_local": "local", "chunk": "chunk"}
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if names[name] in options.given}
+    reading = saved.answering(info.params, None)
+    if "method" not in options.given:
+        return replace(reading, **given)
+    if options.method not in (known := actqkv_cpp.methods()):
+        raise unknown_name("method", options.method, known)
+    kept = {name: getattr(reading, name) for name in ("budget", "n_sink", "n_local", "window")}
+    return Retrieval(options.method, **kept | given)
+
+
 def _engine(llm: Llama) -> str:
     if llm.engine_reason:
         return f"densely through llama.cpp: {llm.engine_reason}"
@@ -189,4 +314,9 @@ def _engine(llm: Llama) -> str:
 
 
 def _memory(llm: Llama) -> str:
-    return f" in {human_bytes(llm.session.plan.total_bytes)}" if llm.session else ""
+    """Where its keys and values will be, at most."""
+    if llm.session is None:
+        return ""
+    plan, in_file = llm.session.plan, llm.kv_file is not None
+    disk = f" of RAM, {human_bytes(plan.kv_bytes + plan.summary_bytes)} in {llm.kv_file}" if in_file else ""
+    return f" in {human_bytes(plan.needed_bytes(llm.n_ctx(), in_file=in_file))}{disk}"

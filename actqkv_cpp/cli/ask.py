@@ -16,11 +16,12 @@ from actqkv_cpp.cli._arguments import split
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._output import Output
-from actqkv_cpp.cli._session import TEMPLATE_TOKENS, load_documents, open_model, read_all, texts_of
+from actqkv_cpp.cli._session import TEMPLATE_TOKENS, find_documents, open_model, read_all, texts_of
 from actqkv_cpp.errors import DocumentError, ParameterError
 
 if TYPE_CHECKING:
-    from actqkv_cpp import Answer, Document, Llama
+    from actqkv_cpp import Answer, Llama
+    from actqkv_cpp.cli._session import Asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class _Request:
 
 
 def ask(
+    context: typer.Context,
     *,
     model: o.Model = None,
     questions: Annotated[
@@ -50,6 +52,7 @@ def ask(
     budget: o.Budget = 2048,
     method: o.Method = "actqkv",
     kv_type: o.KvType = "f16",
+    kv_file: o.KvFile = None,
     gpu_layers: o.GpuLayers = 0,
     threads: o.Threads = None,
     sink: o.Sink = 64,
@@ -98,6 +101,8 @@ def ask(
             verbose=verbose,
             audit=audit,
             min_recall=min_recall,
+            kv_file=kv_file,
+            given=o.given(context),
         )
         sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
         request = _Request(documents=documents, questions=asked, json=as_json, sources=sources)
@@ -119,11 +124,11 @@ def _ask(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, r
         o.check_text(question, "a question")
         if not question.strip():
             raise ParameterError("a question is empty", "leave it out")
-    files = load_documents(request.documents)
-    texts = [*texts_of(files), max(request.questions, key=len)]
-    llm = open_model(output, engine, texts, reserve=sampling.max_tokens)
+    found = find_documents(request.documents)
+    texts = [*texts_of(found.files), max(request.questions, key=len)]
+    llm = open_model(output, engine, texts, reserve=sampling.max_tokens, opened=found.opened)
     reserve = sampling.max_tokens + max(map(llm.count_tokens, request.questions)) + TEMPLATE_TOKENS
-    document = read_all(output, llm, files, system=engine.system, reserve=reserve)
+    document = read_all(output, llm, found, system=engine.system, reserve=reserve)
     answers: list[Answer] = []
     answer_all = _answer_silently if request.json else _answer_aloud
     try:
@@ -137,7 +142,7 @@ def _ask(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, r
 
 
 def _answer_aloud(
-    output: Output, document: Document, sampling: o.SamplingOptions, request: _Request, stop: Interrupt
+    output: Output, document: Asked, sampling: o.SamplingOptions, request: _Request, stop: Interrupt
 ) -> Iterator[Answer]:
     """Answers for a reader, shown as they come."""
     for i, question in enumerate(request.questions):
@@ -157,7 +162,7 @@ def _answer_aloud(
 
 
 def _answer_silently(
-    output: Output, document: Document, sampling: o.SamplingOptions, request: _Request, stop: Interrupt
+    output: Output, document: Asked, sampling: o.SamplingOptions, request: _Request, stop: Interrupt
 ) -> Iterator[Answer]:
     """Answers for a program: only how far it is shows."""
     n = len(request.questions)

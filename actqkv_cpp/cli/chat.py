@@ -15,7 +15,7 @@ from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._repl import COMMANDS, Repl
 from actqkv_cpp.cli._saved import ReadEvent, SavedChat, check_same
 from actqkv_cpp.cli._saved import load as load_chat
-from actqkv_cpp.cli._session import STDIN, TEMPLATE_TOKENS, load_documents, open_model, read_with_progress, texts_of
+from actqkv_cpp.cli._session import STDIN, TEMPLATE_TOKENS, find_documents, open_model, start, texts_of
 from actqkv_cpp.cli._terminal import open_lines
 from actqkv_cpp.errors import ParameterError, StateError
 from actqkv_cpp.reader import TextFile
@@ -24,6 +24,7 @@ _QUESTION_TOKENS = 512  # kept free beside the answer
 
 
 def chat(
+    context: typer.Context,
     *,
     model: o.Model = None,
     documents: o.OptionalDocuments = None,
@@ -31,6 +32,7 @@ def chat(
     budget: o.Budget = 2048,
     method: o.Method = "actqkv",
     kv_type: o.KvType = "f16",
+    kv_file: o.KvFile = None,
     gpu_layers: o.GpuLayers = 0,
     threads: o.Threads = None,
     sink: o.Sink = 64,
@@ -78,6 +80,8 @@ def chat(
         verbose=verbose,
         audit=audit,
         min_recall=min_recall,
+        kv_file=kv_file,
+        given=o.given(context),
     )
     sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
     with reported(output):
@@ -98,28 +102,20 @@ def _chat(
     documents: list[str],
     saved: SavedChat | None = None,
 ) -> None:
-    files = load_documents(documents)
-    later = _check(saved, files, engine) if saved is not None else {}
+    found = find_documents(documents)
+    later = _check(saved, found.all_files(), engine) if saved is not None else {}
     lines = open_lines(
         stdin_taken=STDIN in documents,
         commands=COMMANDS,
         with_path=[name for name, command in COMMANDS.items() if "FILE" in command.usage],
     )
     reserve = sampling.max_tokens + _QUESTION_TOKENS
-    texts = [*texts_of(files), *(file.text for file in later.values())]
+    texts = [*texts_of(found.files), *(file.text for file in later.values())]
     for turn in saved.turns if saved is not None else ():
         texts.append(turn.question)
         reserve += len(turn.tokens) + TEMPLATE_TOKENS
-    llm = open_model(output, engine, texts, reserve=reserve)
-    reading = None
-    if files:
-        names = ", ".join(file.name for file in files)
-        reading = read_with_progress(
-            output,
-            names,
-            lambda progress: llm.read(files, system=engine.system, reserve=reserve, progress=progress),
-        )
-    conversation = llm.chat(llm.document) if llm.document else llm.chat(system=engine.system)
+    llm = open_model(output, engine, texts_of(found.files), reserve=reserve, opened=found.opened)
+    conversation, reading = start(output, llm, found, system=engine.system, reserve=reserve)
     resume = "" if reading is None or reading.complete else "/read reads on, "
     output.note(f"{resume}/help shows the commands, Ctrl-D leaves")
     repl = Repl(
