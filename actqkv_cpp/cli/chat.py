@@ -114,7 +114,7 @@ def _chat(
     for turn in saved.turns if saved is not None else ():
         texts.append(turn.question)
         reserve += len(turn.tokens) + TEMPLATE_TOKENS
-    llm = open_model(output, engine, texts_of(found.files), reserve=reserve, opened=found.opened)
+    llm = open_model(output, engine, texts, reserve=reserve, opened=found.opened)
     conversation, reading = start(output, llm, found, system=engine.system, reserve=reserve)
     resume = "" if reading is None or reading.complete else "/read reads on, "
     output.note(f"{resume}/help shows the commands, Ctrl-D leaves")

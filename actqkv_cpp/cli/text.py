@@ -9,12 +9,15 @@ import typer
 from actqkv_cpp.cli import _options as o
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
-from actqkv_cpp.cli._session import load_documents
+from actqkv_cpp.cli._session import find_documents
+from actqkv_cpp.errors import ParameterError
 
 
 def text(
     *,
-    document: Annotated[str, typer.Argument(metavar="FILE", help="Document; - is standard input.")],
+    document: Annotated[
+        str, typer.Argument(metavar="FILE", help="Document, or a KV file of one; - is standard input.")
+    ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: name, text, anchors (offset and label), by_line.")
     ] = False,
@@ -31,7 +34,12 @@ def text(
     """
     output = Output(verbose=verbose)
     with reported(output):
-        (file,) = load_documents([document])
+        files = find_documents([document]).all_files()
+        if len(files) > 1:
+            raise ParameterError(
+                f"{document} holds {len(files)} documents, and offsets count in each apart", "print their own files"
+            )
+        (file,) = files
         if as_json:
             output.json(file.to_json())
         else:

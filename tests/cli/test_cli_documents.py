@@ -38,3 +38,15 @@ def test_sources_of_a_pdf(actqkv: Actqkv, book: Path, tmp_path: Path) -> None:
         assert source["place"] == f"p. {sum(start <= source['start'] for start in starts)}"
     assert f"{path}:" in (shown := actqkv("ask", "-d", path, QUESTION, "--sources").out)
     assert ", p. " in shown
+
+
+@pytest.mark.model
+def test_text_of_a_kv_file(actqkv: Actqkv, tmp_path: Path) -> None:
+    """The text that offsets of a KV file's sources count in cannot be had."""
+    path, other = tmp_path / "a.html", tmp_path / "b.txt"
+    path.write_text("<h1>The mill</h1><p>The key hung there.", encoding="utf-8")
+    other.write_text("More.", encoding="utf-8")
+    assert actqkv("index", path, "-o", tmp_path / "a.akv").status == 0
+    assert actqkv("text", tmp_path / "a.akv", "--json").out == actqkv("text", path, "--json").out
+    assert actqkv("index", path, other, "-o", tmp_path / "b.akv").status == 0
+    assert_failed(actqkv("text", tmp_path / "b.akv"), "holds 2 documents")
