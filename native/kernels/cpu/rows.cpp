@@ -3,8 +3,14 @@
 //     q8_0  s = max |x| / 127                          q_i = round(x_i / s), halves away from zero
 //     q4_0  s = x_m / -8, x_m the first of largest |x|   q_i = min(15, floor(x_i / s + 8.5))
 //
-// Keys are turned before (kernels.h): without that, KL(f16 || q4_0) of attention over keys of the bundled model is 0.30
-// instead of 0.24, and 1.41 instead of 0.34 with two channels raised eightfold; q8_0 0.0013 and 0.0011, 0.0050 and 0.0013.
+// Keys are turned before (kernels.h). Mean over layers and 24 queries of the KL divergence of attention over 5,376 closed
+// tokens of examples/harbour.txt, f16 against the type, keys of the bundled model of November 2026 without RoPE:
+//
+//                                        q8_0     q8_0 turned   q4_0    q4_0 turned
+//     keys as they are                   0.0013   0.0011        0.30    0.24
+//     two channels eight times larger    0.0050   0.0013        1.41    0.34
+//
+// The output of attention moves by an NMSE of 0.0003 (q8_0) and 0.04 (q4_0) for keys, 7e-6 and 0.002 for values.
 //
 // s is rounded to f16 after the division. A block whose values are not finite has no meaning, but does no harm. Runs
 // once per token: small beside what made it.
