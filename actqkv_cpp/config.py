@@ -34,7 +34,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "vote": get_args(Vote),
 }
 _SIZES = ("budget", "n_sink", "n_local", "chunk", "window")
-_COUNTS = ("representatives", "probe_warmup", "statistics_cap", "refine", "dense_layers")
+_COUNTS = ("representatives", "probe_warmup", "statistics_cap", "sketch", "refine", "dense_layers")
 _NUMBERS = ("cutoff_temperature", "question_weight")
 LLAMA_CPP = "llama.cpp"  # the method that is not ours: dense attention by llama.cpp itself, for comparison
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
@@ -89,7 +89,9 @@ class Retrieval:
         statistics: running statistics "pooled" (exact) or as "published".
         statistics_cap: t_max; statistics remember at most t_max * 256 tokens.
         score: of a chunk: "cosine" or "dot" product of probe and summary.
-        refine: while answering, the keys of the best refine * share chunks are scored one by one; 1 is off.
+        sketch: while answering, sketches of the keys (one bit per channel) choose refine * share chunks from the best
+            sketch * share; 1 is off, else more than refine.
+        refine: while answering, the keys themselves choose from the refine * share chunks that are left; 1 is off.
         cutoff: while answering: "none", "layerwise" (by entropy) or as "published".
         cutoff_temperature: of the softmax over scores, > 0.
         question_weight: lambda of question-aware prefill; 0 is off.
@@ -126,6 +128,7 @@ class Retrieval:
     statistics: Statistics | None = None
     statistics_cap: int | None = None
     score: Score | None = None
+    sketch: int | None = None
     refine: int | None = None
     cutoff: Cutoff | None = None
     cutoff_temperature: float | None = None

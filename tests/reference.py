@@ -52,7 +52,10 @@ class Params:
     granularity: Literal["layer", "kv_head"] = "layer"  # kv_head: section 4, one list per KV head
     vote: Literal["max", "sum"] = "max"
     n_dense_layers: int = 0  # section 4: the first layers attend everything
-    refine: int = 1  # answering: the keys of the best refine * budget chunks decide; 1: off
+    sketch: int = (
+        1  # answering: sketches of the best sketch * budget chunks decide which refine * budget remain; 1: off
+    )
+    refine: int = 1  # answering: the keys of those refine * budget chunks decide; 1: off
     question_weight: float = 4.0  # lambda of section 3.4
     cutoff: Literal["ours", "published", "none"] = "ours"
     cutoff_temperature: float = 1.0
@@ -407,10 +410,34 @@ def bound_scores(query: Floats, bounds: Floats) -> Floats:
 
 
 def key_scores(query: Floats, keys: Sequence[Floats]) -> Floats:
-    """Sum over query heads of the largest q.k in each chunk: query [H, d], keys [c, G, d] of N chunks."""
+    """The largest q.k of every query head in each chunk [H, N]: query [H, d], keys [c, G, d] of N chunks."""
     n_gqa = len(query) // keys[0].shape[1] if keys else 1
     products = [np.einsum("hd,jhd->hj", query, np.repeat(chunk, n_gqa, axis=1)) for chunk in keys]
-    return np.array([chunk.max(axis=1).sum() for chunk in products])
+    return np.array([chunk.max(axis=1) for chunk in products]).T
+
+
+# Sketches: of the engine's own making (native/kernels/cpu/sketch.cpp says what they are), no part of the papers
+
+
+def sketched_keys(keys: Floats, stored: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:
+    """Mean [G, d] of a chunk's keys [c, G, d], and what each differs by: one size, as many signs."""
+    mean = keys.mean(axis=0)
+    rest = keys - mean
+    size = stored(np.abs(rest).mean(axis=2, keepdims=True))
+    return stored(mean), np.where(rest < 0, -size, size)
+
+
+def sketch_scores(query: Floats, keys: Sequence[Floats], stored: Callable[[Floats], Floats]) -> Floats:
+    """`key_scores` of sketched keys. What four channels give is rounded to 1/63 of the most that any four can."""
+    query = query.reshape(len(query), -1, 4)
+    unit = np.abs(query).sum(axis=2).max(axis=1)[:, None] / 63
+    found = []
+    for chunk in keys:
+        mean, rest = (np.repeat(part, len(query) // chunk.shape[1], axis=-2) for part in sketched_keys(chunk, stored))
+        of_four = np.einsum("hpe,jhpe->jhp", query, np.sign(rest).reshape(len(rest), *query.shape))
+        around = np.abs(rest[:, :, 0]) * (np.rint(of_four / unit) * unit).sum(axis=2)
+        found.append(np.einsum("hd,hd->h", query.reshape(mean.shape), mean) + around.max(axis=0))
+    return np.array(found).T
 
 
 # Section 3.6: layer-wise cut-off
@@ -516,7 +543,8 @@ class LayerResult(TypedDict):
     scores: Floats  # [N] that decide; with a list per KV head [G, N], votes or masses
     entropy: float  # NaN for N <= 1
     budget: int  # chunks this layer may take, N at most
-    refined: Floats  # [N] by their keys, where `refine` decides: -inf for what is no candidate; else the scores
+    sketched: Floats  # [N] logarithms of votes by sketches, where `sketch` decides: -inf for others; else the scores
+    refined: Floats  # [N] the same by keys, where `refine` decides: -inf for others; else `sketched`
     plan: Ints  # ascending chunk ids [k], or [G, k]
     attended: Ints  # ascending positions of the past, or [G, ...]; the window itself comes on top
     out: Floats  # [m, H*d]
@@ -636,7 +664,12 @@ class ReferenceSession:
         if not math.isnan(entropy):
             state.entropies.append(entropy)  # Reading: a window without a value (N <= 1) contributes none.
         budget = self._budgets[layer]
-        refined = self._refine(state, q, scores, budget * params.refine) if phase == "decode" else scores
+        sketched = refined = scores
+        if phase == "decode" and params.select == "top_k" and scores.ndim == 1:
+            n_sketched, n_refined = (min(len(scores), n * budget) for n in (params.sketch, params.refine))
+            if n_sketched > n_refined:
+                sketched = self._among(state, q, scores, n_sketched, by_sketch=True)
+            refined = self._among(state, q, sketched, n_refined, by_sketch=False) if n_refined > budget else sketched
         plan = top_k(refined, budget) if scores.ndim == 1 else np.array([top_k(row, budget) for row in refined])
         attended, out = self._attend(state, q, k, v, plan if attended_plan is None else attended_plan)
         return LayerResult(
@@ -646,6 +679,7 @@ class ReferenceSession:
             scores=scores,
             entropy=entropy,
             budget=budget,
+            sketched=sketched,
             refined=refined,
             plan=plan,
             attended=attended,
@@ -709,22 +743,24 @@ class ReferenceSession:
             return bias, np.full(len(z), 1 / len(z))
         return bias, probe_weights(bias)
 
-    def _refine(self, state: _Layer, q: Floats, scores: Floats, n_candidates: int) -> Floats:
-        """Scores [N] of the best chunks by their keys, as the step's query q [1, H, d] meets stored ones."""
+    def _among(self, state: _Layer, q: Floats, scores: Floats, n_candidates: int, *, by_sketch: bool) -> Floats:
+        """Logarithms [N] of all query heads' votes for the best `n_candidates`, by their keys as the step's query
+        q [1, H, d] meets closed ones, or by sketches of what those were before they closed; -inf for the rest."""
         params = self.params
-        if params.refine == 1 or params.select == "oracle":
-            return scores
+        candidates = top_k(scores, n_candidates)
         exact = params.positions == "exact"
         query = rotate(q, self.n_past if exact else params.n_local, self.rope)[0]
-        candidates = top_k(scores, n_candidates)
         keys = []
         for b in candidates:
             tokens = np.arange(params.n_chunk_tokens) + params.n_sink + b * params.n_chunk_tokens
             rotated = rotate(state.k[tokens], tokens if exact else 0, self.rope)
-            keys.append(params.kept_keys(rotated, np.ones(len(tokens), dtype=bool)))
-        refined = np.full(len(scores), -np.inf)
-        refined[candidates] = key_scores(query, keys)
-        return refined
+            closed = np.ones(len(tokens), dtype=bool)
+            keys.append(params.stored(rotated) if by_sketch else params.kept_keys(rotated, closed))
+        scale = query.shape[1] ** -0.5 if params.scale is None else params.scale
+        best = sketch_scores(query, keys, params.stored) if by_sketch else key_scores(query, keys)
+        votes = np.full(len(scores), -np.inf)
+        votes[candidates] = np.log(quest_group_scores(scale * best, 1, "sum")[0])
+        return votes
 
     def _attend(self, state: _Layer, q: Floats, k: Floats, v: Floats, plan: Ints) -> tuple[Ints, Floats]:
         """Attend, add up what local and the window received, and append k and v."""

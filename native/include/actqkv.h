@@ -79,7 +79,7 @@ enum actqkv_cutoff { ACTQKV_CUTOFF_NONE = 0, ACTQKV_CUTOFF_LAYERWISE = 1, ACTQKV
 enum actqkv_granularity {
     ACTQKV_GRANULARITY_LAYER   = 0, // one list of chunks for all heads: their products are added up
     ACTQKV_GRANULARITY_KV_HEAD = 1, // one list per KV head, by a vote of its group's query heads. Goes with SCORE_DOT,
-                                    // no refinement, no cut-off and no question
+                                    // neither sketch nor refine, no cut-off and no question
 };
 enum actqkv_vote { ACTQKV_VOTE_MAX = 0, ACTQKV_VOTE_SUM = 1 }; // of the softmax over chunks of each query head's scores
 
@@ -95,7 +95,8 @@ struct actqkv_method {
     int32_t statistics;         // enum actqkv_statistics
     int32_t statistics_cap;     // t_max: running statistics remember at most t_max * 256 tokens (published: windows)
     int32_t score;              // enum actqkv_score
-    int32_t refine;             // answering: keys of the best refine * share chunks are scored one by one; 1: off
+    int32_t sketch;             // answering: of the best sketch * share chunks, sketches choose refine * share; 1: off
+    int32_t refine;             // answering: of the refine * share chunks left, their keys choose; 1: off
     int32_t cutoff;             // enum actqkv_cutoff
     float   cutoff_temperature; // softmax(score / temperature), > 0
     float   question_weight;    // lambda of question-aware prefill; 0: off
@@ -221,10 +222,10 @@ ACTQKV_API int32_t actqkv_decode(actqkv_session * session, const int32_t * token
 // nothing changes:
 //   - n_chunk_tokens, positions (AUTO resolved) and prefill agree; where prefill is not ALL, n_dense_layers too;
 //   - where prefill or the new decode is TOP: the session made summaries, and summary, summary_keys, granularity (and
-//     n_representatives of summaries that have them) agree;
+//     n_representatives of summaries that have them) agree; a method that looks at sketches needs a session that has them;
 //   - where prefill is TOP: all that steers it agrees (probe, its warm-up and statistics, score, vote, question_weight),
 //     and a method with a cut-off finds entropies of its own temperature.
-// Free are decode, refine, budget, cut-off within the above, and the columns of scoring where prefill is not TOP.
+// Free are decode, sketch, refine, budget, cut-off within the above, and the columns of scoring where prefill is not TOP.
 ACTQKV_API int32_t actqkv_set_answering(actqkv_session * session, const struct actqkv_method * method, int32_t budget,
                                         struct actqkv_error * err);
 

@@ -15,8 +15,8 @@
 //       48      8  n_chunks that can close among n_tokens
 //       56      4  n_layer
 //       60      4  checkpoint_tokens: from one checkpoint to the next
-//       64   4x 8  chunk_bytes of each array: K, V, summary, its norm; of one chunk and layer; 0: there are none
-//       96      *  actqkv_params of the reading, positions resolved; n_ctx and n_threads mean nothing; zeros up to a
+//       64   5x 8  chunk_bytes of each array: K, V, summary, its norm, sketch; of one chunk and layer; 0: there are none
+//      104      *  actqkv_params of the reading, positions resolved; n_ctx and n_threads mean nothing; zeros up to a
 //                  multiple of 8
 //        *      8  checksum (kv/bytes.h) of all before
 //
@@ -34,8 +34,8 @@
 //                48  8  payload_bytes
 //                56  *  payload: of session/file.cpp
 //                 *  8  checksum of all before
-//   table      u32[n_chunks][n_layer][4]: checksum of each chunk in each array, its two halves xor'ed
-//   arrays     per layer K, V, summaries, norms: u8[n_chunks][chunk_bytes]
+//   table      u32[n_chunks][n_layer][5]: checksum of each chunk in each array, its two halves xor'ed
+//   arrays     per layer K, V, summaries, norms, sketches: u8[n_chunks][chunk_bytes]
 //
 // Order of writes: chunks and their rows of the table, fdatasync, slot, fdatasync. Whatever kills a writer, the other
 // slot is whole and all that it speaks of is on the disk. All offsets follow from the header, so the file's size is
@@ -54,7 +54,7 @@
 
 namespace actqkv {
 
-constexpr int N_FILE_ARRAYS = 4;
+enum file_array { FILE_KEYS, FILE_VALUES, FILE_SUMMARIES, FILE_NORMS, FILE_SKETCHES, N_FILE_ARRAYS };
 
 struct file_header {
     uint64_t magic;

@@ -31,6 +31,13 @@ int32_t rows_for(const hparams & hp, const actqkv_params & p) {
     return p.method.summary == ACTQKV_SUMMARY_HEAD ? hp.n_head : hp.n_head_kv;
 }
 
+bool sketches(const actqkv_params & p) { return p.method.decode == ACTQKV_RETRIEVE_TOP && p.method.sketch > 1; }
+
+// Of a chunk.
+int64_t sketch_bytes_for(const hparams & hp, const actqkv_params & p) {
+    return sketches(p) ? hp.n_head_kv * actqkv_sketch_bytes(hp.d_head, p.method.n_chunk_tokens) : 0;
+}
+
 int64_t sums_per_layer(const hparams & hp, const actqkv_params & p) {
     const bool most_attended = p.method.summary == ACTQKV_SUMMARY_HEAD || p.method.summary == ACTQKV_SUMMARY_KV_HEAD;
     const bool needed = width_for(hp, p) > 0 && (most_attended || p.method.question_weight > 0.0f);
@@ -52,7 +59,8 @@ void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_me
     memory.kv_bytes += layers * (2 * shape.n_chunks_max(p.n_ctx) * shape.chunk_bytes() + recent);
     const int64_t width = width_for(hp, p);
     if (width > 0) {
-        memory.summary_bytes += layers * shape.n_chunks_max(p.n_ctx) * (width * sizeof(actqkv_f16) + sizeof(float));
+        const uint64_t summary = width * sizeof(actqkv_f16) + sizeof(float) + sketch_bytes_for(hp, p);
+        memory.summary_bytes += layers * shape.n_chunks_max(p.n_ctx) * summary;
     }
 }
 
@@ -61,13 +69,15 @@ kv_store::kv_store(const hparams & hp, const actqkv_params & p)
       n_representatives(p.method.n_representatives), n_summary_rows(rows_for(hp, p)),
       stores_near(p.method.positions == ACTQKV_POSITIONS_EXACT),
       summarises_near(stores_near && p.method.summary_keys == ACTQKV_KEYS_ATTENDED), n_sums(sums_per_layer(hp, p)),
-      n_width(width_for(hp, p)), n_chunks_max(n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0), layers(hp.n_layer) {
+      n_width(width_for(hp, p)), n_sketch_bytes(sketch_bytes_for(hp, p)),
+      n_chunks_max(n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0), layers(hp.n_layer) {
     const uint64_t n_bytes = shape.n_chunks_max(p.n_ctx) * shape.chunk_bytes();
     for (layer & l : layers) {
         l.k = reservation<uint8_t>(n_bytes);
         l.v = reservation<uint8_t>(n_bytes);
         l.reps = reservation<actqkv_f16>(n_chunks_max * n_width);
         l.norms = reservation<float>(n_chunks_max);
+        l.sketches = reservation<uint8_t>(n_chunks_max * n_sketch_bytes);
         for (auto * ring : {&l.near, &l.far, &l.v_open}) {
             ring->resize(shape.recent_tokens() * shape.token_stride());
         }
@@ -97,8 +107,8 @@ void kv_store::append(int il, int64_t n_past, int m, const actqkv_f16 * near, co
 actqkv_span kv_store::span(int il, int64_t block, int64_t first, int64_t last, bool both) const {
     const layer & l = layers[il];
     if (block > 0 && block <= n_from_file) {
-        check_array(il, 0, block - 1);
-        check_array(il, 1, block - 1);
+        check_array(il, FILE_KEYS, block - 1);
+        check_array(il, FILE_VALUES, block - 1);
     }
     const int64_t skip = first - shape.block_first(block);
     actqkv_span s = {};
@@ -171,6 +181,10 @@ void kv_store::store_chunk(int il, int64_t chunk) {
     const auto & keys = stores_near ? l.near : l.far;
     actqkv_store_rows(shape.kv_type, true, keys.data() + from, n_rows, shape.d_head, l.k.data() + to);
     actqkv_store_rows(shape.kv_type, false, l.v_open.data() + from, n_rows, shape.d_head, l.v.data() + to);
+    if (n_sketch_bytes > 0) {
+        actqkv_sketch(keys.data() + from, shape.head_stride(chunk + 1), shape.n_head_kv, shape.d_head,
+                      shape.n_chunk_tokens, l.sketches.data() + chunk * n_sketch_bytes);
+    }
 }
 
 // rep: room for one summary.
@@ -270,6 +284,7 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int
                 {l.reps.data() + i * row_stride(), n_closed * n_width / n_summary_rows * sizeof(actqkv_f16)});
         }
         ranges.push_back({l.norms.data(), n_closed * sizeof(float)});
+        ranges.push_back({l.sketches.data(), (uint64_t) n_closed * n_sketch_bytes});
     }
     return ranges;
 }
@@ -279,7 +294,7 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int
 std::array<uint64_t, N_FILE_ARRAYS> kv_store::chunk_bytes(const hparams & hp, const actqkv_params & p) {
     const uint64_t kv = layout_for(hp, p).chunk_bytes();
     const uint64_t width = width_for(hp, p);
-    return {kv, kv, width * sizeof(actqkv_f16), width > 0 ? sizeof(float) : 0};
+    return {kv, kv, width * sizeof(actqkv_f16), width > 0 ? sizeof(float) : 0, (uint64_t) sketch_bytes_for(hp, p)};
 }
 
 std::array<chunk_array, N_FILE_ARRAYS> kv_store::chunk_arrays(int il) const {
@@ -290,7 +305,7 @@ std::array<chunk_array, N_FILE_ARRAYS> kv_store::chunk_arrays(int il) const {
     };
     return {array(l.k.data(), kv), array(l.v.data(), kv),
             array(l.reps.data(), n_width * sizeof(actqkv_f16), n_summary_rows, row_stride()),
-            array(l.norms.data(), n_width > 0 ? sizeof(float) : 0)};
+            array(l.norms.data(), n_width > 0 ? sizeof(float) : 0), array(l.sketches.data(), n_sketch_bytes)};
 }
 
 void kv_store::write_chunks(kv_file & file, int64_t first, int64_t last) const {
@@ -337,7 +352,7 @@ void kv_store::check_file() const {
     }
 }
 
-void kv_store::check_array(int il, int array, int64_t chunk) const {
+void kv_store::check_array(int il, file_array array, int64_t chunk) const {
     const size_t n = checked.size() / (layers.size() * N_FILE_ARRAYS);
     uint8_t & done = checked[(il * N_FILE_ARRAYS + array) * n + chunk];
     if (done == 0) {
@@ -346,10 +361,10 @@ void kv_store::check_array(int il, int array, int64_t chunk) const {
     }
 }
 
-void kv_store::check_keys(int il, const int32_t * chunks, int64_t n) const {
+void kv_store::check_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const {
     for (int64_t i = 0; i < n; i++) {
         if (chunks[i] < n_from_file) {
-            check_array(il, 0, chunks[i]);
+            check_array(il, array, chunks[i]);
         }
     }
 }
@@ -358,7 +373,7 @@ void kv_store::check_all() const {
     for (size_t il = 0; il < layers.size(); il++) {
         for (int a = 0; a < N_FILE_ARRAYS; a++) {
             for (int64_t chunk = 0; chunk < n_from_file; chunk++) {
-                check_array((int) il, a, chunk);
+                check_array((int) il, (file_array) a, chunk);
             }
         }
     }
@@ -369,8 +384,8 @@ void kv_store::check_summaries(int il) const {
         return;
     }
     for (int64_t chunk = 0; chunk < n_from_file; chunk++) {
-        check_array(il, 2, chunk);
-        check_array(il, 3, chunk);
+        check_array(il, FILE_SUMMARIES, chunk);
+        check_array(il, FILE_NORMS, chunk);
     }
     summaries_checked[il] = 1;
 }

@@ -69,6 +69,9 @@ public:
         return layers[il].reps.data();
     }
     const float * norms(int il) const { return layers[il].norms.data(); }
+    // Sketches of closed chunks' keys in the form they are kept in, [chunk][G]; none where sketch_bytes() of a chunk is 0.
+    const uint8_t * sketches(int il) const { return layers[il].sketches.data(); }
+    int64_t sketch_bytes() const { return n_sketch_bytes; }
     int64_t width() const { return n_width; }
     int32_t n_rows() const { return n_summary_rows; }
     int64_t row_stride() const { return n_chunks_max * n_width / n_summary_rows; }
@@ -94,7 +97,7 @@ public:
     std::vector<range> sink_ranges(int il) const;
     void set_closed(int64_t n);
 
-    // Closed chunks of one layer in the order of a KV file: K, V, summaries, norms; 0 chunk_bytes where there are none.
+    // Closed chunks of one layer in the order of a KV file (file_array); 0 chunk_bytes where there are none.
     std::array<chunk_array, N_FILE_ARRAYS> chunk_arrays(int il) const;
     // Bytes of a closed chunk in each of them.
     static std::array<uint64_t, N_FILE_ARRAYS> chunk_bytes(const hparams & hp, const actqkv_params & params);
@@ -109,21 +112,22 @@ public:
     void check_file() const;
     // Checks all chunks of the file. Attention and scoring check what they read.
     void check_all() const;
-    // Whoever reads chunk_keys() says first which chunks.
-    void check_keys(int il, const int32_t * chunks, int64_t n) const;
+    // Whoever reads chunk_keys() or sketches() says first which chunks.
+    void check_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const;
 
 private:
     struct layer {
         reservation<uint8_t> k, v;                 // closed chunks [chunk][G][c], rows of shape.kv_type
         reservation<actqkv_f16> reps;              // [row][chunk][width / rows]
         reservation<float> norms;                  // [chunk]
+        reservation<uint8_t> sketches;             // [chunk][G]
         std::vector<actqkv_f16> near, far, v_open; // rings of [block][G][tokens][d]
         std::vector<float> sums;                   // ring of [block][H][c]
     };
 
     void store_chunk(int il, int64_t chunk);
     void summarize(int il, int64_t chunk, actqkv_f16 * rep);
-    void check_array(int il, int array, int64_t chunk) const;
+    void check_array(int il, file_array array, int64_t chunk) const;
     void check_summaries(int il) const;
 
     float * sums_of(int il, int64_t chunk) {
@@ -136,6 +140,7 @@ private:
     bool stores_near, summarises_near; // else far
     int64_t n_sums;                    // attention sums of a layer's ring; 0: nobody needs them
     int64_t n_width;                   // 0: the method never retrieves, nothing is summarised
+    int64_t n_sketch_bytes;            // 0: nothing is sketched
     int64_t n_chunks_max;
     int64_t n_closed_chunks = 0;
     std::vector<layer> layers;

@@ -198,30 +198,51 @@ int64_t planner::n_granted(int il, layer_memory & memory, const observer & obser
     return std::min(share, n_chunks);
 }
 
-// The k best chunks by score. Answering, the keys of refine * k of them decide; stored_query is the step's query as
-// stored keys meet it.
-void planner::choose(int il, int64_t k, const kv_store & store, const float * stored_query) {
+// The k best chunks by score. Answering, sketches of the best sketch * k of them decide which refine * k remain, and
+// the keys of those decide; query is the step's as it meets keys, stored_query as it meets keys in the store.
+void planner::choose(int il, int64_t k, const kv_store & store, const float * query, const float * stored_query) {
     const stopwatch watch(refine_stage);
-    const int64_t n = is_decode ? std::min<int64_t>(n_chunks, k * now().method.refine) : k;
-    if (n == k) {
-        choose_each(scores.data(), k, 1);
-        return;
-    }
-    candidates.resize(n);
+    const actqkv_method & method = now().method;
+    const int64_t n_refined = is_decode ? std::min<int64_t>(n_chunks, k * method.refine) : k;
+    const int64_t n_sketched =
+        is_decode && method.sketch > 1 ? std::min<int64_t>(n_chunks, k * method.sketch) : n_refined;
+    const int32_t c = reading.method.n_chunk_tokens;
+    const float scale = hp.attn_scale;
+    candidates.resize(n_sketched);
     scratch.resize(n_chunks);
-    actqkv_top_k(scores.data(), n_chunks, (int32_t) n, candidates.data(), scratch.data());
-    refined.resize(n);
-    store.check_keys(il, candidates.data(), n);
-    actqkv_refine(actqkv_impl_best(), stored_query, reading.kv_type, store.chunk_keys(il), candidates.data(),
-                  (int32_t) n, hp.n_head, hp.n_head_kv, hp.d_head, reading.method.n_chunk_tokens, refined.data(),
-                  reading.n_threads);
-    refine_stage.bytes += (uint64_t) n * store.layout().chunk_bytes();
-    chosen.chunks.resize(k);
+    actqkv_top_k(scores.data(), n_chunks, (int32_t) n_sketched, candidates.data(), scratch.data());
+    if (n_sketched > n_refined) {
+        head_scores.resize(hp.n_head * n_sketched);
+        store.check_chunks(il, FILE_SKETCHES, candidates.data(), n_sketched);
+        actqkv_sketch_scores(actqkv_impl_best(), query, store.sketches(il), candidates.data(), (int32_t) n_sketched,
+                             hp.n_head, hp.n_head_kv, hp.d_head, c, scale, head_scores.data(), reading.n_threads);
+        refine_stage.bytes += (uint64_t) n_sketched * store.sketch_bytes();
+        keep_candidates(n_refined);
+    }
+    if (n_refined > k) {
+        head_scores.resize(hp.n_head * n_refined);
+        store.check_chunks(il, FILE_KEYS, candidates.data(), n_refined);
+        actqkv_refine(actqkv_impl_best(), stored_query, reading.kv_type, store.chunk_keys(il), candidates.data(),
+                      (int32_t) n_refined, hp.n_head, hp.n_head_kv, hp.d_head, c, scale, head_scores.data(),
+                      reading.n_threads);
+        refine_stage.bytes += (uint64_t) n_refined * store.layout().chunk_bytes();
+        keep_candidates(k);
+    }
+    chosen.chunks = candidates;
     chosen.n = (int32_t) k;
-    actqkv_top_k(refined.data(), n, (int32_t) k, chosen.chunks.data(), scratch.data());
-    for (int32_t & chunk : chosen.chunks) {
+}
+
+// Of the candidates, the k to whose best keys all query heads together pay the most attention, by their head_scores.
+void planner::keep_candidates(int64_t k) {
+    const int64_t n = (int64_t) candidates.size();
+    votes.resize(n);
+    actqkv_vote(actqkv_impl_best(), head_scores.data(), n, hp.n_head, 1, 1, votes.data(), reading.n_threads);
+    kept.resize(k);
+    actqkv_top_k(votes.data(), n, (int32_t) k, kept.data(), scratch.data());
+    for (int32_t & chunk : kept) {
         chunk = candidates[chunk];
     }
+    candidates.swap(kept);
 }
 
 // The k best chunks of each list, by scores [n_lists][n_chunks].
@@ -235,8 +256,8 @@ void planner::choose_each(const float * list_scores, int64_t k, int32_t n_lists)
     }
 }
 
-void planner::plan_by_score(int il, layer_memory & memory, const kv_store & store, const float * stored_query,
-                            const observer & observe) {
+void planner::plan_by_score(int il, layer_memory & memory, const kv_store & store, const float * query,
+                            const float * stored_query, const observer & observe) {
     const bool per_head = now().method.granularity == ACTQKV_GRANULARITY_KV_HEAD;
     if (per_head) {
         make_votes(il, store);
@@ -247,7 +268,7 @@ void planner::plan_by_score(int il, layer_memory & memory, const kv_store & stor
     if (per_head) {
         choose_each(votes.data(), k, hp.n_head_kv);
     } else {
-        choose(il, k, store, stored_query);
+        choose(il, k, store, query, stored_query);
     }
     if (observe) {
         const float share = (float) k;
@@ -293,7 +314,7 @@ const chunk_plan & planner::plan(int il, layer_memory & memory, const kv_store &
         chosen.chunks.resize(n_chunks);
         std::iota(chosen.chunks.begin(), chosen.chunks.end(), 0);
     } else if (retrieval == ACTQKV_RETRIEVE_TOP && n_chunks > 0) {
-        plan_by_score(il, memory, store, q_stored, observe);
+        plan_by_score(il, memory, store, exact ? q_near : q_far, q_stored, observe);
     } else if (retrieval == ACTQKV_RETRIEVE_ORACLE && n_chunks > 0) {
         plan_by_mass(true_mass, observe);
     }

@@ -77,10 +77,11 @@ private:
     void make_probe(layer_memory & memory, const float * q_far, const float * q_met, int m, const observer & observe);
     void make_scores(int il, const layer_memory & memory, const kv_store & store);
     void make_votes(int il, const kv_store & store);
-    void choose(int il, int64_t k, const kv_store & store, const float * stored_query);
+    void choose(int il, int64_t k, const kv_store & store, const float * query, const float * stored_query);
+    void keep_candidates(int64_t k);
     void choose_each(const float * list_scores, int64_t k, int32_t n_lists);
-    void plan_by_score(int il, layer_memory & memory, const kv_store & store, const float * stored_query,
-                       const observer & observe);
+    void plan_by_score(int il, layer_memory & memory, const kv_store & store, const float * query,
+                       const float * stored_query, const observer & observe);
     void plan_by_mass(const mass_source & true_mass, const observer & observe);
     int64_t n_granted(int il, layer_memory & memory, const observer & observe);
 
@@ -92,8 +93,8 @@ private:
     int64_t pool = 0;
     std::vector<double> mean_entropy; // [n_layer]
     std::vector<float> bias, weights, probe, folded, scores, question_scores;
-    std::vector<float> refined, head_scores, votes;
-    std::vector<int32_t> candidates, scratch;
+    std::vector<float> head_scores, votes;
+    std::vector<int32_t> candidates, kept, scratch;
     chunk_plan chosen;
     trace traced = {};
 };

@@ -36,7 +36,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 # The row of the published method with cosine scores and representatives: what the variants below start from.
-PAPER: dict[str, Any] = {"summary": "head", "score": "cosine", "refine": 1}
+PAPER: dict[str, Any] = {"summary": "head", "score": "cosine", "sketch": 1, "refine": 1}
+
+LISTS: dict[str, Any] = {"granularity": "kv_head", "sketch": 1, "refine": 1, "cutoff": "none"}
 
 ROW: dict[str, Any] = {"positions": None, "chunk": 8}  # of `small`: the method's own positions, small chunks
 
@@ -45,7 +47,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "default exact": {"positions": "exact"},
     "default refine 2": {"refine": 2},
     "default refine 3 exact": {"refine": 3, "positions": "exact"},
-    "default refine off": {"refine": 1},
+    "default sketch off": {"sketch": 1, "refine": 2},
+    "default sketch": {"sketch": 6, "refine": 2},
+    "default sketch alone": {"sketch": 3, "refine": 1},
+    "default refine off": {"sketch": 1, "refine": 1},
     "head": PAPER,
     "head exact": {**PAPER, "positions": "exact"},
     "head dot": {**PAPER, "score": "dot"},
@@ -75,9 +80,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "quest by sum": {**ROW, "method": "quest", "prefill": "top", "vote": "sum", "dense_layers": 0},
     "quest-clamped": {**ROW, "method": "quest-clamped", "dense_layers": 1},
     "quest lists per layer": {**ROW, "method": "quest", "granularity": "layer", "prefill": "top"},
-    "lists per KV head": {"granularity": "kv_head", "refine": 1, "cutoff": "none"},
-    "lists per KV head of heads": {"granularity": "kv_head", "refine": 1, "cutoff": "none", "summary": "head"},
-    "lists per KV head of means": {"granularity": "kv_head", "refine": 1, "cutoff": "none", "summary": "mean"},
+    "lists per KV head": LISTS,
+    "lists per KV head of heads": {**LISTS, "summary": "head"},
+    "lists per KV head of means": {**LISTS, "summary": "mean"},
     "dense layers and cut-off": {**PAPER, "dense_layers": 1, "cutoff_temperature": 0.02},
     "oracle": {"method": "oracle"},
     "oracle exact": {"method": "oracle", "positions": "exact"},
@@ -129,6 +134,7 @@ def reference_params(session: Session, select: str) -> ref.Params:
         granularity=columns["granularity"],
         vote=columns["vote"],
         n_dense_layers=columns["dense_layers"],
+        sketch=columns["sketch"],
         refine=columns["refine"],
         question_weight=columns["question_weight"],
         cutoff={"layerwise": "ours"}.get(columns["cutoff"], columns["cutoff"]),
@@ -168,22 +174,23 @@ class Step:
 def check_plan(plan: ref.Ints, result: ref.LayerResult, where: str) -> int:
     """The engine's plan is the reference's, but for chunks whose scores tie. Returns how many differ."""
     assert plan.shape == result["plan"].shape, where
-    rows = zip(*(np.atleast_2d(x) for x in (plan, result["plan"], result["refined"], result["scores"])), strict=True)
+    stages = (result[name] for name in ("refined", "sketched", "scores"))
+    rows = zip(*(np.atleast_2d(x) for x in (plan, result["plan"], *stages)), strict=True)
     return sum(check_list(*row, where) for row in rows)
 
 
-def check_list(plan: ref.Ints, expected: ref.Ints, refined: ref.Floats, scores: ref.Floats, where: str) -> int:
+def check_list(plan: ref.Ints, expected: ref.Ints, *stages_and_where: Any) -> int:
     """A tie: the least score taken and the greatest left out differ by less than TIE of the scores' spread."""
+    *stages, where = stages_and_where
     assert (np.diff(plan) > 0).all(), f"{where}: a plan is ascending and without repetition"
     swapped = np.setdiff1d(plan, expected)
     if len(swapped) == 0:
         return 0
     missed = np.setdiff1d(expected, plan)
-    deciding = refined
-    if not np.isfinite(deciding[swapped]).all():  # proposed by a tie of the scores before
-        deciding = scores
+    # the first stage that knows all of them; before it they were proposed by a tie
+    deciding = next(stage for stage in stages if np.isfinite(stage[np.append(swapped, missed)]).all())
     gap = deciding[missed].max() - deciding[swapped].min()
-    spread = scores.std() if np.isinf(deciding).any() else deciding.std()
+    spread = deciding[np.isfinite(deciding)].std()
     assert gap < TIE * spread, f"{where}: took {swapped} and left {missed}, scores {gap / spread:.1e} spreads apart"
     return len(swapped)
 
@@ -397,13 +404,13 @@ def test_layerwise_cutoff_keeps_the_pool(row: str, temperature: float, model: Mo
 @pytest.mark.parametrize("positions", ["clamped", "exact"])
 @pytest.mark.parametrize("refine", [2, 3, 8])
 def test_refine_never_loses(refine: int, positions: Any, model: Model) -> None:
-    """Breaks when a refined plan's keys score less in all than those of the plan that the bounds alone would make."""
-    with open_session(model.loaded, small(refine=refine, positions=positions)) as session:
+    """Breaks when a refined plan's keys get fewer votes than those of the plan that the bounds alone would make."""
+    with open_session(model.loaded, small(sketch=1, refine=refine, positions=positions)) as session:
         steps = compare(session, model.rope)
     gains = []
     for step in steps:
         if step.phase == "decode":
-            plan, by_keys = step.found["plan"].astype(np.int64), step.expected["refined"]
+            plan, by_keys = step.found["plan"].astype(np.int64), np.exp(step.expected["refined"])
             without = ref.top_k(step.expected["scores"], len(plan))
             gains.append(by_keys[plan].sum() - by_keys[without].sum())
     assert min(gains) > -TIE * max(gains)
@@ -416,9 +423,9 @@ def test_bounds_bound_every_key() -> None:
     keys = list(rng.normal(size=(6, 8, 2, 16)))
     bounds = np.array([ref.chunk_bounds(chunk) for chunk in keys])
     query = rng.normal(size=(4, 16))
-    assert (ref.bound_scores(query, bounds) >= ref.key_scores(query, keys)).all()
+    assert (ref.bound_scores(query, bounds) >= ref.key_scores(query, keys).sum(axis=0)).all()
     one = np.array([[[1.0, -2.0]], [[3.0, 4.0]]])  # two keys of one KV head
     assert ref.chunk_bounds(one).tolist() == [[[1, -2]], [[3, 4]]]
     two_heads = np.array([[2.0, -1.0], [0.0, 1.0]])
     assert ref.bound_scores(two_heads, ref.chunk_bounds(one)[None]).tolist() == [(6 + 2) + 4]
-    assert ref.key_scores(two_heads, [one]).tolist() == [max(2 + 2, 6 - 4) + max(-2, 4)]
+    assert ref.key_scores(two_heads, [one]).tolist() == [[max(2 + 2, 6 - 4)], [max(-2, 4)]]

@@ -79,7 +79,7 @@ def test_dense_layers_are_reported_apart(tiny_llama: LlamaModel) -> None:
 
 SHARED: dict[str, tuple[Retrieval, Retrieval]] = {  # what reads, what answers
     "no cut-off": (retrieval("actqkv", cutoff_temperature=0.02), retrieval("actqkv-equal")),
-    "no refinement": (retrieval("actqkv"), retrieval("actqkv", refine=1)),
+    "no refinement": (retrieval("actqkv"), retrieval("actqkv", sketch=1, refine=1)),
     "budget": (
         retrieval("actqkv", prefill="none"),
         dataclasses.replace(retrieval("actqkv", prefill="none"), budget=52),
@@ -90,7 +90,10 @@ SHARED: dict[str, tuple[Retrieval, Retrieval]] = {  # what reads, what answers
     "streaming after quest": (retrieval("quest"), small(method="streaming", positions="exact", prefill="all")),
     "oracle answers": (retrieval("actqkv"), retrieval("actqkv", decode="oracle")),
     "dense answers": (retrieval("infllm"), retrieval("infllm", decode="all")),
-    "actqkv after streaming": (retrieval("actqkv", prefill="none"), retrieval("actqkv", prefill="none", refine=3)),
+    "actqkv after streaming": (
+        retrieval("actqkv", prefill="none"),
+        retrieval("actqkv", prefill="none", sketch=1, refine=2),
+    ),
 }
 
 
@@ -142,6 +145,7 @@ UNEQUAL: list[tuple[Retrieval, Retrieval, str]] = [
     (retrieval("actqkv"), retrieval("actqkv", cutoff_temperature=1.0), "cutoff_temperature is 1, the reading's 1000"),
     (retrieval("actqkv"), retrieval("actqkv", dense_layers=1), "n_dense_layers is 1, the reading's 0"),
     (retrieval("dense"), retrieval("quest"), "the reading made no summaries"),
+    (retrieval("actqkv", sketch=1), retrieval("actqkv"), "the reading made no sketches"),
     (retrieval("quest"), retrieval("quest", granularity="layer"), "granularity is 'layer', the reading's 'kv_head'"),
     (retrieval("infllm"), retrieval("infllm", representatives=2), "n_representatives is 2, the reading's 4"),
 ]

@@ -165,7 +165,8 @@ def test_the_layout_is_as_described(blob: bytes) -> None:
     n_closed = struct.unpack_from("<q", blob, fields.numbers["n_closed"])[0]
     assert n_closed == (N_PAST - RETRIEVAL.n_local - RETRIEVAL.n_sink) // 8
     sinks, chunks = 3 * RETRIEVAL.n_sink, 2 * 8 * n_closed  # near and far keys, values; keys, values
-    summaries = n_closed * (2 * 32 + 4)
+    sketch = 2 * 32 + (2 + 32 // 8) * 32  # for chunks of up to 32 keys
+    summaries = n_closed * (2 * 32 + 4 + sketch)
     assert fields.end == len(blob) - 8 - N_LAYER * ((sinks + chunks) * 2 * 32 + summaries)
 
 

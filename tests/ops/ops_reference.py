@@ -156,10 +156,17 @@ def vote(scores: Array, n_head_kv: int, *, by_sum: bool) -> Array:
 
 
 def refine(query: Array, keys: Array) -> Array:
-    """Sum over heads of the best q.k per chunk: query [H, d], keys [n, G, c, d] -> [n]."""
+    """The best q.k per query head and chunk: query [H, d], keys [n, G, c, d] -> [H, n]."""
     n_group = len(query) // keys.shape[1]
-    dots = np.einsum("hd,nhcd->nhc", query, np.repeat(keys, n_group, axis=1))
-    return np.asarray(dots.max(axis=2).sum(axis=1))
+    dots = np.einsum("hd,nhcd->hnc", query, np.repeat(keys, n_group, axis=1))
+    return np.asarray(dots.max(axis=2))
+
+
+def sketched(keys: Array) -> Array:
+    """Keys [..., c, d] as their sketch has them: the mean, and signs of one size per key around it."""
+    mean = keys.mean(axis=-2, keepdims=True)
+    size = np.abs(keys - mean).mean(axis=-1, keepdims=True)
+    return np.asarray(mean + np.where(keys < mean, -size, size))
 
 
 def entropy(scores: Array, temperature: float) -> float:

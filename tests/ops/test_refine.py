@@ -27,7 +27,7 @@ def test_scores_are_the_best_keys(
     rows = reference.store_rows(kv_type, half(rng.normal(size=(9, n_head_kv, c, d_head))))
     keys = reference.load_rows(kv_type, rows, d_head)
     chunks = np.array([0, 3, 4, 8], np.int32)
-    scores = Guarded(len(chunks))
+    scores = Guarded((n_head, len(chunks)))
     lib.actqkv_refine(
         impl,
         pointer(query),
@@ -39,12 +39,13 @@ def test_scores_are_the_best_keys(
         n_head_kv,
         d_head,
         c,
+        0.125,
         pointer(scores),
         n_threads,
     )
     scores.check()
-    expected = reference.refine(query.astype(np.float64), keys[chunks])
-    lengths = np.linalg.norm(query) * np.linalg.norm(keys[chunks], axis=(2, 3)).sum(axis=1)
+    expected = 0.125 * reference.refine(query.astype(np.float64), keys[chunks])
+    lengths = 0.125 * np.linalg.norm(query, axis=1)[:, None] * np.sqrt(np.square(keys[chunks]).sum(axis=(1, 2, 3)))
     check("refine" if kv_type == "f16" or impl == 0 else "refine quantised", scores.array, expected, lengths)
 
 
@@ -52,5 +53,5 @@ def test_no_candidates(impl: int) -> None:
     query, keys, scores = np.ones((2, 32), np.float32), np.ones(512, np.uint8), Guarded(0)
     none = np.empty(0, np.int32)
     f16 = KV_TYPES["f16"]
-    lib.actqkv_refine(impl, pointer(query), f16, pointer(keys), pointer(none), 0, 2, 2, 32, 4, pointer(scores), 2)
+    lib.actqkv_refine(impl, pointer(query), f16, pointer(keys), pointer(none), 0, 2, 2, 32, 4, 1.0, pointer(scores), 2)
     scores.check()

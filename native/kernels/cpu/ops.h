@@ -12,6 +12,9 @@ constexpr int N_PANEL = 64;
 
 constexpr int N_GREATEST = 16; // queries; see row_ops::greatest
 
+// Keys of a sketch come in multiples of this.
+constexpr int SKETCH_KEYS = 32;
+
 // What reads keys and values as they are kept. `rows` has n rows of the type, one behind the other.
 struct row_ops {
     // out[x*ldo + b] = row_b . vec_x for n_vec vectors [n_vec][width] and n rows of width values, each read once. As many
@@ -59,6 +62,11 @@ struct ops {
     // out[i*ldo + e] += sum over the panel's first n rows of weights[i*ldw + c] * v_c[e], e < d_pad
     void (*values)(const float * weights, int64_t ldw, int n_rows, const float * v_panel, int n, int d_pad, float * out,
                    int64_t ldo);
+
+    // best[x] = max over n keys, a multiple of SKETCH_KEYS, of sizes[j] (f16) times the sum over i < d/8 of
+    // tables[x][2i][byte & 15] + tables[x][2i+1][byte >> 4] with byte = signs[i*n + j]; tables [n_vec][d/4][16].
+    void (*sketch_best)(const int8_t * tables, int n_vec, const uint8_t * sizes, const uint8_t * signs, int32_t d,
+                        int32_t n, float * best);
 
     float (*max)(const float * x, int64_t n);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops_simd.h"
+#include "ops_sketch.h"
 
 #if defined(__AVX2__)
 #include "ops_integer.h"
@@ -19,6 +20,7 @@
      ACTQKV_ROW_OPS(q4_rows, ACTQKV_INTEGERS(q4_integers)),                                                            \
      simd_logits,                                                                                                      \
      simd_values,                                                                                                      \
+     simd_sketch_best,                                                                                                 \
      simd_max,                                                                                                         \
      simd_exp2_sum,                                                                                                    \
      simd_sum,                                                                                                         \

@@ -1,10 +1,10 @@
 // refine - the score of a chunk by its keys themselves, for the few chunks that a cheaper score proposed.
 //
-//     score_b = sum over query heads h of max over keys j of the chunk of q_h . k_j
+//     score_hb = scale * max over keys j of the chunk of q_h . k_j
 //
-// Quest's bound (ALGORITHMS.md section 4) is an upper bound of exactly this sum. Reads the candidates' keys once:
-// n*c*G rows. Where those are quantised, the fast versions multiply integers, a row per lane, by queries rounded to 16
-// bits (ops_integer.h): with every lane a dot product of its own, half of the time went into adding up lanes.
+// Quest's bound (ALGORITHMS.md section 4) is an upper bound of exactly this. Reads the candidates' keys once: n*c*G
+// rows. Where those are quantised, the fast versions multiply integers, a row per lane, by queries rounded to 16 bits
+// (ops_integer.h): with every lane a dot product of its own, half of the time went into adding up lanes.
 #include <math.h>
 
 #include "ops.h"
@@ -40,11 +40,10 @@ float max_scalar(const float * x, int32_t n) {
     return most;
 }
 
-// Sum over n_vec <= N_HEADS query heads of the best of c keys.
-float best_keys(const ops * op, const float * queries, int n_vec, int32_t type, const uint8_t * keys, int32_t c,
-                int32_t d, const uint8_t * ahead) {
+// best [n_vec]: of c keys, for each of n_vec <= N_HEADS query heads.
+void best_keys(const ops * op, const float * queries, int n_vec, int32_t type, const uint8_t * keys, int32_t c,
+               int32_t d, const uint8_t * ahead, float * best) {
     const int64_t row = actqkv_row_bytes(type, d);
-    float best[N_HEADS];
     for (int x = 0; x < n_vec; x++) {
         best[x] = -INFINITY;
     }
@@ -62,22 +61,6 @@ float best_keys(const ops * op, const float * queries, int n_vec, int32_t type, 
             best[x] = most > best[x] ? most : best[x];
         }
     }
-    float sum = 0;
-    for (int x = 0; x < n_vec; x++) {
-        sum += best[x];
-    }
-    return sum;
-}
-
-// The same from packed queries.
-float best_keys_packed(const row_ops & rows, const uint8_t * packed, int n_vec, const uint8_t * keys, int32_t c,
-                       int32_t d, const uint8_t * ahead) {
-    float best[N_HEADS], sum = 0;
-    rows.greatest(packed, n_vec, keys, c, d, best, ahead);
-    for (int x = 0; x < n_vec; x++) {
-        sum += best[x];
-    }
-    return sum;
 }
 
 } // namespace
@@ -85,7 +68,7 @@ float best_keys_packed(const row_ops & rows, const uint8_t * packed, int n_vec, 
 
 extern "C" void actqkv_refine(int32_t impl, const float * query, int32_t type, const uint8_t * keys,
                               const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head,
-                              int32_t c, float * scores, int32_t n_threads) {
+                              int32_t c, float scale, float * scores, int32_t n_threads) {
     using namespace actqkv;
     const ops * op = ops_for(impl);
     const row_ops * rows = op && op->of(type).greatest ? &op->of(type) : nullptr;
@@ -107,9 +90,15 @@ extern "C" void actqkv_refine(int32_t impl, const float * query, int32_t type, c
             for (int32_t i = from; i < to; i++) {
                 const uint8_t * chunk = of_head + chunks[i] * chunk_bytes;
                 const uint8_t * next = i + 1 < to ? of_head + chunks[i + 1] * chunk_bytes : nullptr;
-                const float sum = most > 0 ? best_keys_packed(*rows, packed, n_vec, chunk, c, d_head, next)
-                                           : best_keys(op, queries, n_vec, type, chunk, c, d_head, next);
-                scores[i] = h == 0 ? sum : scores[i] + sum;
+                float best[N_HEADS];
+                if (most > 0) {
+                    rows->greatest(packed, n_vec, chunk, c, d_head, best, next);
+                } else {
+                    best_keys(op, queries, n_vec, type, chunk, c, d_head, next, best);
+                }
+                for (int32_t x = 0; x < n_vec; x++) {
+                    scores[(int64_t) (h + x) * n + i] = scale * best[x];
+                }
             }
         }
     });

@@ -245,6 +245,64 @@ static inline void vi_load_quads(const uint8_t * const * row, int64_t at, vi * q
     quads[2] = vi_low64(ab_high, cd_high);
     quads[3] = vi_high64(ab_high, cd_high);
 }
+
+// ---- bytes: VB of them, looked up and added; the same for 256 and 512 bits, since 32 keys of a sketch lie together
+
+constexpr int VB = 32;
+typedef __m256i vb;
+struct vsums { // of VB signed bytes each, in 16 bits
+    __m256i low, high;
+};
+
+static inline vb vb_load(const uint8_t * p) { return _mm256_loadu_si256((const __m256i *) p); }
+static inline vb vb_low(vb x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+static inline vb vb_high(vb x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+static inline vb vb_lookup(const int8_t * table, vb index) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table)), index);
+}
+static inline vb vb_add(vb a, vb b) { return _mm256_add_epi8(a, b); }
+static inline vsums vb_no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline vsums vb_sum(vsums sums, vb x) {
+    return {_mm256_add_epi16(sums.low, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(x))),
+            _mm256_add_epi16(sums.high, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1)))};
+}
+// The i-th W of the sums.
+static inline vf vb_floats(vsums sums, int i) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(i ? sums.high : sums.low));
+#else
+    const __m256i half = i < 2 ? sums.low : sums.high;
+    const __m128i quarter = i % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(quarter));
+#endif
+}
+
+#elif defined(__aarch64__)
+
+constexpr int VB = 16;
+typedef uint8x16_t vb;
+struct vsums {
+    int16x8_t low, high;
+};
+
+static inline vb vb_load(const uint8_t * p) { return vld1q_u8(p); }
+static inline vb vb_low(vb x) { return vandq_u8(x, vdupq_n_u8(15)); }
+static inline vb vb_high(vb x) { return vshrq_n_u8(x, 4); }
+static inline vb vb_lookup(const int8_t * table, vb index) {
+    return vreinterpretq_u8_s8(vqtbl1q_s8(vld1q_s8(table), index));
+}
+static inline vb vb_add(vb a, vb b) { return vaddq_u8(a, b); }
+static inline vsums vb_no_sums() { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
+static inline vsums vb_sum(vsums sums, vb x) {
+    const int8x16_t y = vreinterpretq_s8_u8(x);
+    return {vaddw_s8(sums.low, vget_low_s8(y)), vaddw_s8(sums.high, vget_high_s8(y))};
+}
+// The i-th W of the sums.
+static inline vf vb_floats(vsums sums, int i) {
+    const int16x8_t half = i < 2 ? sums.low : sums.high;
+    return vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(half) : vget_low_s16(half)));
+}
+
 #endif
 
 // The last n < W elements of an array: the lanes beyond are `fill` on loading and left alone on storing.

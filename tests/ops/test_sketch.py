@@ -1,0 +1,101 @@
+"""When this fails, candidates are thrown away that hold the answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import ops_reference as reference
+import pytest
+from ops_support import Guarded, ffi, half, lib, pointer
+
+SCALE = 0.125
+
+
+def sketches_of(keys: reference.Array) -> np.ndarray:
+    """Of all chunks: f16 keys [n, G, c, d] -> bytes [n, G, bytes]."""
+    n, n_head_kv, c, d_head = keys.shape
+    n_bytes = lib.actqkv_sketch_bytes(d_head, c)
+    found = Guarded((n, n_head_kv, n_bytes), np.uint8)
+    for chunk, sketches in zip(keys, found.array, strict=True):
+        contiguous = np.ascontiguousarray(chunk)
+        lib.actqkv_sketch(pointer(contiguous), c * d_head, n_head_kv, d_head, c, pointer(sketches))
+    found.check()
+    return found.array
+
+
+@pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 2), (7, 1), (20, 2)])
+@pytest.mark.parametrize(("d_head", "c"), [(64, 32), (80, 5), (8, 1), (128, 100)])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_scores_are_the_best_sketched_keys(
+    impl: int, rng: np.random.Generator, *, n_head: int, n_head_kv: int, d_head: int, c: int, n_threads: int
+) -> None:
+    query = rng.normal(size=(n_head, d_head)).astype(np.float32)
+    keys = half(rng.normal(size=(9, n_head_kv, c, d_head)) + 3 * rng.normal(size=d_head))
+    sketches = sketches_of(keys)
+    chunks = np.array([0, 3, 4, 8], np.int32)
+    scores = Guarded((n_head, len(chunks)))
+    lib.actqkv_sketch_scores(
+        impl,
+        pointer(query),
+        pointer(sketches),
+        pointer(chunks),
+        len(chunks),
+        n_head,
+        n_head_kv,
+        d_head,
+        c,
+        SCALE,
+        pointer(scores),
+        n_threads,
+    )
+    scores.check()
+    sketched = reference.sketched(keys[chunks].astype(np.float64))
+    expected = SCALE * reference.refine(query.astype(np.float64), sketched)
+    # every table entry is off by half a unit at most; mean and sizes are rounded to half
+    unit = np.abs(query).reshape(n_head, -1, 4).sum(axis=2).max(axis=1) / 63
+    sizes = np.abs(keys[chunks].astype(np.float64) - keys[chunks].mean(axis=2, keepdims=True, dtype=np.float64))
+    size = np.repeat(sizes.mean(axis=3).max(axis=2), n_head // n_head_kv, axis=1).T
+    rounding = 1e-3 * np.abs(query).sum(axis=1)[:, None] * (np.abs(keys).max() + size)
+    assert (np.abs(scores.array - expected) <= SCALE * (unit[:, None] / 2 * d_head / 4 * size + rounding)).all()
+
+
+def test_every_impl_gives_the_same(impl: int, rng: np.random.Generator) -> None:
+    query = rng.normal(size=(8, 64)).astype(np.float32)
+    sketches = sketches_of(half(rng.normal(size=(40, 2, 32, 64))))
+    chunks = np.arange(0, 40, 3, dtype=np.int32)
+    found = []
+    for each in (0, impl):
+        scores = Guarded((8, len(chunks)))
+        lib.actqkv_sketch_scores(
+            each, pointer(query), pointer(sketches), pointer(chunks), len(chunks), 8, 2, 64, 32, 1.0, pointer(scores), 1
+        )
+        found.append(scores.array)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_sketches_rank_as_keys_do(impl: int, rng: np.random.Generator) -> None:
+    """Of 200 chunks, the one with a key near the query is first by its sketch."""
+    keys = rng.normal(size=(200, 1, 32, 64))
+    query = rng.normal(size=(1, 64)).astype(np.float32)
+    keys[123, 0, 7] = 0.6 * query[0] + 0.8 * keys[123, 0, 7]
+    sketches = sketches_of(half(keys))
+    chunks = np.arange(200, dtype=np.int32)
+    scores = Guarded((1, 200))
+    lib.actqkv_sketch_scores(
+        impl, pointer(query), pointer(sketches), pointer(chunks), 200, 1, 1, 64, 32, 1.0, pointer(scores), 2
+    )
+    assert scores.array[0].argmax() == 123
+
+
+def test_odd_inputs(impl: int) -> None:
+    """No candidates; a query of zeros, of infinities; keys that are all alike."""
+    assert lib.actqkv_sketch_bytes(12, 4) == lib.actqkv_sketch_bytes(2048, 4) == 0
+    alike = half(np.ones((2, 1, 4, 16)))
+    sketches, chunks = sketches_of(alike), np.array([0, 1], np.int32)
+    for query in (np.zeros(16), np.full(16, np.inf), np.ones(16)):
+        vector, scores = query.astype(np.float32), Guarded((1, 2))
+        arguments = (pointer(sketches), pointer(chunks))
+        lib.actqkv_sketch_scores(impl, pointer(vector), *arguments, 0, 1, 1, 16, 4, 1.0, ffi.NULL, 2)
+        lib.actqkv_sketch_scores(impl, pointer(vector), *arguments, 2, 1, 1, 16, 4, 1.0, pointer(scores), 2)
+        scores.check()
+        if np.isfinite(query).all():
+            assert (scores.array == query.sum()).all()
