@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import struct
 import warnings
 from collections.abc import Iterator
@@ -263,6 +264,18 @@ def test_errors_of_saving(llm: Llama, book: Path, tmp_path: Path) -> None:
         assert ".tmp" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "folder.akv"]
     doc.save(tmp_path / "a.akv")
+
+
+def test_a_disk_without_room(llm: Llama, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a reading begins to fill a disk that cannot hold it."""
+    doc = llm.read(book)
+    assert llm.session is not None
+    needed = (llm.session.plan.kv_bytes + llm.session.plan.summary_bytes) * doc.tokens_total // llm.n_ctx()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(KVFileError, match=f"takes {needed:,} bytes, {needed - 1:,} are free"):
+        doc.save(tmp_path / "a.akv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt"]
 
 
 def test_another_model(llm: Llama, book: Path, tmp_path: Path) -> None:
