@@ -16,13 +16,13 @@ N_DIGEST_DOCUMENTS: Final = 20
 
 TASK_ODDS: Final = {
     "passkey": 1.2,
-    "number": 0.3,
+    "number": 0.5,
     "fact": 3.0,
     "multi": 1.2,
-    "json": 0.5,
+    "json": 0.7,
     "twohop": 1.6,
     "var": 1.0,
-    "list": 0.3,
+    "list": 0.5,
     "quote": 0.5,
     "absent": 2.5,
 }
@@ -32,16 +32,16 @@ TASK_ODDS: Final = {
 class TokenizerConfig:
     """Size of the vocabulary, and the generated text it is learnt from."""
 
-    n_vocab: int = 2048
+    n_vocab: int = 3072
     n_documents: int = 900
     n_document_tokens: int = 1500
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Shape of the network; the defaults are the shipped model's (7.5 M parameters)."""
+    """Shape of the network; the defaults are the shipped model's (8.3 M parameters)."""
 
-    n_vocab: int = 2048
+    n_vocab: int = 3072
     n_embd: int = 384
     n_layers: int = 6
     n_heads: int = 6
@@ -78,8 +78,8 @@ class SampleConfig:
     heldout: bool = False
     max_gap: int = 16384
     gap_share: float = 0.3
-    sentence_share: float = 0.06
-    small_talk_share: float = 0.04
+    sentence_share: float = 0.08
+    small_talk_share: float = 0.03
     task_odds: dict[str, float] = field(default_factory=lambda: dict(TASK_ODDS))
 
 
@@ -176,13 +176,13 @@ FULL = Recipe(
     tokenizer=TokenizerConfig(),
     network=NetworkConfig(),
     training=TrainConfig(
-        stages=(Stage(256, 16, 2, 250), Stage(512, 8, 2, 500), Stage(2048, 2, 2, 230), Stage(8192, 1, 1, 45)),
-        decay_share=0.5,
+        stages=(Stage(256, 16, 2, 200), Stage(512, 8, 2, 750), Stage(2048, 2, 2, 520), Stage(8192, 1, 1, 130)),
+        decay_share=0.45,
     ),
 )
 SMOKE = Recipe(
-    tokenizer=TokenizerConfig(n_vocab=512, n_documents=12, n_document_tokens=400),
-    network=NetworkConfig(n_vocab=512, n_embd=128, n_layers=4, n_heads=4, n_kv_heads=2, n_ff=128, n_context=512),
+    tokenizer=TokenizerConfig(n_vocab=1792, n_documents=12, n_document_tokens=400),
+    network=NetworkConfig(n_vocab=1792, n_embd=128, n_layers=4, n_heads=4, n_kv_heads=2, n_ff=128, n_context=512),
     training=TrainConfig(
         stages=(Stage(256, 2, 2, 8), Stage(512, 2, 1, 4)),
         n_warmup=2,

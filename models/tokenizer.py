@@ -1,5 +1,10 @@
 """The tokenizer: SentencePiece BPE with byte fallback, trained on generated text; and the prompt format on top of it.
 
+Numbers are no matter of training. They fall into groups of three digits from the left, the rest being a group of one or
+two: a model copies 1000 kinds of groups more surely than ten kinds of digits, among which every look that goes slightly
+astray finds a wrong one. Hexadecimal falls into pairs of a digit and a letter in the same way. What a number is cut
+into depends on the number alone, so it is the same tokens wherever it stands.
+
 A conversation is  <s><|document|> {document}<|end|><|user|> {question}<|end|><|assistant|> {answer}<|end|>
 where each text is written with the space before it, because the tokenizer adds none.
 """
@@ -8,6 +13,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +27,14 @@ if TYPE_CHECKING:
 UNKNOWN, BOS, EOS, USER, ASSISTANT, END, DOCUMENT = range(7)
 CONTROL_SYMBOLS = ("<|user|>", "<|assistant|>", "<|end|>", "<|document|>")  # of the ids USER to DOCUMENT
 FIRST_TEXT_ID = DOCUMENT + 1 + 256  # after the control symbols come the 256 bytes, then pieces of text
+
+# score -> pieces: above every trained piece, so merged first, from the left, three digits before the next two
+NUMBER_PIECES = {
+    2.0: [a + b for a, b in product("0123456789", repeat=2)],
+    1.0: [a + b for a, b in product("0123456789abcdef", repeat=2) if a.isdigit() != b.isdigit()],
+    3.0: ["".join(digits) for digits in product("0123456789", repeat=3)],
+}
+N_NUMBER_PIECES = sum(map(len, NUMBER_PIECES.values()))
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|> ' + m['content'] + '<|end|>' }}"
@@ -42,7 +56,7 @@ def train(path: Path, *, config: TokenizerConfig) -> None:
         sentence_iterator=_corpus(config),
         model_writer=model,
         model_type="bpe",
-        vocab_size=config.n_vocab,
+        vocab_size=config.n_vocab - N_NUMBER_PIECES,
         byte_fallback=True,
         split_digits=True,
         add_dummy_prefix=False,
@@ -60,7 +74,20 @@ def train(path: Path, *, config: TokenizerConfig) -> None:
         minloglevel=1,
     )
     with written_atomically(path) as temporary:
-        temporary.write_bytes(model.getvalue())
+        temporary.write_bytes(_with_number_pieces(model.getvalue()))
+
+
+def _with_number_pieces(model: bytes) -> bytes:
+    """A SentencePiece model file with `NUMBER_PIECES` after its own pieces."""
+    from sentencepiece import sentencepiece_model_pb2  # noqa: PLC0415 (optional)
+
+    extended = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for score, pieces in NUMBER_PIECES.items():
+        for piece in pieces:
+            extended.pieces.add(piece=piece, score=score)
+    extended.trainer_spec.vocab_size = len(extended.pieces)
+    serialised: bytes = extended.SerializeToString(deterministic=True)
+    return serialised
 
 
 def load(path: Path) -> Any:
