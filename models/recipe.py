@@ -176,7 +176,7 @@ FULL = Recipe(
     tokenizer=TokenizerConfig(),
     network=NetworkConfig(),
     training=TrainConfig(
-        stages=(Stage(256, 16, 2, 200), Stage(512, 8, 2, 750), Stage(2048, 2, 2, 520), Stage(8192, 1, 1, 130)),
+        stages=(Stage(256, 16, 2, 200), Stage(512, 8, 2, 750), Stage(2048, 2, 2, 420), Stage(8192, 1, 1, 110)),
         decay_share=0.45,
     ),
 )

@@ -186,7 +186,7 @@ def test_guided_attention_is_sent_to_the_token_that_follows(smoke_run: Path) -> 
     from models.samples import Sampler
 
     tokenizer = tokenizers.load(smoke_run / "tokenizer.model")
-    batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(512, 16)
+    batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(512, 32)
     n_equal = n_all = n_bridged = 0
     for ids, lookups in zip(batch.tokens.tolist(), batch.lookups, strict=True):
         for lookup in lookups:
