@@ -11,7 +11,11 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADERS = (ROOT / "native/include/actqkv.h", ROOT / "native/kernels/kernels.h")
+HEADERS = (
+    ROOT / "native/include/actqkv.h",
+    ROOT / "native/kernels/kernels.h",
+    ROOT / "native/kernels/cuda/kernels_cuda.h",
+)
 
 
 def declarations(header: Path) -> str:

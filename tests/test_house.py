@@ -59,7 +59,7 @@ def files(*suffixes: str, under: str | None = None) -> Iterator[tuple[str, Path]
 
 def native_code() -> Iterator[tuple[str, str]]:
     """Name under native/ and text without comments and strings."""
-    for _, path in files(".cpp", ".h", under="native"):
+    for _, path in files(".cpp", ".h", ".cu", ".cuh", under="native"):
         code = re.sub(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"", " ", text_of(path), flags=re.DOTALL)
         yield path.relative_to(NATIVE).as_posix(), code
 
@@ -72,7 +72,7 @@ def may_include() -> dict[str, list[str]]:
 
 def quoted_includes() -> Iterator[tuple[str, str]]:
     """File under native/, and what it includes: a file under native/ or the name of another library's header."""
-    for _, path in files(".cpp", ".h", under="native"):
+    for _, path in files(".cpp", ".h", ".cu", ".cuh", under="native"):
         for header in re.findall(r'^\s*#\s*include "([^"]+)"', text_of(path), re.MULTILINE):
             places = [path.parent, *(ROOT / folder for folder in OUR_NATIVE_INCLUDES)]
             found = next((place / header for place in places if (place / header).is_file()), None)
@@ -157,7 +157,7 @@ def test_documented_names_are_public() -> None:
 def test_no_variants_in_names() -> None:
     """Two versions of one thing live side by side, told apart by a suffix."""
     suffix = r"(?:v\d+|fast|slow|new|old|orig|final|tmp|bak|dev\d*)"
-    for name, path in files(".py", ".cpp", ".h", ".c", ".cu"):
+    for name, path in files(".py", ".cpp", ".h", ".c", ".cu", ".cuh"):
         assert not re.search(rf"_{suffix}$", path.stem), name
         defined = re.findall(rf"\b(?:def|class|struct)\s+(\w+_{suffix})\b|\b(\w+_{suffix})\(", text_of(path))
         found = {one for pair in defined for one in pair if one} - set(NAMES_WITH_A_SUFFIX)
@@ -166,14 +166,14 @@ def test_no_variants_in_names() -> None:
 
 def test_long_files_have_a_reason() -> None:
     """A file grew over 600 lines unnoticed; or a reason outlived its file's length."""
-    lengths = {name: text_of(path).count("\n") for name, path in files(".py", ".cpp", ".h", ".c", ".cu")}
+    lengths = {name: text_of(path).count("\n") for name, path in files(".py", ".cpp", ".h", ".c", ".cu", ".cuh")}
     assert {name for name, n_lines in lengths.items() if n_lines > 600} == set(LONG_FILES)
 
 
 def test_nothing_left_to_do() -> None:
     """A note to oneself was committed; an issue is the place for it."""
     words = "|".join(("TO" + "DO", "FIX" + "ME", "X" + "XX", "HA" + "CK"))
-    for name, path in files(".py", ".cpp", ".h", ".c", ".cu", ".md", ".toml", ".txt"):
+    for name, path in files(".py", ".cpp", ".h", ".c", ".cu", ".cuh", ".md", ".toml", ".txt"):
         found = None if name.startswith("examples/") else re.search(rf"\b({words})\b", text_of(path))
         assert found is None, f"{name}: {found[0]}"
 
@@ -181,7 +181,7 @@ def test_nothing_left_to_do() -> None:
 def test_no_machine_in_the_tree() -> None:
     """A path of somebody's machine, or where packages come from, was committed."""
     machine = r"(?<![\w.~}-])/(?:root|home|Users|work|mnt|opt)/\w|--(?:extra-)?index-url|\bfile:///"
-    for name, path in files(".py", ".cpp", ".h", ".md", ".toml", ".txt", ".cdef", ".jsonl", ""):
+    for name, path in files(".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".txt", ".cdef", ".jsonl", ""):
         found = re.search(machine, text_of(path))
         assert found is None, f"{name}: {found[0]}"
 

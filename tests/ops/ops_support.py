@@ -1,21 +1,102 @@
-"""Calls the kernels through cffi on arrays with guard bytes, and the error bound of every op."""
+"""Calls the kernels through cffi on arrays with guard bytes, and the error bound of every op.
+
+On a machine with a GPU and without llama-cpp-python, ACTQKV_TEST_CUDA names a libactqkv_cuda to test, alone.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
-import llama_cpp  # noqa: F401  first: our module links to the libraries that it loads
 import numpy as np
 import numpy.typing as npt
+import pytest
+from cuda_library import CUDA, ROOT, Gpu, build_emulated
 
-from actqkv_cpp._actqkv import ffi, lib
+ALONE = os.environ.get("ACTQKV_TEST_CUDA")
+if ALONE:
+    from cffi import FFI
 
-NAMES = {0: "scalar", 1: "avx2", 2: "avx512", 3: "neon", 4: "avx512-vnni"}
+    sys.path.insert(0, str(ROOT / "bindings"))
+    from build_ffi import declarations
+
+    ffi = FFI()
+    ffi.cdef(declarations(ROOT / "native/kernels/kernels.h") + declarations(CUDA / "kernels_cuda.h"))
+    ffi.cdef("const struct actqkv_cuda * actqkv_cuda_table(void);")
+else:
+    import llama_cpp  # noqa: F401  first: our module links to the libraries that it loads
+
+    from actqkv_cpp._actqkv import ffi
+    from actqkv_cpp._actqkv import lib as cpu
+
+NAMES = {0: "scalar", 1: "avx2", 2: "avx512", 3: "neon", 4: "avx512-vnni", 100: "emulated", 101: "cuda"}
+EMULATED, ON_GPU = 100, 101  # the CUDA kernels: on the host, on a GPU
 
 
-def impls() -> list[int]:
-    """Every impl this machine runs: a processor with AVX-512 also has AVX2."""
-    return [0, *{0: (), 1: (1,), 2: (1, 2), 3: (3,), 4: (1, 2, 4)}[lib.actqkv_impl_best()]]
+def impls() -> list[Any]:
+    """Every impl: those that this machine's processor runs (one with AVX-512 has AVX2), and the CUDA kernels."""
+    own = [] if ALONE else [0, *{0: (), 1: (1,), 2: (1, 2), 3: (3,), 4: (1, 2, 4)}[cpu.actqkv_impl_best()], EMULATED]
+    return [*own, pytest.param(ON_GPU, marks=pytest.mark.cuda)]
+
+
+def table_at(path: str | None) -> Any:
+    """The functions of a libactqkv_cuda, None: of the installed one. Skips the test where it does not load."""
+    if ALONE:
+        return ffi.dlopen(path).actqkv_cuda_table()
+    reason = ffi.new("char[]", 512)
+    table = cpu.actqkv_cuda_load(ffi.NULL if path is None else path.encode(), reason, len(reason))
+    if table == ffi.NULL:
+        pytest.skip(f"no CUDA kernels: {ffi.string(reason).decode()}")
+    return table
+
+
+@functools.cache
+def gpu(impl: int) -> Gpu:
+    """The GPU, or what stands for it. Skips the test where there is none."""
+    if impl == EMULATED:
+        try:
+            return Gpu(ffi, table_at(str(build_emulated())))
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+    table, n = table_at(ALONE), ffi.new("int32_t *")
+    status = table.n_devices(n)
+    if status != 0 or n[0] == 0:
+        pytest.skip(f"no GPU: {ffi.string(table.error_text(status)).decode() if status else 'the driver has none'}")
+    return Gpu(ffi, table)
+
+
+WITHOUT_IMPL = (
+    "actqkv_turn",
+    "actqkv_sketch",
+    "actqkv_sketch_bytes",
+    "actqkv_row_bytes",
+    "actqkv_store_rows",
+    "actqkv_attend_scratch",
+)
+
+
+class Kernels:
+    """The functions of kernels.h by their names. impl comes first where there are several, and of actqkv_top_k too."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(impl: int, *arguments: Any) -> Any:
+            if impl >= EMULATED:
+                return gpu(impl).call(name.removeprefix("actqkv_"), arguments, ARRAYS)
+            if ALONE:
+                pytest.skip("compares with the CPU's kernels, which are not here")
+            function = getattr(cpu, name)
+            return function(*arguments) if name == "actqkv_top_k" else function(impl, *arguments)
+
+        if name in WITHOUT_IMPL:
+            return (lambda *arguments: 0) if ALONE else getattr(cpu, name)
+        return call
+
+
+lib = Kernels()
+ARRAYS: dict[int, memoryview] = {}  # what pointer() was asked for: the memory around it, by address
 
 
 # Largest normalised mean square error against float64. float has 24 bits: one rounding is about 1e-15 here, and sums
@@ -36,6 +117,7 @@ BOUNDS = {
     "attend.out": 1e-11,  # e^x by polynomial, logits of magnitude 10 rounded in float
     "attend.sums": 1e-11,
     "attend.mass": 1e-11,
+    "attend.rounded": 1e-6,  # a GPU's window of quantised rows: tensor cores take their values once rounded to half
 }
 
 
@@ -46,11 +128,20 @@ def nmse(actual: npt.ArrayLike, expected: npt.ArrayLike, size: npt.ArrayLike | N
     return float(((a - b) ** 2).sum() / max((by**2).sum(), 1e-30))
 
 
-def check(op: str, actual: npt.ArrayLike, expected: npt.ArrayLike, size: npt.ArrayLike | None = None) -> None:
+def check(
+    op: str,
+    actual: npt.ArrayLike,
+    expected: npt.ArrayLike,
+    size: npt.ArrayLike | None = None,
+    *,
+    bound: str | None = None,
+) -> None:
+    """bound: its name in the table, where it is not the op's own."""
     assert np.shape(actual) == np.shape(expected)
     assert np.all(np.isfinite(actual)), op
     error = nmse(actual, expected, size)
-    assert error <= BOUNDS[op], f"{op}: NMSE {error:.2e}, bound {BOUNDS[op]:.0e}"
+    most = BOUNDS[bound or op]
+    assert error <= most, f"{op}: NMSE {error:.2e}, bound {most:.0e}"
 
 
 GUARD = 64  # elements on either side
@@ -92,10 +183,12 @@ def pointer(array: npt.NDArray[Any] | Guarded | None) -> Any:
         return ffi.NULL
     a = array.array if isinstance(array, Guarded) else array
     assert a.flags["C_CONTIGUOUS"] or isinstance(array, Guarded)
+    around = array._all if isinstance(array, Guarded) else a
+    ARRAYS[a.ctypes.data] = memoryview(around.reshape(-1).view(np.uint8)) if around.size else memoryview(bytearray(16))
     return ffi.cast(TYPES[a.dtype.name], a.ctypes.data)
 
 
-KV_TYPES = {"f16": lib.ACTQKV_KV_F16, "q8_0": lib.ACTQKV_KV_Q8_0, "q4_0": lib.ACTQKV_KV_Q4_0}
+KV_TYPES = {name[len("ACTQKV_KV_") :].lower(): n for n, name in ffi.typeof("enum actqkv_kv_type").elements.items()}
 
 
 def half(x: npt.ArrayLike) -> npt.NDArray[np.float16]:

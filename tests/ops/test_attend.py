@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import ops_reference as reference
 import pytest
-from ops_support import BOUNDS, KV_TYPES, Guarded, check, ffi, half, lib, nmse, pointer
+from ops_support import BOUNDS, EMULATED, KV_TYPES, Guarded, check, ffi, half, lib, nmse, pointer
 
 RATIOS = [(4, 4), (8, 4), (8, 2), (8, 1), (14, 2)]  # r = 1, 2, 4, 8, 7
 
@@ -129,7 +129,7 @@ def run(case: Case, impl: int, n_threads: int, *, sums: bool = True, mass: bool 
     rows = [s.rows for s in itertools.chain(*lists)]
     for to, s, arrays in zip(spans, itertools.chain(*lists), rows, strict=False):
         to.far, to.near, to.v = (pointer(x) for x in arrays)
-        to.far_stride = to.near_stride = to.v_stride = s.n_tok * lib.actqkv_row_bytes(KV_TYPES[s.kv_type], d)
+        to.far_stride = to.near_stride = to.v_stride = s.n_tok * arrays[-1].shape[-1]
         to.first, to.n_tok, to.kv_type = s.first, s.n_tok, KV_TYPES[s.kv_type]
     n_summed = case.n_keys - case.first_key
     out, weight_sums = Guarded((m, n_head, d)), Guarded((n_head, n_summed + 3))
@@ -159,12 +159,19 @@ def run(case: Case, impl: int, n_threads: int, *, sums: bool = True, mass: bool 
     return out.array, weight_sums.array[:, :n_summed], span_mass.array
 
 
+def bound_of(case: Case, impl: int) -> str | None:
+    """Its name where it is not the op's own."""
+    quantised = any(s.kv_type != "f16" for s in itertools.chain(*case.of_heads))
+    return "attend.rounded" if impl >= EMULATED and len(case.q_near) > 1 and quantised else None
+
+
 def verify(case: Case, impl: int, n_threads: int) -> None:
     out, sums, mass = run(case, impl, n_threads)
     expected_out, expected_sums, expected_mass = case.expected
-    check("attend.out", out, expected_out)
-    check("attend.sums", sums, expected_sums[:, case.first_key :])
-    check("attend.mass", mass, expected_mass)
+    bound = bound_of(case, impl)
+    check("attend.out", out, expected_out, bound=bound)
+    check("attend.sums", sums, expected_sums[:, case.first_key :], bound=bound)
+    check("attend.mass", mass, expected_mass, bound=bound)
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
@@ -304,7 +311,7 @@ def test_scalar_and_fast_agree(impl: int, rng: np.random.Generator, *, m: int, k
     lengths = {"far": tuple([32] * 30), "both": (64,), "near": (100,)}
     case = make(rng, m=m, n_head=8, n_head_kv=2, d=128, kv_type=kv_type, **lengths)
     for name, a, b in zip(("out", "sums", "mass"), run(case, impl, 2), run(case, 0, 1), strict=True):
-        assert nmse(a, b) <= BOUNDS[f"attend.{name}"]
+        assert nmse(a, b) <= BOUNDS[bound_of(case, impl) or f"attend.{name}"]
 
 
 def test_scratch_grows_with_its_arguments() -> None:

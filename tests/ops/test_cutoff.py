@@ -34,9 +34,9 @@ def test_entropy_ends(impl: int) -> None:
     assert lib.actqkv_entropy(impl, pointer(peak), 77, 1.0) == 0
 
 
-def chosen(scores: np.ndarray, k: int) -> list[int]:  # type: ignore[type-arg]
+def chosen(impl: int, scores: np.ndarray, k: int) -> list[int]:  # type: ignore[type-arg]
     out, scratch = Guarded(max(min(k, len(scores)), 0), np.int32), Guarded(len(scores), np.int32)
-    lib.actqkv_top_k(pointer(scores), len(scores), k, pointer(out), pointer(scratch))
+    lib.actqkv_top_k(impl, pointer(scores), len(scores), k, pointer(out), pointer(scratch))
     out.check()
     scratch.check()
     return list(out.array)
@@ -45,20 +45,20 @@ def chosen(scores: np.ndarray, k: int) -> list[int]:  # type: ignore[type-arg]
 @pytest.mark.parametrize("n", [0, 1, 2, 47, 1000])
 @pytest.mark.parametrize("k", [0, 1, 46, 1000, 2000])
 @pytest.mark.parametrize("ties", [False, True])
-def test_top_k(rng: np.random.Generator, n: int, k: int, ties: bool) -> None:
+def test_top_k(impl: int, rng: np.random.Generator, n: int, k: int, ties: bool) -> None:
     scores = rng.normal(size=n).astype(np.float32)
     if ties:
         scores = np.round(scores)
-    assert chosen(scores, k) == list(reference.top_k(scores.astype(np.float64), k))
+    assert chosen(impl, scores, k) == list(reference.top_k(scores.astype(np.float64), k))
 
 
-def test_top_k_order_of_special_values() -> None:
+def test_top_k_order_of_special_values(impl: int) -> None:
     scores = np.array([np.nan, -np.inf, 0.0, -0.0, np.inf, 0.0, np.nan], np.float32)
-    assert chosen(scores, 1) == [4]
-    assert chosen(scores, 3) == [2, 3, 4]
-    assert chosen(scores, 5) == [1, 2, 3, 4, 5]
-    assert chosen(scores, 6) == [0, 1, 2, 3, 4, 5]
+    assert chosen(impl, scores, 1) == [4]
+    assert chosen(impl, scores, 3) == [2, 3, 4]
+    assert chosen(impl, scores, 5) == [1, 2, 3, 4, 5]
+    assert chosen(impl, scores, 6) == [0, 1, 2, 3, 4, 5]
 
 
-def test_top_k_equal_scores_keep_order() -> None:
-    assert chosen(np.zeros(100, np.float32), 7) == list(range(7))
+def test_top_k_equal_scores_keep_order(impl: int) -> None:
+    assert chosen(impl, np.zeros(100, np.float32), 7) == list(range(7))

@@ -1,0 +1,142 @@
+// cutoff - how spread out a layer's scores are, and its k best chunks; formulas: ../cpu/cutoff.cpp.
+//
+// One block each: there are 4,096 scores at 128K tokens and 32,768 at 1M, 4 to 32 per thread.
+#include "common.cuh"
+
+namespace actqkv::cuda {
+namespace {
+
+constexpr int THREADS = 1024, N_DIGITS = 256;
+
+__global__ void __launch_bounds__(THREADS)
+    entropy_kernel(const float * scores, int64_t n, float factor, float * entropy) {
+    __shared__ float part[WARP];
+    __shared__ double wide_part[WARP];
+    float most = -INFINITY, n_strange = 0;
+    for (int64_t b = threadIdx.x; b < n; b += THREADS) {
+        most = fmaxf(most, scores[b]);
+        n_strange += isfinite(scores[b]) ? 0 : 1;
+    }
+    most = max_block(most, part);
+    n_strange = sum_block(n_strange, part);
+    double z = 0, zx = 0;
+    for (int64_t b = threadIdx.x; n_strange == 0 && b < n; b += THREADS) {
+        const float x = (scores[b] - most) * factor, e = expf(x);
+        z += e;
+        zx += e == 0 ? 0 : x * e;
+    }
+    z = sum_block(z, wide_part);
+    zx = sum_block(zx, wide_part);
+    if (threadIdx.x == 0) {
+        const double h = n_strange == 0 ? (log(z) - zx / z) / log((double) n) : 0;
+        *entropy = (float) (h < 0 ? 0 : h > 1 ? 1 : h);
+    }
+}
+
+// Unsigned numbers in the order of the scores: -0 equals 0, NaN is 0 and below all.
+__host__ __device__ inline uint32_t sortable(float score) {
+    score += 0.0f;
+    uint32_t bits;
+    memcpy(&bits, &score, 4);
+    return score != score ? 0 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// How many threads before this one say yes; *total: how many do. counts: shared, WARP ints. Ends with a barrier.
+__device__ int count_before(bool yes, int * counts, int * total) {
+    const unsigned votes = __ballot_sync(ALL, yes);
+    const int lane = (int) threadIdx.x % WARP, warp = (int) threadIdx.x / WARP;
+    if (lane == 0) {
+        counts[warp] = __popc(votes);
+    }
+    __syncthreads();
+    int before = __popc(votes & ((1u << lane) - 1));
+    *total = 0;
+    for (int i = 0; i < THREADS / WARP; i++) {
+        before += i < warp ? counts[i] : 0;
+        *total += counts[i];
+    }
+    __syncthreads();
+    return before;
+}
+
+// The k-th greatest of the sortable scores, 8 bits at a time from the top; *n_above: how many are greater.
+__device__ uint32_t threshold_of(const float * scores, int64_t n, int k, int * n_above) {
+    __shared__ int n_with[N_DIGITS];
+    __shared__ int digit, above;
+    uint32_t prefix = 0, mask = 0;
+    int wanted = k;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        for (int i = (int) threadIdx.x; i < N_DIGITS; i += THREADS) {
+            n_with[i] = 0;
+        }
+        __syncthreads();
+        for (int64_t b = threadIdx.x; b < n; b += THREADS) {
+            const uint32_t key = sortable(scores[b]);
+            if ((key & mask) == prefix) {
+                atomicAdd(&n_with[key >> shift & 255], 1);
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            above = 0;
+            digit = N_DIGITS - 1;
+            while (above + n_with[digit] < wanted) {
+                above += n_with[digit--];
+            }
+        }
+        __syncthreads();
+        prefix |= (uint32_t) digit << shift;
+        mask |= 255u << shift;
+        wanted -= above;
+        __syncthreads();
+    }
+    *n_above = k - wanted;
+    return prefix;
+}
+
+// All above the k-th best, and of its equals the first ones, in order of the index.
+__global__ void __launch_bounds__(THREADS) top_k_kernel(const float * scores, int64_t n, int k, int32_t * chosen) {
+    __shared__ int counts[WARP];
+    int n_above;
+    const uint32_t threshold = threshold_of(scores, n, k, &n_above);
+    int n_equal_left = k - n_above, n_written = 0;
+    for (int64_t first = 0; first < n; first += THREADS) {
+        const int64_t b = first + threadIdx.x;
+        const uint32_t key = b < n ? sortable(scores[b]) : 0;
+        int n_equal, n_chosen;
+        const bool equal = b < n && key == threshold;
+        const bool first_equals = count_before(equal, counts, &n_equal) < n_equal_left;
+        const bool mine = b < n && (key > threshold || (equal && first_equals));
+        const int at = n_written + count_before(mine, counts, &n_chosen);
+        if (mine) {
+            chosen[at] = (int32_t) b;
+        }
+        n_written += n_chosen;
+        n_equal_left -= n_equal < n_equal_left ? n_equal : n_equal_left;
+    }
+}
+
+__global__ void all_kernel(int32_t n, int32_t * chosen) {
+    const int32_t b = (int32_t) (blockIdx.x * blockDim.x + threadIdx.x);
+    if (b < n) {
+        chosen[b] = b;
+    }
+}
+
+} // namespace
+
+int32_t entropy(actqkv_cuda_stream * s, const float * scores, int64_t n, float temperature, float * entropy) {
+    if (n <= 1 || !(temperature > 0)) {
+        return cudaMemsetAsync(entropy, 0, sizeof(float), s->stream);
+    }
+    return launch(s, entropy_kernel, dim3(1), dim3(THREADS), 0, scores, n, 1 / temperature, entropy);
+}
+
+int32_t top_k(actqkv_cuda_stream * s, const float * scores, int64_t n, int32_t k, int32_t * chosen) {
+    if (k >= n) {
+        return launch(s, all_kernel, dim3((unsigned) divided_up(n, 256)), dim3(256), 0, (int32_t) n, chosen);
+    }
+    return k <= 0 ? 0 : launch(s, top_k_kernel, dim3(1), dim3(THREADS), 0, scores, n, k, chosen);
+}
+
+} // namespace actqkv::cuda

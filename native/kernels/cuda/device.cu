@@ -1,0 +1,256 @@
+// device - GPUs, their memory, streams and copies; and the table of everything.
+#include "common.cuh"
+
+#include <new>
+
+#ifndef ACTQKV_CUDA_TARGETS
+#define ACTQKV_CUDA_TARGETS "unknown"
+#endif
+
+namespace actqkv::cuda {
+namespace {
+
+__global__ void to_f16_kernel(const float * src, actqkv_f16 * dst, int64_t n) {
+    for (int64_t i = (int64_t) blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (int64_t) gridDim.x * blockDim.x) {
+        dst[i] = narrow(src[i]);
+    }
+}
+
+const char * error_text(int32_t status) { return cudaGetErrorString((cudaError_t) status); }
+
+int32_t driver_version(int32_t * version) {
+    int found = 0;
+    const cudaError_t status = cudaDriverGetVersion(&found);
+    *version = found;
+    return status;
+}
+
+int32_t n_devices(int32_t * n) {
+    int found = 0;
+    const cudaError_t status = cudaGetDeviceCount(&found);
+    *n = found;
+    return status;
+}
+
+int32_t attribute(cudaDeviceAttr which, int index) {
+    int value = 0;
+    return cudaDeviceGetAttribute(&value, which, index) == cudaSuccess ? value : 0;
+}
+
+int32_t device(int32_t index, actqkv_cuda_device * found) {
+    *found = {};
+    cudaDeviceProp properties;
+    cudaError_t status = cudaGetDeviceProperties(&properties, index);
+    if (status != cudaSuccess || (status = cudaSetDevice(index)) != cudaSuccess) {
+        return status;
+    }
+    static_assert(sizeof(found->name) <= sizeof(properties.name), "names are cut to the shorter");
+    memcpy(found->name, properties.name, sizeof(found->name) - 1);
+    found->major = properties.major;
+    found->minor = properties.minor;
+    found->n_multiprocessors = properties.multiProcessorCount;
+    size_t free = 0, total = 0;
+    status = cudaMemGetInfo(&free, &total);
+    found->free_bytes = free;
+    found->memory_bytes = total;
+    return status;
+}
+
+int32_t take(int32_t device, uint64_t bytes, void ** memory) {
+    *memory = nullptr;
+    const cudaError_t status = cudaSetDevice(device);
+    if (status != cudaSuccess) {
+        return status;
+    }
+    const cudaError_t taken = cudaMalloc(memory, bytes);
+    if (taken != cudaSuccess) {
+        cudaGetLastError(); // out of memory is an answer, not a state: later calls must not report it once more
+    }
+    return taken;
+}
+
+int32_t give_back(void * memory) { return cudaFree(memory); }
+
+int32_t take_pinned(uint64_t bytes, void ** memory) {
+    *memory = nullptr;
+    const cudaError_t status = cudaHostAlloc(memory, bytes, cudaHostAllocPortable);
+    if (status != cudaSuccess) {
+        cudaGetLastError();
+    }
+    return status;
+}
+
+int32_t give_back_pinned(void * memory) { return cudaFreeHost(memory); }
+
+int32_t pin(void * memory, uint64_t bytes) {
+    const cudaError_t status = cudaHostRegister(memory, bytes, cudaHostRegisterPortable);
+    if (status != cudaSuccess) {
+        cudaGetLastError();
+    }
+    return status;
+}
+
+int32_t unpin(void * memory) { return cudaHostUnregister(memory); }
+
+void close(actqkv_cuda_stream * s) {
+    if (s == nullptr) {
+        return;
+    }
+    cudaSetDevice(s->device);
+    if (s->stream != nullptr) {
+        cudaStreamSynchronize(s->stream);
+    }
+    for (cudaEvent_t event : {s->passed, s->started, s->stopped}) {
+        if (event != nullptr) {
+            cudaEventDestroy(event);
+        }
+    }
+    cudaFree(s->tickets);
+    if (s->stream != nullptr) {
+        cudaStreamDestroy(s->stream);
+    }
+    delete s;
+}
+
+int32_t fill_stream(actqkv_cuda_stream * s) {
+    cudaError_t status = cudaSetDevice(s->device);
+    if (status == cudaSuccess) {
+        status = cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking);
+    }
+    if (status == cudaSuccess) {
+        status = cudaEventCreateWithFlags(&s->passed, cudaEventDisableTiming);
+    }
+    if (status == cudaSuccess) {
+        status = cudaEventCreate(&s->started);
+    }
+    if (status == cudaSuccess) {
+        status = cudaEventCreate(&s->stopped);
+    }
+    if (status == cudaSuccess) {
+        status = cudaMalloc((void **) &s->tickets, N_TICKETS * sizeof(uint32_t));
+    }
+    if (status == cudaSuccess) {
+        status = cudaMemsetAsync(s->tickets, 0, N_TICKETS * sizeof(uint32_t), s->stream);
+    }
+    if (status == cudaSuccess) {
+        status = cudaStreamSynchronize(s->stream);
+    }
+    return status;
+}
+
+int32_t open(int32_t device, actqkv_cuda_stream ** stream) {
+    *stream = nullptr;
+    actqkv_cuda_stream * s = new (std::nothrow) actqkv_cuda_stream();
+    if (s == nullptr) {
+        return cudaErrorMemoryAllocation;
+    }
+    s->device = device;
+    s->n_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+    const int32_t status = fill_stream(s);
+    if (status != cudaSuccess) {
+        close(s);
+        cudaGetLastError();
+        return status;
+    }
+    *stream = s;
+    return 0;
+}
+
+int32_t copy(actqkv_cuda_stream * s, void * to, const void * from, uint64_t bytes) {
+    const cudaError_t status = cudaSetDevice(s->device);
+    return status != cudaSuccess ? status : cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, s->stream);
+}
+
+int32_t fill(actqkv_cuda_stream * s, void * memory, int32_t byte, uint64_t bytes) {
+    const cudaError_t status = cudaSetDevice(s->device);
+    return status != cudaSuccess ? status : cudaMemsetAsync(memory, byte, bytes, s->stream);
+}
+
+int32_t follow(actqkv_cuda_stream * s, actqkv_cuda_stream * before) {
+    cudaError_t status = cudaSetDevice(before->device);
+    if (status == cudaSuccess) {
+        status = cudaEventRecord(before->passed, before->stream);
+    }
+    if (status == cudaSuccess) {
+        status = cudaSetDevice(s->device);
+    }
+    return status != cudaSuccess ? status : cudaStreamWaitEvent(s->stream, before->passed, 0);
+}
+
+int32_t wait(actqkv_cuda_stream * s) {
+    cudaError_t status = cudaSetDevice(s->device);
+    if (status == cudaSuccess) {
+        status = cudaStreamSynchronize(s->stream);
+    }
+    const cudaError_t launched = cudaGetLastError();
+    return status != cudaSuccess ? status : launched;
+}
+
+int32_t start_clock(actqkv_cuda_stream * s) {
+    const cudaError_t status = cudaSetDevice(s->device);
+    return status != cudaSuccess ? status : cudaEventRecord(s->started, s->stream);
+}
+
+int32_t stop_clock(actqkv_cuda_stream * s, float * ms) {
+    *ms = 0;
+    cudaError_t status = cudaSetDevice(s->device);
+    if (status == cudaSuccess) {
+        status = cudaEventRecord(s->stopped, s->stream);
+    }
+    if (status == cudaSuccess) {
+        status = cudaEventSynchronize(s->stopped);
+    }
+    return status != cudaSuccess ? status : cudaEventElapsedTime(ms, s->started, s->stopped);
+}
+
+} // namespace
+
+int32_t to_f16(actqkv_cuda_stream * s, const float * src, actqkv_f16 * dst, int64_t n) {
+    constexpr int THREADS = 256, MOST_BLOCKS = 4096;
+    const int64_t blocks = divided_up(n, THREADS);
+    return launch(s, to_f16_kernel, dim3((unsigned) (blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS)), dim3(THREADS), 0,
+                  src, dst, n);
+}
+
+} // namespace actqkv::cuda
+
+extern "C" const actqkv_cuda * actqkv_cuda_table(void) {
+    using namespace actqkv::cuda;
+    static const actqkv_cuda table = {
+        ACTQKV_CUDA_INTERFACE,
+        CUDART_VERSION,
+        ACTQKV_CUDA_TARGETS,
+        error_text,
+        driver_version,
+        n_devices,
+        device,
+        take,
+        give_back,
+        take_pinned,
+        give_back_pinned,
+        pin,
+        unpin,
+        open,
+        close,
+        copy,
+        fill,
+        follow,
+        wait,
+        start_clock,
+        stop_clock,
+        to_f16,
+        probe_update,
+        probe_weights,
+        probe_mix,
+        summarize,
+        score,
+        head_scores,
+        vote,
+        refine,
+        entropy,
+        top_k,
+        attend_scratch,
+        attend,
+    };
+    return &table;
+}
