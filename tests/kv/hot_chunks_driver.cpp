@@ -1,0 +1,76 @@
+// Runs hot_chunks over a mover that copies nothing: commands on standard input, what happens on standard output.
+#include "kv/hot_chunks.h"
+
+#include "error.h"
+
+#include <iostream>
+#include <memory>
+#include <sstream>
+
+namespace {
+
+struct told : actqkv::mover {
+    double wait_ms = 0;
+    void start(int il, int32_t chunk, int32_t slot) override {
+        std::cout << "start " << il << ' ' << chunk << ' ' << slot << '\n';
+    }
+    double join() override {
+        std::cout << "join\n";
+        return wait_ms;
+    }
+};
+
+void print_stats(const actqkv::hot_stats & s) {
+    std::cout << "stats " << s.n_hits << ' ' << s.n_misses << ' ' << s.n_prefetched << ' ' << s.n_wasted << ' '
+              << s.bytes << ' ' << s.n_stalls << ' ' << s.stall_ms << '\n';
+}
+
+} // namespace
+
+int main() {
+    told mover;
+    std::unique_ptr<actqkv::hot_chunks> hot;
+    for (std::string line; std::getline(std::cin, line);) {
+        std::istringstream words(line);
+        std::string command;
+        words >> command;
+        try {
+            if (command == "new") {
+                uint64_t n_layer, chunk_bytes, limit, n_most;
+                words >> n_layer >> chunk_bytes >> limit >> n_most;
+                hot = std::make_unique<actqkv::hot_chunks>((int) n_layer, chunk_bytes, limit, (int32_t) n_most, mover);
+                std::cout << "slots " << hot->n_slots() << '\n';
+                continue;
+            }
+            double first;
+            words >> first;
+            std::vector<int32_t> chunks;
+            std::vector<double> masses;
+            for (double number; words >> number;) {
+                if (command == "mass" && chunks.size() > masses.size()) {
+                    masses.push_back(number);
+                } else {
+                    chunks.push_back((int32_t) number);
+                }
+            }
+            const int n = (int) chunks.size();
+            if (command == "plan") {
+                for (const int32_t slot : hot->plan((int) first, chunks.data(), n)) {
+                    std::cout << "at " << slot << '\n';
+                }
+            } else if (command == "prefetch") {
+                hot->prefetch((int) first, chunks.data(), n);
+            } else if (command == "mass") {
+                hot->add_mass((int) first, chunks.data(), masses.data(), n);
+            } else if (command == "forget") {
+                hot->forget_from((int32_t) first);
+            } else if (command == "wait") {
+                mover.wait_ms = first;
+            }
+            print_stats(hot->stats());
+        } catch (const actqkv::error & failure) {
+            std::cout << "error " << failure.what() << '\n';
+        }
+    }
+    return 0;
+}
