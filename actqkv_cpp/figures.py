@@ -101,3 +101,26 @@ class Stats:
     audit_recall_last: float
     audit_layer: int
     audit_head: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU; `problem` says why it cannot be used, where CUDA tells."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    free_bytes: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What our CUDA library finds. Versions are 1000 * major + 10 * minor; driver 0 is none."""
+
+    library_problem: str | None
+    toolkit: int = 0
+    targets: str = ""
+    driver: int = 0
+    driver_problem: str | None = None
+    devices: tuple[Gpu, ...] = ()

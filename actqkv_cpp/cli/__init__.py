@@ -11,6 +11,7 @@ from actqkv_cpp import __version__
 from actqkv_cpp.cli.ask import ask
 from actqkv_cpp.cli.bench import bench
 from actqkv_cpp.cli.chat import chat
+from actqkv_cpp.cli.doctor import doctor
 from actqkv_cpp.cli.eval import evaluate
 from actqkv_cpp.cli.index import index
 from actqkv_cpp.cli.inspect import inspect
@@ -59,6 +60,7 @@ app.command()(bench)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(report)
+app.command()(doctor)
 app.command()(text)
 
 
