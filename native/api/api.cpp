@@ -171,6 +171,16 @@ int32_t actqkv_set_audit(actqkv_session * session, int32_t every, actqkv_error *
     });
 }
 
+int32_t actqkv_use_gpu(actqkv_session * session, const actqkv_cuda * cuda, int32_t device, uint64_t limit_bytes,
+                       actqkv_error * err) {
+    return guarded(err, [&] {
+        require(cuda != nullptr, "cuda must not be NULL");
+        session->impl.use_gpu(*cuda, device, limit_bytes);
+    });
+}
+
+actqkv_gpu_stats actqkv_gpu_stats_get(const actqkv_session * session) { return session->impl.gpu_stats(); }
+
 uint64_t actqkv_state_size(const actqkv_session * session) { return session->impl.state_size(); }
 
 int32_t actqkv_state_get(const actqkv_session * session, uint8_t * data, uint64_t size, actqkv_error * err) {

@@ -250,6 +250,28 @@ ACTQKV_API int32_t actqkv_set_recorder(actqkv_session * session, actqkv_record_f
 // take turns. Changes no result. ACTQKV_ERR_ARGUMENT when `every` is negative.
 ACTQKV_API int32_t actqkv_set_audit(actqkv_session * session, int32_t every, struct actqkv_error * err);
 
+// ---- on a GPU
+
+struct actqkv_cuda; // kernels/cuda/kernels_cuda.h
+
+struct actqkv_gpu_stats {
+    uint64_t n_calls;      // attentions that ran there, one per layer and window
+    int64_t  n_slots;      // chunks of a layer that have room there
+    uint64_t n_hits;       // planned chunks that were there, or on their way
+    uint64_t n_misses;     // planned chunks that were not
+    uint64_t n_prefetched; // chunks copied on a guess
+    uint64_t n_wasted;     // of these, how many left again unused
+    uint64_t bytes;        // of chunks, copied
+};
+
+// From now on attention runs on that GPU, by the functions of the table, within limit_bytes of its memory; weights, store
+// and planner stay on the CPU, and so does attention with a list of chunks per KV head, or to everything. Results are
+// the CPU's but for rounding. ACTQKV_ERR_MEMORY names what is needed where the limit or the GPU is too small, and the
+// session goes on without. The table must outlive the session.
+ACTQKV_API int32_t actqkv_use_gpu(actqkv_session * session, const struct actqkv_cuda * cuda, int32_t device,
+                                  uint64_t limit_bytes, struct actqkv_error * err);
+ACTQKV_API struct actqkv_gpu_stats actqkv_gpu_stats_get(const actqkv_session * session);
+
 // ---- state: one self-contained blob, checked against model and parameters when it is set
 
 ACTQKV_API uint64_t actqkv_state_size(const actqkv_session * session);

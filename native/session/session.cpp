@@ -230,7 +230,7 @@ void session::run_layer(const window & w, int il) {
 
     t0 = now_ms();
     make_spans(w, il, plan);
-    attend(w, il);
+    attend(w, il, plan);
     counts.attend.ms += now_ms() - t0;
     if (observe) {
         observe("out", io.attn, hp.n_channels(), w.m, 1);
@@ -356,14 +356,18 @@ actqkv_attend_args session::attend_args(const window & w) {
     return args;
 }
 
-void session::attend(const window & w, int il) {
+void session::attend(const window & w, int il, const chunk_plan & plan) {
     actqkv_attend_args args = attend_args(w);
     args.weight_sums = store.sums_attention() ? sums.data() : nullptr;
     const bool watched = recording && w.decode;
     if (watched) {
         keep_weights(args);
     }
-    actqkv_attend(actqkv_impl_best(), &args);
+    if (gpu != nullptr && gpu->fits(args, plan.n)) {
+        gpu->attend(il, args, plan.chunks.data(), plan.n, std::min<int64_t>(w.first, params.n_sink) > 0 ? 1 : 0);
+    } else {
+        actqkv_attend(actqkv_impl_best(), &args);
+    }
     if (watched) {
         add_sources(w, args);
     }
@@ -474,6 +478,7 @@ void session::restore(int64_t limit) {
             counts.n_replayed_tokens += n_done - c.n_past;
             n_done = c.n_past;
             saved.forget_after(n_done);
+            forget_hot();
             return;
         }
     }
@@ -482,6 +487,14 @@ void session::restore(int64_t limit) {
     store.set_closed(0);
     n_done = 0;
     saved.clear();
+    forget_hot();
+}
+
+// Chunks that are open again will close with other keys.
+void session::forget_hot() {
+    if (gpu != nullptr) {
+        gpu->forget_from(store.n_closed());
+    }
 }
 
 void session::rewind(int64_t n_past) {
@@ -490,6 +503,22 @@ void session::rewind(int64_t n_past) {
     if (n_done > n_past) {
         restore(n_past);
     }
+}
+
+// ---- on a GPU
+
+void session::use_gpu(const actqkv_cuda & cuda, int32_t device, uint64_t limit_bytes) {
+    const int64_t most = 2 * std::max(n_retrieved(params), n_retrieved(answering)); // the cut-off's upper end
+    gpu.reset();
+    gpu = std::make_unique<gpu_attention>(cuda, device, limit_bytes, hp, params, store, (int32_t) most);
+}
+
+actqkv_gpu_stats session::gpu_stats() const {
+    if (gpu == nullptr) {
+        return {};
+    }
+    const hot_stats & s = gpu->stats();
+    return {gpu->n_calls(), gpu->n_slots(), s.n_hits, s.n_misses, s.n_prefetched, s.n_wasted, s.bytes};
 }
 
 // ---- statistics

@@ -9,6 +9,7 @@
 #include "../retrieval/method.h"
 #include "../retrieval/planner.h"
 #include "checkpoint.h"
+#include "gpu.h"
 #include "history.h"
 
 namespace actqkv {
@@ -32,6 +33,10 @@ public:
     bool decode(const int32_t * more, int64_t n, int32_t phase, float * logits, int64_t n_logits);
     void rewind(int64_t n_past);
     void keep_checkpoint();
+
+    // gpu.h: attention there where it fits, on the CPU otherwise.
+    void use_gpu(const actqkv_cuda & cuda, int32_t device, uint64_t limit_bytes);
+    actqkv_gpu_stats gpu_stats() const;
 
     void set_recorder(actqkv_record_fn fn, void * user, int32_t mass);
     void set_audit(int32_t every);
@@ -77,7 +82,7 @@ private:
     void make_spans(const window & w, int il, const chunk_plan & plan);
     void add_list(const window & w, int il, const int32_t * chunks, int32_t n_chunks);
     actqkv_attend_args attend_args(const window & w);
-    void attend(const window & w, int il);
+    void attend(const window & w, int il, const chunk_plan & plan);
     void reserve_scratch();
 
     // inspect.cpp
@@ -97,6 +102,7 @@ private:
 
     checkpoint make_checkpoint() const;
     void restore(int64_t limit);
+    void forget_hot();
     void before_window(const window & w);
 
     // file.cpp
@@ -117,6 +123,8 @@ private:
     runner graph;
     std::vector<layer_memory> memory; // [n_layer]
     checkpoints saved;
+
+    std::unique_ptr<gpu_attention> gpu; // NULL: all on the CPU
 
     history tokens;
     int64_t n_done = 0; // tokens whose KV and statistics are in place; the rest of the history is pending

@@ -166,6 +166,9 @@ void session::state_set(const uint8_t * data, uint64_t size) {
             in.raw(const_cast<void *>(r.data), r.bytes);
         }
     }
+    if (gpu != nullptr) {
+        gpu->forget_from(0);
+    }
 }
 
 } // namespace actqkv
