@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "native" / "kernels" / "cuda"
 OPS = ROOT / "tests" / "ops"
-NEEDS_THE_HOST = OPS / "test_rows.py"  # no kernel of the GPU
+NEEDS_THE_HOST = OPS / "test_row_types.py"  # no kernel of the GPU
 LIBRARY = "libactqkv_cuda.so"
 SANITIZED = "not more_keys and not whole_window and not list_per and (32 or 64)"  # small shapes: it is slow
 HEADS, KV_HEADS, D, CHUNK, LAYERS = 32, 8, 128, 32, 32  # Llama-8B's attention
