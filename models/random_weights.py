@@ -44,7 +44,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(n_embd=256, n_layers=2, n_heads=4, n_kv_heads=2, n_ff=512, n_vocab=2048),
+    "tiny": Shape(n_embd=256, n_layers=2, n_heads=4, n_kv_heads=2, n_ff=512, n_vocab=3072),
     "s160": Shape(n_embd=1024, n_layers=8, n_heads=16, n_kv_heads=4, n_ff=2816, n_vocab=32000),
     "s1b": Shape(n_embd=2048, n_layers=16, n_heads=32, n_kv_heads=8, n_ff=8192, n_vocab=32000),
 }

@@ -52,9 +52,10 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four thousand characters with the answers to QUESTION and OTHER_QUESTION."""
     text = LONG.read_text(encoding="utf-8")
-    one, two = text.index("Sussith"), text.index("Goupford")
+    one, two = sorted((text.index("Sussith"), text.index("Goupford")))
     path = tmp_path_factory.mktemp("book") / "book.txt"
-    path.write_text(text[:1000] + text[one - 800 : one + 800] + text[two - 800 : two + 800], encoding="utf-8")
+    around = text[one - 800 : one + 800] + text[max(one, two - 1600) + 800 : two + 800]
+    path.write_text(text[: 4200 - len(around)] + around, encoding="utf-8")
     return path
 
 
