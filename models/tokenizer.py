@@ -81,7 +81,8 @@ def _with_number_pieces(model: bytes) -> bytes:
     """A SentencePiece model file with `NUMBER_PIECES` after its own pieces."""
     from sentencepiece import sentencepiece_model_pb2  # noqa: PLC0415 (optional)
 
-    extended = sentencepiece_model_pb2.ModelProto.FromString(model)
+    messages: Any = sentencepiece_model_pb2  # made at run time
+    extended = messages.ModelProto.FromString(model)
     for score, pieces in NUMBER_PIECES.items():
         for piece in pieces:
             extended.pieces.add(piece=piece, score=score)
