@@ -45,3 +45,17 @@ static inline uint16_t float_to_half(float f) {
     bits += 0xfffu + (bits >> 13 & 1); // rounds to even, the carry may raise the exponent, as it should
     return (uint16_t) (sign | ((bits - 0x38000000u) >> 13));
 }
+
+// The half at any address, as bits and as float; and a float put there as one.
+static inline uint16_t bits_of_half(const uint8_t * p) {
+    uint16_t bits;
+    memcpy(&bits, p, sizeof(bits));
+    return bits;
+}
+
+static inline float load_half(const uint8_t * p) { return half_to_float(bits_of_half(p)); }
+
+static inline void store_half(float f, uint8_t * p) {
+    const uint16_t bits = float_to_half(f);
+    memcpy(p, &bits, sizeof(bits));
+}

@@ -16,27 +16,19 @@ constexpr int64_t BLOCK = 32; // values that share a scale
 constexpr int64_t HALF_BLOCK = 16;
 constexpr int64_t Q8_BYTES = 2 + BLOCK, Q4_BYTES = 2 + BLOCK / 2;
 
-static inline float block_scale(const uint8_t * block) {
-    uint16_t bits;
-    memcpy(&bits, block, sizeof(bits));
-    return half_to_float(bits);
-}
-
 // Value e of a row.
 static inline float row_value(int32_t type, const uint8_t * row, int64_t e) {
     const int64_t i = e % BLOCK;
     if (type == ACTQKV_KV_Q8_0) {
         const uint8_t * block = row + e / BLOCK * Q8_BYTES;
-        return block_scale(block) * (float) (int8_t) block[2 + i];
+        return load_half(block) * (float) (int8_t) block[2 + i];
     }
     if (type == ACTQKV_KV_Q4_0) {
         const uint8_t * block = row + e / BLOCK * Q4_BYTES;
         const int pair = block[2 + i % HALF_BLOCK];
-        return block_scale(block) * (float) ((i < HALF_BLOCK ? pair & 15 : pair >> 4) - 8);
+        return load_half(block) * (float) ((i < HALF_BLOCK ? pair & 15 : pair >> 4) - 8);
     }
-    uint16_t bits;
-    memcpy(&bits, row + e * 2, sizeof(bits));
-    return half_to_float(bits);
+    return load_half(row + e * 2);
 }
 
 } // namespace actqkv

@@ -18,12 +18,6 @@
 #include <arm_neon.h>
 #endif
 
-static inline uint16_t bits_of_half(const uint8_t * p) {
-    uint16_t bits;
-    memcpy(&bits, p, sizeof(bits));
-    return bits;
-}
-
 // v_half: a half as float; v_load_i8: W signed bytes; v_load_i4: the low or high halves of W bytes, less 8.
 
 #if defined(__AVX512F__)
@@ -206,7 +200,7 @@ static inline vf v_load(const float * p) { return vld1q_f32(p); }
 static inline void v_store(float * p, vf x) { vst1q_f32(p, x); }
 static inline vf v_load_f16(const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline void v_store_f16(uint16_t * p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
-static inline float v_half(const uint8_t * p) { return half_to_float(bits_of_half(p)); }
+static inline float v_half(const uint8_t * p) { return load_half(p); }
 static inline int8x8_t v_load_bytes(const uint8_t * p) {
     uint32_t four;
     memcpy(&four, p, sizeof(four));

@@ -58,9 +58,7 @@ void best_scalar(const int8_t * tables, int n_vec, const uint8_t * sizes, const 
                 const int byte = signs[(int64_t) i * n + j];
                 sum += table[2 * i * TABLE + (byte & 15)] + table[(2 * i + 1) * TABLE + (byte >> 4)];
             }
-            uint16_t half;
-            memcpy(&half, sizes + 2 * j, sizeof(half));
-            const float score = half_to_float(half) * (float) sum;
+            const float score = load_half(sizes + 2 * j) * (float) sum;
             best[x] = score > best[x] ? score : best[x];
         }
     }
@@ -70,9 +68,7 @@ void mean_scalar(const float * queries, int n_vec, const uint8_t * mean, int32_t
     for (int x = 0; x < n_vec; x++) {
         double sum = 0;
         for (int32_t e = 0; e < d; e++) {
-            uint16_t half;
-            memcpy(&half, mean + 2 * e, sizeof(half));
-            sum += (double) queries[(int64_t) x * d + e] * half_to_float(half);
+            sum += (double) queries[(int64_t) x * d + e] * load_half(mean + 2 * e);
         }
         out[x] = (float) sum;
     }
@@ -113,8 +109,7 @@ extern "C" void actqkv_sketch(const actqkv_f16 * keys, int64_t key_stride, int32
             mean[i % d_head] += half_to_float(from[i]) / (float) c;
         }
         for (int32_t e = 0; e < d_head; e++) {
-            const uint16_t half = float_to_half(mean[e]);
-            memcpy(sketches + 2 * e, &half, sizeof(half));
+            store_half(mean[e], sketches + 2 * e);
         }
         uint8_t *sizes = sketches + 2 * d_head, *signs = sizes + 2 * n;
         memset(signs, 0, d_head / 8 * n);
@@ -126,8 +121,7 @@ extern "C" void actqkv_sketch(const actqkv_f16 * keys, int64_t key_stride, int32
                 size += fabsf(rest);
                 signs[e / 8 * n + j] |= (uint8_t) (!(rest < 0) << e % 8);
             }
-            const uint16_t half = float_to_half(size / (float) d_head);
-            memcpy(sizes + 2 * j, &half, sizeof(half));
+            store_half(size / (float) d_head, sizes + 2 * j);
         }
     }
 }
