@@ -5,21 +5,37 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import llama_cpp
 import numpy as np
 from llama_cpp import LogitsProcessorList
 from numpy.typing import NDArray
 
-from actqkv_cpp.errors import ParameterError
+from actqkv_cpp.errors import ParameterError, unknown_name
 from actqkv_cpp.results import FinishReason
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from actqkv_cpp.llama import Llama
 
 OnText: TypeAlias = Callable[[str], object]  # pieces of the answer as they come; returning False ends the answer
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The keyword arguments of `Document.ask`, `Chat.ask` and `Chat.say`, all of which draw answers."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    min_p: float
+    top_k: int
+    seed: int | None
+    stop: str | Sequence[str]
+    on_text: OnText | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +45,26 @@ class Sampling:
     Before `min_tokens` no control token is drawn, so that the answer neither ends nor begins another turn.
     """
 
-    max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_p: float
-    min_p: float
-    top_k: int
-    seed: int | None
-    stop: tuple[str, ...]
-    on_text: OnText | None
+    max_tokens: int = 1024
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 0.95
+    min_p: float = 0.05
+    top_k: int = 40
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    on_text: OnText | None = None
+
+    @classmethod
+    def of(cls, **options: Unpack[SamplingOptions]) -> Sampling:
+        """ParameterError, with the nearest known name, for an unknown option."""
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise unknown_name("argument", name, known)
+        stop = options.get("stop", ())
+        given: dict[str, Any] = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        return cls(**given)
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -60,10 +87,6 @@ class Generated:
     context_full: bool = False
     first_token_at: float | None = None  # time.perf_counter()
     decode_s: float = 0.0
-
-
-def stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 class _Stream:

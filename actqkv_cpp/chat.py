@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actqkv_cpp.answering import Generated, OnText, Sampling, stops
+from actqkv_cpp.answering import Generated, Sampling, SamplingOptions
 from actqkv_cpp.document import (
     GAP,
     Beginning,
@@ -29,6 +29,8 @@ from actqkv_cpp.results import Answer
 from actqkv_cpp.template import Cursor, Part, Tokens
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from actqkv_cpp.config import Retrieval
     from actqkv_cpp.llama import Llama
 
@@ -85,30 +87,19 @@ class Chat(Conversation):
         self,
         text: str,
         *,
-        max_tokens: int = 1024,
-        min_tokens: int = 0,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        top_k: int = 40,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        on_text: OnText | None = None,
         retrieval: Retrieval | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Answer:
         """One turn: `text` is the user's; question and answer stay in the conversation.
 
         Arguments and errors as in `Document.ask`. Interrupting (KeyboardInterrupt) keeps the turn with the answer so
         far, as soon as the question was read; before that, the turn never was.
         """
-        sampling = Sampling(
-            max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, min_p=min_p,
-            top_k=top_k, seed=seed, stop=stops(stop), on_text=on_text,
-        )  # fmt: skip
+        how = Sampling.of(**sampling)
         self._return()
         said = Generated()
         try:
-            self.answer = self._answer(self._place, text, sampling, said, reading=self._reading, retrieval=retrieval)
+            self.answer = self._answer(self._place, text, how, said, reading=self._reading, retrieval=retrieval)
             return self.answer
         finally:
             if said.first_token_at is not None:
@@ -118,27 +109,16 @@ class Chat(Conversation):
         self,
         question: str,
         *,
-        max_tokens: int = 1024,
-        min_tokens: int = 0,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        top_k: int = 40,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        on_text: OnText | None = None,
         retrieval: Retrieval | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Answer:
         """An aside: answered from the conversation so far and then forgotten; later turns do not see it.
 
         Arguments and errors as in `Document.ask`.
         """
-        sampling = Sampling(
-            max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, min_p=min_p,
-            top_k=top_k, seed=seed, stop=stops(stop), on_text=on_text,
-        )  # fmt: skip
+        how = Sampling.of(**sampling)
         self._return()
-        return self._answer(self._place, question, sampling, Generated(), reading=self._reading, retrieval=retrieval)
+        return self._answer(self._place, question, how, Generated(), reading=self._reading, retrieval=retrieval)
 
     def _after_answer(self, place: Place) -> Place:
         """The place after an answer: nothing of it is open, the next turn brings the template's end of it."""

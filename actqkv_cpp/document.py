@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actqkv_cpp import results, saved, sources
-from actqkv_cpp.answering import Generated, OnText, Sampling, generate, stops
+from actqkv_cpp.answering import Generated, Sampling, SamplingOptions, generate
 from actqkv_cpp.errors import ContextError, DocumentError, ParameterError, StateError
 from actqkv_cpp.reader import TextFile, headings, load
 from actqkv_cpp.reading import QUESTION, Place, Reading
@@ -20,6 +20,8 @@ from actqkv_cpp.results import Answer, Memory
 from actqkv_cpp.template import Cursor, Part, Step
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from actqkv_cpp.config import Retrieval
     from actqkv_cpp.llama import Llama
 
@@ -347,25 +349,19 @@ class Document(Conversation):
         self,
         question: str,
         *,
-        max_tokens: int = 1024,
-        min_tokens: int = 0,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        top_k: int = 40,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        on_text: OnText | None = None,
         retrieval: Retrieval | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Answer:
         """Answer one question from the documents alone; earlier questions are not seen.
 
         Args:
             question: text; never becomes control tokens.
-            max_tokens: of the answer, at least 1. The answer ends earlier, with `context_full`, where n_ctx is full.
-            min_tokens: of the answer, at most max_tokens: it does not end before, save by `stop` or a full n_ctx.
+            max_tokens: of the answer, at least 1, by default 1024. It ends earlier, with `context_full`, where n_ctx is
+                full.
+            min_tokens: of the answer, at most max_tokens, by default 0: it does not end before, save by `stop` or a
+                full n_ctx.
             temperature: 0.0 (default) takes the likeliest token.
-            top_p, min_p, top_k: as in llama_cpp, where temperature is above 0.
+            top_p, min_p, top_k: as in llama_cpp (0.95, 0.05, 40), where temperature is above 0.
             seed: of the sampling; None: the Llama's own.
             stop: texts that end the answer; not part of it.
             on_text: called with pieces of the answer as they come; returning False ends it ("cancelled").
@@ -374,17 +370,14 @@ class Document(Conversation):
         Raises:
             ContextError: the question does not fit n_ctx beside the documents.
             StateError: the session was used for something else since the reading.
-            ParameterError: with `retrieval` the reading would have been another one.
+            ParameterError: an unknown argument; with `retrieval` the reading would have been another one.
 
         Example:
             >>> doc.ask("Who kept the key?", on_text=print).sources[0].text
         """
-        sampling = Sampling(
-            max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p, min_p=min_p,
-            top_k=top_k, seed=seed, stop=stops(stop), on_text=on_text,
-        )  # fmt: skip
+        how = Sampling.of(**sampling)
         return self._answer(
-            self._reading.here(), question, sampling, Generated(), reading=self._reading, retrieval=retrieval
+            self._reading.here(), question, how, Generated(), reading=self._reading, retrieval=retrieval
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,27 +152,36 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log, 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What the model and its session are made of."""
+    """What the model and its session are made of; named as the parameters of the commands are."""
 
     model: Path | None
-    ctx: int | None
     budget: int
     sink: int
     local: int
     chunk: int | None
     method: str
     kv_type: str
-    gpu_layers: int
     threads: int | None
-    system: str | None
     verbose: bool
+    ctx: int | None = None
+    gpu_layers: int = 0
+    system: str | None = None
     audit: int = 0
     min_recall: float | None = None
     kv_file: Path | None = None
     given: frozenset[str] = frozenset()  # names of the options that were given, as against defaults
 
+    @classmethod
+    def of(cls, context: typer.Context, *, model: Path | None, **others: Any) -> EngineOptions:
+        """From the parameters of a command; `others` are those that it has by another name."""
+        names = {field.name for field in fields(cls)} & context.params.keys()
+        values = {name: context.params[name] for name in names} | others | {"model": model, "given": _given(context)}
+        if values.get("kv_file") is not None:
+            values["kv_file"] = Path(values["kv_file"])
+        return cls(**values)
 
-def given(context: typer.Context) -> frozenset[str]:
+
+def _given(context: typer.Context) -> frozenset[str]:
     """Names of the parameters that the command line gives."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return frozenset(name for name, source in sources.items() if source is not None and source.name != "DEFAULT")
@@ -187,6 +196,13 @@ class SamplingOptions:
     min_p: float
     max_tokens: int
     seed: int | None
+
+    @classmethod
+    def of(cls, context: typer.Context) -> SamplingOptions:
+        """From the parameters of a command."""
+        given = context.params
+        names = {field.name: "temp" if field.name == "temperature" else field.name for field in fields(cls)}
+        return cls(**{name: given[parameter] for name, parameter in names.items()})
 
     def arguments(self) -> dict[str, Any]:
         return asdict(self)

@@ -86,25 +86,8 @@ def ask(
             asked += _load_questions(questions_file)
         if not asked:
             raise typer.BadParameter("ask at least one question")
-        engine = o.EngineOptions(
-            model=path,
-            ctx=ctx,
-            budget=budget,
-            sink=sink,
-            local=local,
-            chunk=chunk,
-            method=method,
-            kv_type=kv_type,
-            gpu_layers=gpu_layers,
-            threads=threads,
-            system=system,
-            verbose=verbose,
-            audit=audit,
-            min_recall=min_recall,
-            kv_file=kv_file,
-            given=o.given(context),
-        )
-        sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
+        engine = o.EngineOptions.of(context, model=path)
+        sampling = o.SamplingOptions.of(context)
         request = _Request(documents=documents, questions=asked, json=as_json, sources=sources)
         _ask(output, engine, sampling, request)
 

@@ -37,6 +37,7 @@ class _Request:
 
 
 def bench(
+    context: typer.Context,
     *,
     model: o.Model = None,
     lengths: Annotated[
@@ -82,19 +83,8 @@ def bench(
             quick=quick,
             json=as_json,
         )
-        engine = o.EngineOptions(
-            model=Path(model) if model else None,
-            ctx=None,
-            budget=budget,
-            sink=sink,
-            local=local,
-            chunk=chunk,
-            method=_to_open_with(request.methods),
-            kv_type=kv_type,
-            gpu_layers=0,
-            threads=threads,
-            system=None,
-            verbose=verbose,
+        engine = o.EngineOptions.of(
+            context, model=Path(model) if model else None, method=_to_open_with(request.methods)
         )
         _bench(output, engine, request)
 

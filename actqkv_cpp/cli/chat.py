@@ -65,25 +65,8 @@ def chat(
       actqkv chat --resume paper
     """
     output = Output(quiet=quiet, verbose=verbose)
-    engine = o.EngineOptions(
-        model=Path(model) if model else None,
-        ctx=ctx,
-        budget=budget,
-        sink=sink,
-        local=local,
-        chunk=chunk,
-        method=method,
-        kv_type=kv_type,
-        gpu_layers=gpu_layers,
-        threads=threads,
-        system=system,
-        verbose=verbose,
-        audit=audit,
-        min_recall=min_recall,
-        kv_file=kv_file,
-        given=o.given(context),
-    )
-    sampling = o.SamplingOptions(temperature=temp, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed)
+    engine = o.EngineOptions.of(context, model=Path(model) if model else None)
+    sampling = o.SamplingOptions.of(context)
     with reported(output):
         if resume is None:
             _chat(output, engine, sampling, documents or [])

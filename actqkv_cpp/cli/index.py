@@ -69,22 +69,7 @@ def index(
             return
         if out is None or not names:
             raise typer.BadParameter("give a document, and -o FILE to write")
-        engine = o.EngineOptions(
-            model=path,
-            ctx=ctx,
-            budget=budget,
-            sink=sink,
-            local=local,
-            chunk=chunk,
-            method=method,
-            kv_type=kv_type,
-            gpu_layers=gpu_layers,
-            threads=threads,
-            system=system,
-            verbose=verbose,
-            kv_file=out,
-            given=o.given(context),
-        )
+        engine = o.EngineOptions.of(context, model=path, kv_file=out)
         _index(output, engine, names, out)
 
 

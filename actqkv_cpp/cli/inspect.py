@@ -25,6 +25,7 @@ _EXCERPT = 72  # characters of a passage there
 
 
 def inspect(
+    context: typer.Context,
     *,
     model: o.Model = None,
     question: Annotated[list[str] | None, typer.Argument(metavar="QUESTION", help="Answered and looked into.")] = None,
@@ -61,20 +62,7 @@ def inspect(
         path, asked = split(([model] if model is not None else []) + (question or []))
         if len(asked) != 1:
             raise typer.BadParameter(f"ask one question, not {len(asked)}")
-        engine = o.EngineOptions(
-            model=path,
-            ctx=ctx,
-            budget=budget,
-            sink=sink,
-            local=local,
-            chunk=chunk,
-            method=method,
-            kv_type=kv_type,
-            gpu_layers=0,
-            threads=threads,
-            system=system,
-            verbose=verbose,
-        )
+        engine = o.EngineOptions.of(context, model=path)
         if html is not None:
             _check_free(html)
         found = _inspect(output, engine, documents, asked[0], max_tokens)
