@@ -52,6 +52,14 @@ def test_top_k(impl: int, rng: np.random.Generator, n: int, k: int, ties: bool) 
     assert chosen(impl, scores, k) == list(reference.top_k(scores.astype(np.float64), k))
 
 
+@pytest.mark.parametrize("outlier", [-1e30, 1e30, np.nan])
+def test_top_k_beside_an_outlier(impl: int, rng: np.random.Generator, outlier: float) -> None:
+    """One far value makes the range of scores so wide that all others fall into one part of it."""
+    scores = (100 + rng.normal(size=500)).astype(np.float32)
+    scores[77] = outlier
+    assert chosen(impl, scores, 46) == list(reference.top_k(scores.astype(np.float64), 46))
+
+
 def test_top_k_order_of_special_values(impl: int) -> None:
     scores = np.array([np.nan, -np.inf, 0.0, -0.0, np.inf, 0.0, np.nan], np.float32)
     assert chosen(impl, scores, 1) == [4]

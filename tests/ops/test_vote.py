@@ -30,7 +30,7 @@ def test_scores_of_every_head(
 
 @pytest.mark.parametrize("n", [1, 2, 47, 1000])
 @pytest.mark.parametrize("by_sum", [False, True], ids=["max", "sum"])
-@pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 2), (7, 1)])
+@pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 2), (7, 1), (70, 1)])
 @pytest.mark.parametrize("spread", [1.0, 300.0])
 def test_votes_follow_the_formula(
     impl: int, rng: np.random.Generator, *, n: int, by_sum: bool, n_head: int, n_head_kv: int, spread: float

@@ -73,6 +73,14 @@ struct ops {
     // x[i] = 2^(x[i] - shift), 0 for -infinity; returns the sum
     float (*exp2_sum)(float * x, int64_t n, float shift);
 
+    // sum_i e^(x_i - shift) of x_i <= shift
+    float (*exp_sum)(const float * x, int64_t n, float shift);
+
+    // Of n_vec rows of n scores, each less its shift: most[b] <- max(most[b], the scores of column b), and
+    // sums[b] = e^(most[b] before - most[b] now) + the sum of e^(score - most[b] now)
+    void (*join_exps)(const float * scores, int64_t lds, int n_vec, const float * shifts, int64_t n, float * most,
+                      float * sums);
+
     float (*sum)(const float * x, int64_t n);
 
     // dst[i] += factor * src[i];  dst[i] *= factor

@@ -458,6 +458,48 @@ static float simd_exp2_sum(float * x, int64_t n, float shift) {
     return v_sum(v_add(a, b));
 }
 
+constexpr float LOG2_E = 1.44269504f;
+
+// The lanes that an array's end leaves over are `fill`.
+static inline vf v_load_end(const float * p, int64_t left, float fill) {
+    return left >= W ? v_load(p) : v_load_n(p, (int) left, fill);
+}
+
+static float simd_exp_sum(const float * x, int64_t n, float shift) {
+    const vf s = v_set1(shift), log2_e = v_set1(LOG2_E);
+    vf sum = v_zero();
+    for (int64_t i = 0; i < n; i += W) {
+        sum = v_add(sum, v_exp2(v_mul(v_sub(v_load_end(x + i, n - i, -__builtin_inff()), s), log2_e)));
+    }
+    return v_sum(sum);
+}
+
+static void simd_join_exps(const float * scores, int64_t lds, int n_vec, const float * shifts, int64_t n, float * most,
+                           float * sums) {
+    const vf log2_e = v_set1(LOG2_E);
+    for (int64_t i = 0; i < n; i += W) {
+        const int64_t left = n - i;
+        const vf before = v_load_end(most + i, left, 0);
+        vf greatest = before;
+        for (int x = 0; x < n_vec; x++) {
+            const vf score = v_sub(v_load_end(scores + x * lds + i, left, 0), v_set1(shifts[x]));
+            greatest = v_max(greatest, score);
+        }
+        vf sum = v_exp2(v_mul(v_sub(before, greatest), log2_e));
+        for (int x = 0; x < n_vec; x++) {
+            const vf score = v_sub(v_load_end(scores + x * lds + i, left, 0), v_set1(shifts[x]));
+            sum = v_add(sum, v_exp2(v_mul(v_sub(score, greatest), log2_e)));
+        }
+        if (left >= W) {
+            v_store(most + i, greatest);
+            v_store(sums + i, sum);
+        } else {
+            v_store_n(most + i, greatest, (int) left);
+            v_store_n(sums + i, sum, (int) left);
+        }
+    }
+}
+
 static float simd_sum(const float * x, int64_t n) {
     vf a = v_zero();
     int64_t i = 0;
@@ -531,7 +573,7 @@ static float simd_weighted_distance(const float * z, const float * mean, const f
 }
 
 static void simd_exp_moments(const float * scores, int64_t n, float shift, float factor, double * z, double * zx) {
-    const vf log2_e = v_set1(1.44269504f);
+    const vf log2_e = v_set1(LOG2_E);
     *z = *zx = 0;
     for (int64_t i = 0; i < n; i += W) {
         const int left = n - i < W ? (int) (n - i) : W;

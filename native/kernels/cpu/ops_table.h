@@ -23,6 +23,8 @@
      simd_sketch_best,                                                                                                 \
      simd_max,                                                                                                         \
      simd_exp2_sum,                                                                                                    \
+     simd_exp_sum,                                                                                                     \
+     simd_join_exps,                                                                                                   \
      simd_sum,                                                                                                         \
      simd_add_scaled,                                                                                                  \
      simd_scale,                                                                                                       \

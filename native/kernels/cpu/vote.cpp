@@ -27,27 +27,62 @@ void dots_scalar(const float * queries, int32_t n_queries, const actqkv_f16 * ro
     }
 }
 
+constexpr int32_t N_HEADS = 32;   // query heads at a time, and ...
+constexpr int64_t N_CHUNKS = 256; // ... chunks, so that no memory is needed beside the stack
+
 // ln sum_b e^scores_b
-double log_sum(const ops * op, const float * scores, int64_t n) {
+float log_sum(const ops * op, const float * scores, int64_t n) {
+    if (op) {
+        const float most = op->max(scores, n);
+        return most + logf(op->exp_sum(scores, n, most));
+    }
     float most = scores[0];
     for (int64_t b = 1; b < n; b++) {
         most = scores[b] > most ? scores[b] : most;
     }
-    double z = 0, zx;
-    if (op) {
-        op->exp_moments(scores, n, most, 1.0f, &z, &zx);
-    } else {
-        for (int64_t b = 0; b < n; b++) {
-            z += exp((double) scores[b] - most);
-        }
+    double z = 0;
+    for (int64_t b = 0; b < n; b++) {
+        z += exp((double) scores[b] - most);
     }
-    return most + log(z);
+    return (float) (most + log(z));
 }
 
-// vote <- max(vote, x), or ln(e^vote + e^x)
-float join(float vote, float x, bool sum) {
-    const float most = vote > x ? vote : x;
-    return sum ? most + log1pf(expf((vote > x ? x : vote) - most)) : most;
+// ops::join_exps
+void join_scalar(const float * scores, int64_t lds, int n_vec, const float * shifts, int64_t n, float * most,
+                 float * sums) {
+    for (int64_t b = 0; b < n; b++) {
+        const float before = most[b];
+        for (int x = 0; x < n_vec; x++) {
+            const float score = scores[x * lds + b] - shifts[x];
+            most[b] = score > most[b] ? score : most[b];
+        }
+        double sum = exp((double) before - most[b]);
+        for (int x = 0; x < n_vec; x++) {
+            sum += exp((double) scores[x * lds + b] - shifts[x] - most[b]);
+        }
+        sums[b] = (float) sum;
+    }
+}
+
+// votes [n] of r query heads, scores [r][n]
+void vote_group(const ops * op, const float * scores, int64_t n, int32_t r, bool sum, float * votes) {
+    for (int64_t b = 0; b < n; b++) {
+        votes[b] = -INFINITY;
+    }
+    for (int32_t x = 0; x < r; x += N_HEADS) {
+        const int32_t n_vec = r - x < N_HEADS ? r - x : N_HEADS;
+        float shifts[N_HEADS], sums[N_CHUNKS];
+        for (int32_t i = 0; i < n_vec; i++) {
+            shifts[i] = log_sum(op, scores + (x + i) * n, n);
+        }
+        for (int64_t b = 0; b < n; b += N_CHUNKS) {
+            const int64_t n_here = n - b < N_CHUNKS ? n - b : N_CHUNKS;
+            (op ? op->join_exps : join_scalar)(scores + x * n + b, n, n_vec, shifts, n_here, votes + b, sums);
+            for (int64_t i = 0; sum && i < n_here; i++) {
+                votes[b + i] += logf(sums[i]);
+            }
+        }
+    }
 }
 
 } // namespace
@@ -79,14 +114,7 @@ extern "C" void actqkv_vote(int32_t impl, const float * scores, int64_t n, int32
     const int32_t r = n_head / n_head_kv;
     actqkv::parallel(n_threads, [=](int ith, int nth) {
         for (int32_t g = n_head_kv * ith / nth; n > 0 && g < n_head_kv * (ith + 1) / nth; g++) {
-            float * vote = votes + g * n;
-            for (int32_t x = 0; x < r; x++) {
-                const float * score = scores + (int64_t) (g * r + x) * n;
-                const float shift = (float) actqkv::log_sum(op, score, n);
-                for (int64_t b = 0; b < n; b++) {
-                    vote[b] = x == 0 ? score[b] - shift : actqkv::join(vote[b], score[b] - shift, sum != 0);
-                }
-            }
+            actqkv::vote_group(op, scores + (int64_t) g * r * n, n, r, sum != 0, votes + g * n);
         }
     });
 }
