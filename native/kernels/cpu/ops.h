@@ -15,6 +15,33 @@ constexpr int N_GREATEST = 16; // queries; see row_ops::greatest
 // Keys of a sketch come in multiples of this.
 constexpr int SKETCH_KEYS = 32;
 
+// Added to every entry of a sketch's tables, so that none is negative.
+constexpr int SKETCH_OFFSET = 63;
+
+// Bytes of one query's tables where a vector holds `rows` rows of signs: 16 entries for each four channels. For a vector of
+// two rows, tables lie as it takes them: those of the low fours of both rows, each twice, then those of the high fours.
+static inline int64_t sketch_table_bytes(int32_t d, int rows) {
+    return (d / 8 + rows - 1) / rows * rows * 2 * 16 * rows;
+}
+
+// Some heads' queries against sketches of chunks (sketch.cpp has the formula and the layout).
+struct sketch_job {
+    const float * queries;  // [n_head][d], of which heads [head, head + n_vec) are wanted
+    int32_t head, n_vec;    //
+    const uint8_t * tables; // theirs, sketch_table_bytes() each, 64-byte aligned
+    const float * steps;    // what an entry of 1 stands for, of each of them
+    int32_t r;              // query heads of a KV head
+    int32_t d;
+    int32_t n_keys;           // of a sketch, a multiple of SKETCH_KEYS
+    const uint8_t * sketches; // [chunk][n_head_kv], `bytes` each
+    int64_t bytes;
+    int32_t n_head_kv;
+    const int32_t * chunks; // [n], of which [from, to) are wanted
+    int32_t from, to, n;
+    float scale;
+    float * scores; // [n_head][n]
+};
+
 // What reads keys and values as they are kept. `rows` has n rows of the type, one behind the other.
 struct row_ops {
     // out[x*ldo + b] = row_b . vec_x for n_vec vectors [n_vec][width] and n rows of width values, each read once. As many
@@ -63,10 +90,9 @@ struct ops {
     void (*values)(const float * weights, int64_t ldw, int n_rows, const float * v_panel, int n, int d_pad, float * out,
                    int64_t ldo);
 
-    // best[x] = max over n keys, a multiple of SKETCH_KEYS, of sizes[j] (f16) times the sum over i < d/8 of
-    // tables[x][2i][byte & 15] + tables[x][2i+1][byte >> 4] with byte = signs[i*n + j]; tables [n_vec][d/4][16].
-    void (*sketch_best)(const int8_t * tables, int n_vec, const uint8_t * sizes, const uint8_t * signs, int32_t d,
-                        int32_t n, float * best);
+    // Scores of the job's heads and chunks. sketch_rows: rows of signs that a vector holds, for the tables.
+    void (*sketch_scores)(const sketch_job * job);
+    int sketch_rows;
 
     float (*max)(const float * x, int64_t n);
 

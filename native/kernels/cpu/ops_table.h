@@ -20,7 +20,8 @@
      ACTQKV_ROW_OPS(q4_rows, ACTQKV_INTEGERS(q4_integers)),                                                            \
      simd_logits,                                                                                                      \
      simd_values,                                                                                                      \
-     simd_sketch_best,                                                                                                 \
+     simd_sketch_scores,                                                                                               \
+     SKETCH_ROWS,                                                                                                      \
      simd_max,                                                                                                         \
      simd_exp2_sum,                                                                                                    \
      simd_exp_sum,                                                                                                     \

@@ -15,8 +15,8 @@ namespace actqkv {
 namespace {
 
 constexpr int N_KEYS = 64;             // keys at a time, so that no memory is needed beside the stack
-constexpr int N_HEADS = N_GREATEST;    // query heads at a time
-constexpr int PACKED_BYTES = 20 << 10; // their queries: of 256 values each; longer ones fewer at a time
+constexpr int N_HEADS = N_GREATEST;    // query heads at a time, of one KV head
+constexpr int PACKED_BYTES = 20 << 10; // packed queries: those of a few heads at a time where all of them do not fit
 
 void dots_scalar(const float * queries, int n_vec, int32_t type, const uint8_t * keys, int64_t n, int64_t d,
                  float * out, int64_t ldo) {
@@ -73,31 +73,34 @@ extern "C" void actqkv_refine(int32_t impl, const float * query, int32_t type, c
     const ops * op = ops_for(impl);
     const row_ops * rows = op && op->of(type).greatest ? &op->of(type) : nullptr;
     const int64_t query_bytes = rows ? rows->query_bytes(d_head) : 0;
-    const int most = rows ? (int) (PACKED_BYTES / query_bytes) : 0; // queries that fit; 0: one by one is too long too
-    const int32_t r = n_head / n_head_kv;
+    const int32_t fitting = rows ? (int32_t) (PACKED_BYTES / query_bytes) : 0; // 0: one query by itself is too long too
+    const int32_t r = n_head / n_head_kv, most = fitting > 0 && fitting < n_head ? fitting : n_head;
     const int64_t tile = c * actqkv_row_bytes(type, d_head), chunk_bytes = n_head_kv * tile;
     parallel(n_threads, [=](int ith, int nth) {
         const int32_t from = (int32_t) ((int64_t) n * ith / nth), to = (int32_t) ((int64_t) n * (ith + 1) / nth);
         alignas(64) uint8_t packed[PACKED_BYTES];
-        for (int32_t h = 0, n_vec; h < n_head; h += n_vec) {
-            const int32_t rest = r - h % r, limit = most > 0 && most < N_HEADS ? most : N_HEADS; // rest of this group
-            n_vec = rest < limit ? rest : limit;
-            const float * queries = query + (int64_t) h * d_head;
-            for (int x = 0; most > 0 && x < n_vec; x++) {
-                rows->pack_query(queries + (int64_t) x * d_head, d_head, packed + x * query_bytes);
+        for (int32_t first = 0; from < to && first < n_head; first += most) {
+            const int32_t last = n_head - first < most ? n_head : first + most;
+            for (int32_t h = first; fitting > 0 && h < last; h++) {
+                rows->pack_query(query + (int64_t) h * d_head, d_head, packed + (h - first) * query_bytes);
             }
-            const uint8_t * of_head = keys + h / r * tile;
-            for (int32_t i = from; i < to; i++) {
-                const uint8_t * chunk = of_head + chunks[i] * chunk_bytes;
-                const uint8_t * next = i + 1 < to ? of_head + chunks[i + 1] * chunk_bytes : nullptr;
-                float best[N_HEADS];
-                if (most > 0) {
-                    rows->greatest(packed, n_vec, chunk, c, d_head, best, next);
-                } else {
-                    best_keys(op, queries, n_vec, type, chunk, c, d_head, next, best);
-                }
-                for (int32_t x = 0; x < n_vec; x++) {
-                    scores[(int64_t) (h + x) * n + i] = scale * best[x];
+            for (int32_t i = from; i < to; i++) { // a chunk's tiles lie together: all heads at a time
+                const uint8_t * chunk = keys + chunks[i] * chunk_bytes;
+                const uint8_t * next = i + 1 < to ? keys + chunks[i + 1] * chunk_bytes : nullptr;
+                for (int32_t h = first, n_vec; h < last; h += n_vec) {
+                    const int32_t of_group = r - h % r, left = last - h < N_HEADS ? last - h : N_HEADS;
+                    n_vec = of_group < left ? of_group : left;
+                    const uint8_t * of_head = chunk + h / r * tile;
+                    const uint8_t * ahead = next && (h == first || h % r == 0) ? next + h / r * tile : nullptr;
+                    float best[N_HEADS];
+                    if (fitting > 0) {
+                        rows->greatest(packed + (h - first) * query_bytes, n_vec, of_head, c, d_head, best, ahead);
+                    } else {
+                        best_keys(op, query + (int64_t) h * d_head, n_vec, type, of_head, c, d_head, ahead, best);
+                    }
+                    for (int32_t x = 0; x < n_vec; x++) {
+                        scores[(int64_t) (h + x) * n + i] = scale * best[x];
+                    }
                 }
             }
         }

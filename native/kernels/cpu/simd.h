@@ -20,6 +20,17 @@
 
 // v_half: a half as float; v_load_i8: W signed bytes; v_load_i4: the low or high halves of W bytes, less 8.
 
+#if defined(__AVX2__)
+// out[i] = the greatest lane of the i-th of four
+static inline void greatest_four(__m256 a, __m256 b, __m256 c, __m256 d, float * out) {
+    const __m256d p = _mm256_castps_pd(_mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+    const __m256d q = _mm256_castps_pd(_mm256_max_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+    const __m256 x =
+        _mm256_max_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+#endif
+
 #if defined(__AVX512F__)
 
 constexpr int W = 16;           // floats of a vector
@@ -99,6 +110,22 @@ static inline vf v_sum_quarters(vf a, vf b, vf c, vf d) {
     const __m512d p = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     const __m512d q = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
     return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+}
+
+// out[i]: sum, or greatest, of the lanes of a[i], for 4 vectors.
+static inline __m256 v_low_half(vf x) { return _mm512_castps512_ps256(x); }
+static inline __m256 v_high_half(vf x) { return _mm512_extractf32x8_ps(x, 1); }
+static inline void v_sum_four(const vf * a, float * out) {
+    const vf x = v_sum_quarters(a[0], a[1], a[2], a[3]);
+    const __m256 y = _mm256_add_ps(v_low_half(x), v_high_half(x));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+}
+static inline void v_greatest_four(const vf * a, float * out) {
+    const __m256 b = _mm256_max_ps(v_low_half(a[0]), v_high_half(a[0])),
+                 c = _mm256_max_ps(v_low_half(a[1]), v_high_half(a[1]));
+    const __m256 d = _mm256_max_ps(v_low_half(a[2]), v_high_half(a[2])),
+                 e = _mm256_max_ps(v_low_half(a[3]), v_high_half(a[3]));
+    greatest_four(b, c, d, e, out);
 }
 
 // Sums of neighbouring quarters: two of a, then two of b.
@@ -181,6 +208,11 @@ static inline vf v_load_halves(const uint8_t * const * row, int64_t at) {
     return _mm256_cvtph_ps(x);
 }
 
+static inline void v_sum_four(const vf * a, float * out) {
+    const vf x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+static inline void v_greatest_four(const vf * a, float * out) { greatest_four(a[0], a[1], a[2], a[3], out); }
 static inline vf v_sum_each(const vf * a) {
     const vf x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     const vf y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
@@ -225,6 +257,10 @@ static inline vf v_ldexp(vf x, vf n) {
 static inline float v_sum(vf x) { return vaddvq_f32(x); }
 static inline float v_greatest(vf x) { return vmaxvq_f32(x); }
 static inline vf v_sum_each(const vf * a) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
+static inline void v_sum_four(const vf * a, float * out) { v_store(out, v_sum_each(a)); }
+static inline void v_greatest_four(const vf * a, float * out) {
+    v_store(out, vpmaxq_f32(vpmaxq_f32(a[0], a[1]), vpmaxq_f32(a[2], a[3])));
+}
 
 #endif
 
@@ -240,61 +276,118 @@ static inline void vi_load_quads(const uint8_t * const * row, int64_t at, vi * q
     quads[3] = vi_high64(ab_high, cd_high);
 }
 
-// ---- bytes: VB of them, looked up and added; the same for 256 and 512 bits, since 32 keys of a sketch lie together
+// ---- sketches: bytes of SKETCH_ROWS rows of VB keys, looked up and added. The keys of vb_floats and vb_sizes have one
+// order, which is not theirs in memory: even ones first.
 
 constexpr int VB = 32;
-typedef __m256i vb;
-struct vsums { // of VB signed bytes each, in 16 bits
-    __m256i low, high;
+
+static inline __m256i load_32(const uint8_t * p) { return _mm256_loadu_si256((const __m256i *) p); }
+
+#if defined(__AVX512F__)
+constexpr int SKETCH_ROWS = 2;
+typedef __m512i vb;
+struct vsums { // in 16 bits, of all words as they are, and of their upper bytes
+    __m512i words, upper;
 };
 
-static inline vb vb_load(const uint8_t * p) { return _mm256_loadu_si256((const __m256i *) p); }
+// Rows `stride` bytes apart; of the second, where it is not there, 0
+static inline vb vb_load_rows(const uint8_t * p, int64_t stride, int n_rows) {
+    if (n_rows > 1 && stride == 32) {
+        return _mm512_loadu_si512(p);
+    }
+    const __m256i second = n_rows > 1 ? load_32(p + stride) : _mm256_setzero_si256();
+    return _mm512_inserti64x4(_mm512_castsi256_si512(load_32(p)), second, 1);
+}
+static inline vb vb_low(vb x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+static inline vb vb_high(vb x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+static inline vb vb_lookup(const uint8_t * table, vb index) {
+    return _mm512_shuffle_epi8(_mm512_load_si512(table), index);
+}
+static inline vb vb_add(vb a, vb b) { return _mm512_add_epi8(a, b); }
+static inline vsums vb_no_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+static inline vsums vb_sum(vsums sums, vb x) {
+    return {_mm512_add_epi16(sums.words, x), _mm512_add_epi16(sums.upper, _mm512_srli_epi16(x, 8))};
+}
+static inline vf floats_of_rows(__m512i x) {
+    const __m256i sum = _mm256_add_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(sum));
+}
+static inline void vb_floats(vsums sums, vf * out) {
+    out[0] = floats_of_rows(_mm512_sub_epi16(sums.words, _mm512_slli_epi16(sums.upper, 8)));
+    out[1] = floats_of_rows(sums.upper);
+}
+static inline void vb_sizes(const uint16_t * p, vf * out) {
+    const __m512i words = _mm512_loadu_si512(p);
+    out[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+    out[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
+}
+#else
+constexpr int SKETCH_ROWS = 1;
+typedef __m256i vb;
+struct vsums { // as above
+    __m256i words, upper;
+};
+
+static inline vb vb_load_rows(const uint8_t * p, int64_t, int) { return load_32(p); }
 static inline vb vb_low(vb x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 static inline vb vb_high(vb x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
-static inline vb vb_lookup(const int8_t * table, vb index) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table)), index);
+static inline vb vb_lookup(const uint8_t * table, vb index) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) table)), index);
 }
 static inline vb vb_add(vb a, vb b) { return _mm256_add_epi8(a, b); }
 static inline vsums vb_no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 static inline vsums vb_sum(vsums sums, vb x) {
-    return {_mm256_add_epi16(sums.low, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(x))),
-            _mm256_add_epi16(sums.high, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1)))};
+    return {_mm256_add_epi16(sums.words, x), _mm256_add_epi16(sums.upper, _mm256_srli_epi16(x, 8))};
 }
-// The i-th W of the sums.
-static inline vf vb_floats(vsums sums, int i) {
-#if defined(__AVX512F__)
-    return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(i ? sums.high : sums.low));
-#else
-    const __m256i half = i < 2 ? sums.low : sums.high;
-    const __m128i quarter = i % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
-    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(quarter));
+static inline void floats_of_words(__m256i x, vf * out) {
+    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)));
+    out[1] = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
+}
+static inline void vb_floats(vsums sums, vf * out) {
+    floats_of_words(_mm256_sub_epi16(sums.words, _mm256_slli_epi16(sums.upper, 8)), out);
+    floats_of_words(sums.upper, out + 2);
+}
+static inline void floats_of_halves(__m256i a, __m256i b, vf * out) { // in the low 16 bits of words
+    const __m256i x = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(x));
+    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1));
+}
+static inline void vb_sizes(const uint16_t * p, vf * out) {
+    const __m256i a = load_32((const uint8_t *) p), b = load_32((const uint8_t *) (p + 16));
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    floats_of_halves(_mm256_and_si256(a, low), _mm256_and_si256(b, low), out);
+    floats_of_halves(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16), out + 2);
+}
 #endif
-}
 
 #elif defined(__aarch64__)
 
 constexpr int VB = 16;
+constexpr int SKETCH_ROWS = 1;
 typedef uint8x16_t vb;
 struct vsums {
-    int16x8_t low, high;
+    uint16x8_t low, high;
 };
 
-static inline vb vb_load(const uint8_t * p) { return vld1q_u8(p); }
+static inline vb vb_load_rows(const uint8_t * p, int64_t, int) { return vld1q_u8(p); }
 static inline vb vb_low(vb x) { return vandq_u8(x, vdupq_n_u8(15)); }
 static inline vb vb_high(vb x) { return vshrq_n_u8(x, 4); }
-static inline vb vb_lookup(const int8_t * table, vb index) {
-    return vreinterpretq_u8_s8(vqtbl1q_s8(vld1q_s8(table), index));
-}
+static inline vb vb_lookup(const uint8_t * table, vb index) { return vqtbl1q_u8(vld1q_u8(table), index); }
 static inline vb vb_add(vb a, vb b) { return vaddq_u8(a, b); }
-static inline vsums vb_no_sums() { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
+static inline vsums vb_no_sums() { return {vdupq_n_u16(0), vdupq_n_u16(0)}; }
 static inline vsums vb_sum(vsums sums, vb x) {
-    const int8x16_t y = vreinterpretq_s8_u8(x);
-    return {vaddw_s8(sums.low, vget_low_s8(y)), vaddw_s8(sums.high, vget_high_s8(y))};
+    return {vaddw_u8(sums.low, vget_low_u8(x)), vaddw_u8(sums.high, vget_high_u8(x))};
 }
-// The i-th W of the sums.
-static inline vf vb_floats(vsums sums, int i) {
-    const int16x8_t half = i < 2 ? sums.low : sums.high;
-    return vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(half) : vget_low_s16(half)));
+static inline void vb_floats(vsums sums, vf * out) {
+    out[0] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(sums.low)));
+    out[1] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(sums.low)));
+    out[2] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(sums.high)));
+    out[3] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(sums.high)));
+}
+static inline void vb_sizes(const uint16_t * p, vf * out) {
+    for (int i = 0; i < VB / W; i++) {
+        out[i] = v_load_f16(p + i * W);
+    }
 }
 
 #endif
