@@ -43,7 +43,7 @@
 //
 // An opened file is mapped copy-on-write: processes share its memory, and nothing is ever written through the mapping.
 // Its chunks are checked against the table when they are first used. Cutting a file short while it is open is noticed
-// before the next window; within a window the system ends the process (SIGBUS), as for any mapped file.
+// after the window that it happens in (guard.h), whose result is thrown away.
 #pragma once
 
 #include "actqkv.h"

@@ -46,6 +46,7 @@ public:
 
     T * data() { return array; }
     const T * data() const { return array; }
+    uint64_t bytes() const { return n_bytes; }
 
 private:
     T * array = nullptr;

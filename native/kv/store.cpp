@@ -2,6 +2,9 @@
 
 #include "../kernels/parallel.h"
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstring>
 
 namespace actqkv {
@@ -317,19 +320,39 @@ void kv_store::write_chunks(kv_file & file, int64_t first, int64_t last) const {
     }
 }
 
+void kv_store::map_from(std::shared_ptr<const kv_file> file) {
+    source = std::move(file);
+    if (!guards.empty()) {
+        return;
+    }
+    for (layer & l : layers) {
+        guards.emplace_back(l.k.data(), l.k.bytes());
+        guards.emplace_back(l.v.data(), l.v.bytes());
+        guards.emplace_back(l.reps.data(), l.reps.bytes());
+        guards.emplace_back(l.norms.data(), l.norms.bytes());
+        guards.emplace_back(l.sketches.data(), l.sketches.bytes());
+    }
+}
+
 void kv_store::spill(std::shared_ptr<const kv_file> file, int64_t first, int64_t last) {
+    map_from(file);
     const uint64_t granule = kv_file::map_granule();
     for (size_t il = 0; il < layers.size(); il++) {
         const auto arrays = chunk_arrays((int) il);
         for (int a = 0; a < N_FILE_ARRAYS; a++) {
             const uint64_t bytes = arrays[a].chunk_bytes;
-            file->map((int) il, a, first * bytes / granule * granule, last * bytes / granule * granule, arrays[a]);
+            const uint64_t begin = first * bytes / granule * granule, end = last * bytes / granule * granule;
+            const bool mapped = file->map((int) il, a, begin, end, arrays[a]);
+            // A chunk that was closed again after a rewind has the bits that the file has (native/README.md, Sameness).
+            if (mapped && begin > 0 && (a == FILE_KEYS || a == FILE_VALUES)) {
+                madvise(arrays[a].data, begin, MADV_DONTNEED);
+            }
         }
     }
-    source = std::move(file);
 }
 
 void kv_store::take_chunks(std::shared_ptr<const kv_file> file, int64_t n) {
+    map_from(file);
     const uint64_t granule = kv_file::map_granule();
     for (size_t il = 0; il < layers.size(); il++) {
         const auto arrays = chunk_arrays((int) il);
@@ -342,13 +365,18 @@ void kv_store::take_chunks(std::shared_ptr<const kv_file> file, int64_t n) {
     }
     checked.assign(layers.size() * N_FILE_ARRAYS * n, 0);
     summaries_checked.assign(layers.size(), 0);
-    source = std::move(file);
     n_from_file = n_closed_chunks = n;
 }
 
 void kv_store::check_file() const {
-    if (source != nullptr) {
-        source->check_size();
+    if (source == nullptr) {
+        return;
+    }
+    source->check_size();
+    if (std::any_of(guards.begin(), guards.end(), [](const guard & g) { return g.failed(); })) {
+        throw error(ACTQKV_ERR_STATE, format("%s could not be read: it was cut short, or its disk failed, while it was "
+                                             "open",
+                                             source->name()));
     }
 }
 

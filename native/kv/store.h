@@ -9,6 +9,7 @@
 #include "../kernels/kernels.h"
 #include "../model/hparams.h"
 #include "file.h"
+#include "guard.h"
 #include "layout.h"
 #include "reservation.h"
 
@@ -104,11 +105,12 @@ public:
 
     void write_chunks(kv_file & file, int64_t first, int64_t last) const;
     // Gives memory of written chunks [first, last) back: from now on the file stands for it, where whole pages of memory
-    // can be mapped.
+    // can be mapped. What was read back of keys and values before them leaves memory as well.
     void spill(std::shared_ptr<const kv_file> file, int64_t first, int64_t last);
     // The first n chunks of the file become this store's; they are checked when they are first read.
     void take_chunks(std::shared_ptr<const kv_file> file, int64_t n);
-    // ACTQKV_ERR_STATE where the file that chunks are mapped from was cut short.
+    // ACTQKV_ERR_STATE where the file that chunks are mapped from was cut short, or could not be read (guard.h): what was
+    // computed since the last time this returned is then worth nothing, and the store is lost.
     void check_file() const;
     // Checks all chunks of the file. Attention and scoring check what they read.
     void check_all() const;
@@ -129,6 +131,7 @@ private:
     void summarize(int il, int64_t chunk, actqkv_f16 * rep);
     void check_array(int il, file_array array, int64_t chunk) const;
     void check_summaries(int il) const;
+    void map_from(std::shared_ptr<const kv_file> file);
 
     float * sums_of(int il, int64_t chunk) {
         return layers[il].sums.data() + (chunk % shape.n_recent_blocks) * n_head * shape.n_chunk_tokens;
@@ -146,6 +149,7 @@ private:
     std::vector<layer> layers;
 
     std::shared_ptr<const kv_file> source;          // mapped here
+    std::vector<guard> guards;                      // of all arrays, since something is
     int64_t n_from_file = 0;                        // its first chunks, as it had them when it was opened
     mutable std::vector<uint8_t> checked;           // [layer][array][chunk], those of the file
     mutable std::vector<uint8_t> summaries_checked; // [layer]

@@ -158,6 +158,7 @@ std::vector<uint8_t> session::make_payload() const {
 
 // At the start of a window.
 void session::write_checkpoint(bool complete) {
+    store.check_file();
     const bool as_planned =
         n_done <= planned.size() &&
         std::equal(planned.tokens.begin(), planned.tokens.begin() + n_done, tokens.tokens.begin()) &&

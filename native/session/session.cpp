@@ -160,6 +160,7 @@ session::window session::run_next(int64_t first_out) {
     close_chunks(w.first);
     before_window(w);
     run_window(w);
+    store.check_file();
     n_done = end;
     (w.decode ? counts.decode_ms : counts.prefill_ms) += now_ms() - before;
     (w.decode ? counts.n_decode_tokens : counts.n_prefill_tokens) += w.m;

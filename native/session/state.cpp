@@ -100,6 +100,7 @@ void session::state_get(uint8_t * data, uint64_t size) const {
     store.check_all();
     writer out = {data};
     write_state(out, fingerprint(model, hp, tensors), hp, params, answering, tokens, n_done, store, memory, saved);
+    store.check_file();
 }
 
 void session::state_set(const uint8_t * data, uint64_t size) {

@@ -6,6 +6,8 @@ What is compared is the continuation, bit for bit, as in test_sameness.py.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import mmap
 import os
 import random
 import resource
@@ -388,3 +390,103 @@ def test_cut_short_while_open(tiny_llama: LlamaModel, tmp_path: Path) -> None:
         with pytest.raises(StateError, match="truncated: it has"):
             session.decode(TOKENS[:3])
         assert session.n_past == N_HISTORY
+
+
+LOST = r"truncated: it has|is damaged|could not be read"
+
+
+def cut_short_within_a_window(model_path: Path, path: Path, *, put_back: bool) -> None:
+    """For a child process: a file loses its chunks between two layers of a window, and perhaps gets them back."""
+    with loaded(model_path) as model, opened(model, path) as session, opened(model, path) as other:
+        n_bytes, before = path.stat().st_size, session.n_past
+        session.decode(TOKENS[:2], phase="decode")  # chunks of this step have been checked, and are not again
+        session.rewind(before)
+
+        def cut(name: str, layer: int, n_past: int, _: object) -> None:
+            if (name, layer) == ("q", 1):
+                os.truncate(path, 4096)
+                if put_back:
+                    os.truncate(path, n_bytes)
+
+        session.observer = cut
+        with pytest.raises(StateError, match=LOST):
+            session.decode(TOKENS[:2], phase="decode")
+        session.observer = None
+        assert session.n_past == before
+        for use in (lambda: session.decode(TOKENS[:1]), session.state_get, lambda: other.decode(TOKENS[:1])):
+            with pytest.raises(StateError, match=LOST):
+                use()
+        with open_session(model, METHODS["default"]) as fresh:
+            fresh.decode(TOKENS)
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+def test_cut_short_within_a_window(put_back: bool, tmp_path: Path) -> None:
+    """Breaks when a file that somebody truncates kills a process that computes with it, or zeros are taken for keys."""
+    model_path = tiny.make_tiny_gguf(tmp_path / "model.gguf")
+    with loaded(model_path) as model:
+        path = written(model, METHODS["default"], tmp_path / "a.akv")
+    _, status = os.waitpid(forked(lambda: cut_short_within_a_window(model_path, path, put_back=put_back)), 0)
+    assert status == 0
+
+
+def test_other_faults_go_where_they_went(tmp_path: Path) -> None:
+    """Breaks when a fault in memory that is not ours is held back."""
+    model_path = tiny.make_tiny_gguf(tmp_path / "model.gguf")
+    (tmp_path / "foreign").write_bytes(bytes(65536))
+
+    def work() -> None:
+        faulthandler.disable()  # pytest's: what it prints would look like a failure
+        with (
+            loaded(model_path) as model,
+            opened(model, written(model, METHODS["default"], tmp_path / "a.akv")),
+            (tmp_path / "foreign").open("r+b") as file,
+            mmap.mmap(file.fileno(), 65536) as foreign,
+        ):
+            os.truncate(tmp_path / "foreign", 0)
+            foreign[4096]
+
+    _, status = os.waitpid(forked(work), 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGBUS
+
+
+# what of a file is in memory
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process in memory: its own, and of files."""
+    status = Path("/proc/self/status").read_text()
+    return {name: 1024 * int(status.split(f"{name}:")[1].split()[0]) for name in ("RssAnon", "RssFile")}
+
+
+def test_memory_holds_what_is_attended(tmp_path: Path) -> None:
+    """Breaks when chunks that are in the file stay in memory while it is read, or all of a file enters by opening."""
+    model_path = tiny.make_tiny_gguf(tmp_path / "model.gguf", n_layer=2, n_head=8, n_head_kv=8, d_head=64)
+    n_tokens, tokens = 12_000, random_tokens(12_000)
+    retrieval = small(n_local=256, window=256, chunk=64, budget=4 + 256 + 2 * 64)
+    path, largest = tmp_path / "a.akv", 0
+    with loaded(model_path) as model, open_session(model, retrieval, n_ctx=n_tokens + 100) as session:
+        pieces: Pieces = [(n_tokens, "prefill")]
+        kvfile.begin(session, path, tokens, phases_of(pieces), SECTION, checkpoint_tokens=1024)
+        kvfile.spill(session)
+        before = sum(resident().values())
+
+        def look(done: int, total: int) -> None:
+            nonlocal largest
+            largest = max(largest, sum(resident().values()) - before)
+
+        session.progress = look
+        session.decode(tokens)
+        kvfile.end(session)
+    kv_bytes = path.stat().st_size
+    assert kv_bytes > 4096 * n_tokens
+    assert largest < kv_bytes / 2
+    with loaded(model_path) as model:
+        found = resident()
+        with opened(model, path, n_ctx=n_tokens + 100) as session:
+            session.decode(tokens[:4], phase="decode")
+            # The system brings more than is asked for at once, up to 2 MB: 19 MB of 61 for 6 chunks a layer.
+            assert resident()["RssFile"] - found["RssFile"] < kv_bytes / 2
+            session.state_get()
+            assert resident()["RssFile"] - found["RssFile"] > kv_bytes * 3 / 4
