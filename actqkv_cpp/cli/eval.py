@@ -68,7 +68,8 @@ def evaluate(
             "--methods",
             metavar="NAMES",
             help="Methods to compare. llama.cpp: its own dense attention; NAME:chunk=16:refine=4: with other "
-            "parameters of Retrieval; NAME+question: the question first too.",
+            "parameters of Retrieval; NAME:kv_type=q8_0: with chunks of another type; NAME+question: the question "
+            "first too.",
             default="actqkv",
         ),
     ] = "actqkv",

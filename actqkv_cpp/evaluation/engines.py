@@ -11,11 +11,12 @@ from typing import Any
 
 import actqkv_cpp
 from actqkv_cpp import Llama, machine
-from actqkv_cpp._native import memory_plan
+from actqkv_cpp._native import KV_TYPES, memory_plan
 from actqkv_cpp.config import LLAMA_CPP, Retrieval, parse_columns
 from actqkv_cpp.errors import ModelError, ParameterError, unknown_name
 
 _QUESTION_AWARE = "+question"
+_KV_TYPE = "kv_type="
 _TEMPLATE_KEY = "tokenizer.chat_template"
 _WINDOW_TOKENS = 256  # of reading, unless local is shorter
 
@@ -26,7 +27,8 @@ class Method:
 
     Attributes:
         name: as on the command line: a method of ours or "llama.cpp"; columns of its row to change, as in
-            "actqkv:chunk=16:refine=4"; "+question" behind it has the question stand before the document too.
+            "actqkv:chunk=16:refine=4", and of its chunks, as in "actqkv:kv_type=q8_0"; "+question" behind it has the
+            question stand before the document too.
         budget: tokens attended; None where all are.
     """
 
@@ -45,8 +47,26 @@ class Method:
         Raises:
             ParameterError: as `parse_columns`.
         """
-        changes = self.name.removesuffix(_QUESTION_AWARE).partition(":")[2]
-        return parse_columns(changes) if changes else {}
+        changes = [change for change in self._changes if not change.startswith(_KV_TYPE)]
+        return parse_columns(":".join(changes)) if changes else {}
+
+    @property
+    def kv_type(self) -> str | None:
+        """The type of its chunks, where it has one of its own.
+
+        Raises:
+            ParameterError: an unknown type, or more than one.
+        """
+        found = [change.removeprefix(_KV_TYPE) for change in self._changes if change.startswith(_KV_TYPE)]
+        if len(found) > 1:
+            raise ParameterError(f"{self.name!r}: expected kv_type once", "name the method once for each type")
+        if found and found[0] not in KV_TYPES:
+            raise unknown_name("kv_type", found[0], KV_TYPES)
+        return found[0] if found else None
+
+    @property
+    def _changes(self) -> list[str]:
+        return self.name.removesuffix(_QUESTION_AWARE).split(":")[1:]
 
     @property
     def question_aware(self) -> bool:
@@ -81,6 +101,7 @@ def methods(names: Sequence[str], budgets: Sequence[int]) -> list[Method]:
             raise unknown_name("method", name, [*table, LLAMA_CPP])
         if method.columns:
             Retrieval(method.retrieval, **method.columns)  # checks the values
+        _ = method.kv_type  # likewise
         everything = _columns(method)["decode"] == "all"
         found += [Method(name=name, budget=budget) for budget in ([None] if everything else budgets)]
     return list(dict.fromkeys(found))
@@ -178,7 +199,7 @@ class Engines:
             return None
         if self._no_graph is not None:
             return f"our graph lacks this model ({self._no_graph})"
-        plan = memory_plan(llm._model, self.retrieval(method), n_ctx=n_ctx, kv_type=self.settings.kv_type)
+        plan = memory_plan(llm._model, self.retrieval(method), n_ctx=n_ctx, kv_type=self.kv_type(method))
         free = machine.available_memory()
         if free is not None and plan.total_bytes > free:
             return f"{n_ctx:,} tokens need {plan.total_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -199,9 +220,13 @@ class Engines:
         window = min(_WINDOW_TOKENS, sizes["n_local"])
         return Retrieval(method=method.retrieval, budget=budget, **{"window": window, **sizes})
 
+    def kv_type(self, method: Method) -> str:
+        """The type of a method's chunks."""
+        return method.kv_type or self.settings.kv_type
+
     def reads_alike(self, one: Method, other: Method) -> bool:
-        """Whether the budget lets one reading serve both; what else it takes, `Llama.answering` says."""
-        if LLAMA_CPP in (one.name, other.name) or other.question_aware:
+        """Whether budget and type let one reading serve both; what else it takes, `Llama.answering` says."""
+        if LLAMA_CPP in (one.name, other.name) or other.question_aware or self.kv_type(one) != self.kv_type(other):
             return False
         return one.budget == other.budget or _columns(other)["prefill"] in ("all", "none")
 
@@ -233,7 +258,7 @@ class Engines:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a model runs densely is said in the results
             return Llama(
-                settings.model, n_ctx=n_ctx, retrieval=self.retrieval(method), kv_type=settings.kv_type, **options
+                settings.model, n_ctx=n_ctx, retrieval=self.retrieval(method), kv_type=self.kv_type(method), **options
             )
 
     def _drop(self) -> None:

@@ -145,6 +145,17 @@ def test_changed_columns(readings: list[str]) -> None:
     assert chunk_tokens["actqkv:chunk=16"] <= chunk_tokens["actqkv"]
 
 
+def test_types_of_chunks(readings: list[str]) -> None:
+    """A type given with a method is ignored, or a reading is shared by two types, or compared with its own type."""
+    names = ["actqkv:kv_type=q4_0", "actqkv", "actqkv:refine=1"]
+    rows = run(plan("perplexity", "kv", methods=tuple(methods(names, [512])), lengths=(1024,))).rows
+    assert readings == ["actqkv", "actqkv"]  # of kv; perplexity reads by itself
+    kl = {row.cell.method: row.total.measures["kl"] for row in rows if row.cell.suite == "perplexity"}
+    assert kl["actqkv:kv_type=q4_0"] != kl["actqkv"]
+    (dense,) = run(plan("perplexity", methods=tuple(methods(["dense:kv_type=q4_0"], [512])), lengths=(1024,))).rows
+    assert dense.total.measures["kl"] > 0
+
+
 def test_question_aware(readings: list[str]) -> None:
     """A question-aware column is read once for all questions, which would know only one of them."""
     (row,) = run(plan("kv", methods=tuple(methods(["actqkv+question"], [512])), lengths=(1024,))).rows
@@ -260,6 +271,8 @@ def test_model_that_only_llama_cpp_runs(tmp_path: Path) -> None:
         (["actqkv:refine=few"], [2048], "few"),
         (["actqkv:score=cosin"], [2048], "cosin"),
         (["actqkv:budget=512"], [2048], "budget"),
+        (["actqkv:kv_type=q8"], [2048], "kv_type 'q8'"),
+        (["actqkv:kv_type=q8_0:kv_type=f16"], [2048], "once"),
     ],
 )
 def test_unknown_methods(names: list[str], budgets: list[int], words: str) -> None:

@@ -49,7 +49,7 @@ class _Perplexity(Suite):
                 "give a longer --text, or smaller --lengths",
             )
         tokens = tokens[: sample.n_ctx]
-        rows = _score(llm, llm.retrieval, tokens, progress)
+        rows = _score(llm, llm.retrieval, tokens, progress, kv_type=llm.kv_type)
         reference = self._dense(llm, sample, tokens, rows, progress)
         for i, begin in enumerate(_stretches(len(tokens))):
             yield _finding(
@@ -62,7 +62,7 @@ class _Perplexity(Suite):
     def _dense(
         self, llm: Llama, sample: Sample, tokens: NDArray[np.int32], rows: LogRows, progress: Progress
     ) -> LogRows | None:
-        """What dense attention says of the same text: exact inside the trained window, clamped beyond it."""
+        """What dense attention over f16 says of the same text: exact inside the trained window, clamped beyond it."""
         if sample.n_ctx > REFERENCE_CTX:
             return None
         key = (sample.document, sample.n_ctx)
@@ -70,8 +70,8 @@ class _Perplexity(Suite):
             exact = sample.n_ctx <= llm._model.n_ctx_train()
             dense = replace(llm.retrieval, method="dense", positions="exact" if exact else "clamped")
             self._reference.clear()
-            same = llm.retrieval.method == "dense"
-            self._reference[key] = rows if same else _score(llm, dense, tokens, progress)
+            same = llm.retrieval.method == "dense" and llm.kv_type == "f16"
+            self._reference[key] = rows if same else _score(llm, dense, tokens, progress, kv_type="f16")
         return self._reference[key]
 
 
@@ -80,13 +80,13 @@ def _stretches(n_tokens: int) -> list[int]:
     return [n_tokens * (i + 1) // _N_STRETCHES - _STRETCH_TOKENS for i in range(_N_STRETCHES)]
 
 
-def _score(llm: Llama, retrieval: Retrieval, tokens: NDArray[np.int32], progress: Progress) -> LogRows:
+def _score(llm: Llama, retrieval: Retrieval, tokens: NDArray[np.int32], progress: Progress, *, kv_type: str) -> LogRows:
     """Log probabilities before each token of each stretch, from a session of its own over the loaded model."""
     from actqkv_cpp._native import Session  # noqa: PLC0415 (heavy)
 
     rows: LogRows = []
     n_threads = llm.session.params.n_threads if llm.session else llm.n_threads
-    with Session(llm._model, retrieval, n_ctx=len(tokens), n_threads=n_threads, kv_type=llm.kv_type) as session:
+    with Session(llm._model, retrieval, n_ctx=len(tokens), n_threads=n_threads, kv_type=kv_type) as session:
         for begin in _stretches(len(tokens)):
             last = begin - 1  # whose logits foretell the first of the stretch
             while session.n_past < last:
