@@ -73,6 +73,9 @@ class Chat(Conversation):
         self._turns: list[Place] = []  # where each began
         self._said: list[Turn] = []
 
+    def _here(self) -> Place:
+        return self._place
+
     @property
     def documents(self) -> list[str]:
         """Names of the documents read, in order."""
@@ -142,7 +145,9 @@ class Chat(Conversation):
         """Add a document to the running conversation; later turns see it beside all before it.
 
         Args:
-            source, text, name, progress: as in `Llama.read`.
+            source: as in `Llama.read`; of a KV file the documents are read once more, as its keys and values hold only
+                for a session that begins with it (`Llama.open`).
+            text, name, progress: as in `Llama.read`.
 
         Raises:
             as `Llama.read`; an interrupted reading keeps what was read of the document.
@@ -150,7 +155,7 @@ class Chat(Conversation):
         Example:
             >>> chat.read("second.txt")
         """
-        files = text_files(source, text, name)
+        files = text_files(source, text, name, kv_files=True)
         self._return()
         place = self._place
         content = texts(files, first=len(place.files))

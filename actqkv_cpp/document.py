@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from actqkv_cpp import results, saved, sources
 from actqkv_cpp.answering import Generated, Sampling, SamplingOptions, generate
 from actqkv_cpp.errors import ContextError, DocumentError, ParameterError, StateError
-from actqkv_cpp.reader import TextFile, headings, load
+from actqkv_cpp.reader import TextFile, headings, is_kv_file, load
 from actqkv_cpp.reading import QUESTION, Place, Reading
 from actqkv_cpp.results import Answer, Memory
 from actqkv_cpp.template import Cursor, Part, Step
@@ -38,6 +38,32 @@ class Conversation:
 
     def __init__(self, llm: Llama) -> None:
         self.llm = llm
+
+    def _here(self) -> Place:
+        """Where the next turn starts."""
+        raise NotImplementedError
+
+    @property
+    def files(self) -> tuple[TextFile, ...]:
+        """The documents themselves (`name`, `text`)."""
+        return self._here().files
+
+    def token_ends(self, document: int = 0) -> tuple[int, NDArray[np.int64]]:
+        """Where a document lies: its first token's position in the session, and the character of its text at which each
+        of its tokens ends. Of an interrupted reading, what was read.
+
+        Args:
+            document: number among those read.
+
+        Example:
+            >>> start, ends = doc.token_ends()
+            >>> doc.text[: ends[9]]  # the first ten tokens
+        """
+        place = self._here()
+        for span in place.spans:
+            if span.document == document:
+                return span.start, sources.character_ends(place.files[document].text, span.ends)
+        return place.cursor.n_past, np.zeros(0, np.int64)
 
     def _holds(self, place: Place) -> bool:
         """Whether the session's history begins with that of `place`."""
@@ -241,13 +267,20 @@ class Document(Conversation):
         reserve: int | None = None,
     ) -> None:
         super().__init__(llm)
-        self.files = tuple(files)
         content = [Part(system + GAP)] if system else []
         content += [Part(question, document=QUESTION), Part(GAP)] if question else []
         begin = beginning(llm, [*content, *texts(files)], files)
         without = beginning(llm, content, [])
         nothing = replace(without.done, before=without.head + without.closing)
         self._reading = self._plan(nothing, begin.head, begin.closing, begin.done, reserve=reserve)
+
+    def _here(self) -> Place:
+        return self._reading.here()
+
+    @property
+    def files(self) -> tuple[TextFile, ...]:
+        """The documents themselves, also of a reading that was interrupted."""
+        return self._reading.done.files
 
     @property
     def name(self) -> str:
@@ -261,22 +294,6 @@ class Document(Conversation):
     def text(self) -> str:
         """The text of the first document."""
         return self.files[0].text
-
-    def token_ends(self, document: int = 0) -> tuple[int, NDArray[np.int64]]:
-        """Where a document lies: its first token's position in the session, and the character of its text at which each
-        of its tokens ends. Of an interrupted reading, what was read.
-
-        Args:
-            document: number among `files`.
-
-        Example:
-            >>> start, ends = doc.token_ends()
-            >>> doc.text[: ends[9]]  # the first ten tokens
-        """
-        for span in self._reading.here().spans:
-            if span.document == document:
-                return span.start, sources.character_ends(self.files[document].text, span.ends)
-        return self.tokens_read, np.zeros(0, np.int64)
 
     def tokens_at(self, start: int, end: int, document: int = 0) -> tuple[int, int]:
         """Positions [first, last) in the session of the tokens that hold characters [start, end) of a document.
@@ -342,7 +359,6 @@ class Document(Conversation):
         document = cls.__new__(cls)
         Conversation.__init__(document, llm)
         document._reading = saved.open_reading(llm, path)
-        document.files = document._reading.done.files
         return document
 
     def ask(
@@ -376,13 +392,15 @@ class Document(Conversation):
             >>> doc.ask("Who kept the key?", on_text=print).sources[0].text
         """
         how = Sampling.of(**sampling)
-        return self._answer(
-            self._reading.here(), question, how, Generated(), reading=self._reading, retrieval=retrieval
-        )
+        return self._answer(self._here(), question, how, Generated(), reading=self._reading, retrieval=retrieval)
 
 
-def text_files(source: Source, text: str | None, name: str | None) -> list[TextFile]:
-    """What `read` was given, in memory. DocumentError where there is nothing in it."""
+def text_files(source: Source, text: str | None, name: str | None, *, kv_files: bool = False) -> list[TextFile]:
+    """What `read` was given, in memory. DocumentError where there is nothing in it.
+
+    Args:
+        kv_files: of a KV file the documents are taken, else it is refused.
+    """
     if (source is None) == (text is None):
         raise ParameterError("give either a source or text=")
     if text is not None:
@@ -392,4 +410,12 @@ def text_files(source: Source, text: str | None, name: str | None) -> list[TextF
     sources = [source] if isinstance(source, (str, Path, TextFile)) else list(source or ())
     if not sources:
         raise DocumentError("no documents were given")
-    return [item if isinstance(item, TextFile) else load(item) for item in sources]
+    files: list[TextFile] = []
+    for item in sources:
+        if isinstance(item, TextFile):
+            files.append(item)
+        elif kv_files and is_kv_file(item):
+            files += saved.texts(item)
+        else:
+            files.append(load(item))
+    return files

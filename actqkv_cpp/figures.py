@@ -59,11 +59,14 @@ class MemoryPlan:
     def total_bytes(self) -> int:
         return self.kv_bytes + self.summary_bytes + self.checkpoint_bytes + self.compute_bytes
 
-    def needed_bytes(self, n_ctx: int, *, in_file: bool) -> int:
-        """Bytes of memory for `n_ctx` tokens; with `in_file` without what lies in a KV file. Summaries count, as every
-        window reads all of them."""
-        kept = self.kv_bytes * max(n_ctx - _IN_MEMORY, 0) // max(n_ctx, 1) if in_file else 0
-        return self.total_bytes - kept
+    def needed_bytes(self, n_ctx: int, *, n_in_file: int = 0) -> int:
+        """Bytes of memory for `n_ctx` tokens, of which `n_in_file` lie in a KV file: without their keys and values,
+        save of the last. Their summaries count, as every window reads all of them."""
+        return self.total_bytes - self.kv_bytes * max(n_in_file - _IN_MEMORY, 0) // max(n_ctx, 1)
+
+    def file_bytes(self, n_ctx: int, n_in_file: int) -> int:
+        """About the bytes of a KV file of so many of the `n_ctx` tokens."""
+        return (self.kv_bytes + self.summary_bytes) * n_in_file // max(n_ctx, 1)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Llama(llama_cpp.Llama):
         n_ctx = options["n_ctx"] or self._model.n_ctx_train()
         n_threads = options.get("n_threads") or options.get("n_threads_batch") or machine.available_cores()
         plan = memory_plan(self._model, self.retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=self.kv_type)
-        machine.check_memory(plan, n_ctx, in_file=self.kv_file is not None)
+        machine.check_memory(plan, n_ctx, n_in_file=n_ctx if self.kv_file is not None else 0)
         self.session = Session(self._model, self.retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=self.kv_type)
         self._stack.callback(self._close_session)
         self._ctx = cast(Any, SessionContext(self.session, self._ctx))

@@ -82,16 +82,16 @@ def available_memory() -> int | None:
     return min((n_bytes for n_bytes in found if n_bytes is not None), default=None)
 
 
-def check_memory(plan: MemoryPlan, n_ctx: int, *, in_file: bool) -> None:
+def check_memory(plan: MemoryPlan, n_ctx: int, *, n_in_file: int = 0) -> None:
     """MemoryPlanError where a session of `n_ctx` tokens needs more memory than there is.
 
     Args:
-        in_file: keys and values go to a KV file, and only those of the tokens between two checkpoints take memory.
+        n_in_file: tokens whose keys and values go to a KV file; only those between two checkpoints take memory.
     """
-    free, needed = available_memory(), plan.needed_bytes(n_ctx, in_file=in_file)
+    free, needed = available_memory(), plan.needed_bytes(n_ctx, n_in_file=n_in_file)
     if free is None or needed <= free:
         return
-    where, remedies = (" in a file", "a smaller kv_type") if in_file else ("", "a smaller kv_type, or a kv_file")
+    where, remedies = (" in a file", "a smaller kv_type") if n_in_file else ("", "a smaller kv_type, or a kv_file")
     raise MemoryPlanError(
         f"a session of {n_ctx} tokens needs {needed:,} bytes ({plan.kv_bytes:,} of KV{where}, "
         f"{plan.summary_bytes:,} of summaries), {free:,} are free",

@@ -16,6 +16,7 @@ from actqkv_cpp.formats import docx, epub, html, markdown, pdf
 from actqkv_cpp.formats.extract import Anchor, Extract, last_before, one_line
 
 STDIN_NAME = "stdin"
+_KV_FILE = b"AKVFILE\0"
 
 _HTML_NAMES, _MARKDOWN_NAMES = (".html", ".htm", ".xhtml"), (".md", ".markdown")
 _HTML_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype\s+html|html)\b", re.IGNORECASE)
@@ -23,7 +24,7 @@ _UNPACKED_BYTES = 1 << 30  # of a zip archive, at most
 
 # First bytes of what people hand over by mistake, and what to do about it.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
-    (b"AKVFILE\0", "a KV file of actqkv", "open it: llm.open(path), or give it to the -d of actqkv chat or ask"),
+    (_KV_FILE, "a KV file of actqkv", "open it: llm.open(path), or give it to the -d of actqkv chat or ask"),
     (b"GGUF", "a GGUF model", "the model is an argument of its own: actqkv chat model.gguf -d book.txt"),
     (
         b"\xd0\xcf\x11\xe0",
@@ -99,6 +100,17 @@ class TextFile:
         if not valid:
             raise StateError("a document lacks its name, text or anchors, or they do not fit each other")
         return cls(name, text, anchors, by_line)
+
+
+def is_kv_file(path: str | Path) -> bool:
+    """Whether a file is a KV file, or should be one by its name."""
+    if Path(path).suffix == ".akv":
+        return True
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_KV_FILE)) == _KV_FILE
+    except (OSError, ValueError):
+        return False
 
 
 def headings(files: Sequence[TextFile], *, n_before: int = 0) -> list[str]:

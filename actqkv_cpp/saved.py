@@ -195,14 +195,24 @@ def _place(found: dict[str, Any], tokens: Tokens, files: tuple[TextFile, ...], s
 # ---- files of readings
 
 
+def texts(path: str | Path) -> tuple[TextFile, ...]:
+    """The documents of a KV file, to be read again: its keys and values hold only for a session that begins with it.
+
+    Raises:
+        KVFileError, StateError: as `kvfile.info`.
+    """
+    tokens, _, section = kvfile.read(path)
+    return decode(section, tokens).files
+
+
 def begin(llm: Llama, path: str | Path, files: tuple[TextFile, ...], reading: Reading) -> None:
     """Have the session of `llm` write `reading` to a new KV file as it goes on.
 
     Raises:
         KVFileError: the file cannot be made, or its disk has no room for it.
     """
-    plan = llm._native_session("a KV file").plan
-    _check_disk(path, (plan.kv_bytes + plan.summary_bytes) * reading.n_total // llm.n_ctx())
+    plan, n_ctx = llm._native_session("a KV file").plan, llm.n_ctx()
+    _check_disk(path, plan.file_bytes(n_ctx, reading.n_total))
     phases = np.concatenate([np.full(len(t), _PHASES[phase], np.int8) for t, phase in reading.all_segments()])
     section = encode(identity.of_model(llm.model_path), files, reading)
     kvfile.begin(
@@ -288,7 +298,8 @@ def open_reading(llm: Llama, path: str | Path) -> Reading:
     """The reading of a KV file, in a session that takes the place of that of `llm`; see `Llama.open`."""
     n_ctx, n_threads = llm.n_ctx(), llm._native_session("a KV file").params.n_threads
     info, found = load(path, llm.model_path)
-    machine.check_memory(kvfile.plan(llm._model, path, n_ctx=n_ctx, n_threads=n_threads), n_ctx, in_file=True)
+    plan = kvfile.plan(llm._model, path, n_ctx=n_ctx, n_threads=n_threads)
+    machine.check_memory(plan, n_ctx, n_in_file=info.n_tokens)
     session = kvfile.open_session(llm._model, path, n_ctx=n_ctx, n_threads=n_threads)
     try:
         retrieval = answering(info.params, llm._retrieval)
@@ -322,6 +333,7 @@ def written(llm: Llama, path: Path, reading: Reading) -> Iterator[None]:
     """Within the block the session of `llm` writes `reading` to the KV file `path`, and keeps it there instead of in
     memory. Where the file holds the reading's beginning, the session starts with that."""
     session = llm._native_session("a KV file")
+    machine.check_memory(session.plan, llm.n_ctx(), n_in_file=reading.n_total)
     if not path.exists():
         begin(llm, path, reading.done.files, reading)
     else:

@@ -42,8 +42,8 @@ _DOCUMENT = typer.Option(
     "-d",
     "--document",
     metavar="FILE",
-    help="File to read: PDF, DOCX, EPUB, HTML, Markdown, text or source code; - is standard input. The first may be a "
-    "KV file (.akv) of actqkv index. Repeat for more.",
+    help="File to read: PDF, DOCX, EPUB, HTML, Markdown, text or source code; - is standard input. A KV file "
+    "(.akv) of actqkv index opens at once as the first; others are read again. Repeat for more.",
 )
 _MODEL = typer.Argument(metavar="MODEL", help="GGUF file. [default: the bundled model]", show_default=False)
 

@@ -13,9 +13,9 @@ from actqkv_cpp.cli import _errors
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._options import SamplingOptions, check_text
 from actqkv_cpp.cli._output import Output, answer_figures, shorten
-from actqkv_cpp.cli._saved import ReadEvent, SavedChat, events_of, is_name
+from actqkv_cpp.cli._saved import ReadEvent, SavedChat, digest, events_of, is_name
 from actqkv_cpp.cli._saved import save as save_chat
-from actqkv_cpp.cli._session import STDIN, Reading, read_with_progress
+from actqkv_cpp.cli._session import STDIN, Reading, load_document, note_again, read_with_progress
 from actqkv_cpp.cli._terminal import Lines
 from actqkv_cpp.cli._transcript import Transcript, Turn
 from actqkv_cpp.errors import ParameterError, unknown_name
@@ -76,6 +76,7 @@ class Repl:
         self._documents = tuple(documents)
         self._n_given = len(chat.documents)
         self._system = system
+        self._kv_files: dict[str, str] = {}  # that documents were taken out of, by their digests
         self._saved: set[Path] = set()
         self._leaving = False
 
@@ -91,11 +92,11 @@ class Repl:
         """Have the conversation be what was saved, whose first documents are read already.
 
         Args:
-            files: documents read between turns, by path.
+            files: documents read between turns, by digest.
         """
         for event in saved.events[len(self._chat.documents) :]:
             if isinstance(event, ReadEvent):
-                self._add(files[event.path])
+                self._take(event.path, [files[event.sha256]])
                 continue
             number = len(self._chat.turns)
             self._chat.replay(event.question, event.answer, event.tokens)
@@ -155,10 +156,19 @@ class Repl:
             self._output.note(f"{command.usage:{width}}  {command.help}")
 
     def read(self, name: str) -> None:
-        if name:
-            self._add(reader.load(Path(name).expanduser()))
-        else:
+        if not name:
             self._read_on()
+            return
+        path = str(Path(name).expanduser())
+        self._take(path, load_document(path))
+
+    def _take(self, path: str, files: list[TextFile]) -> None:
+        """Read the documents of a file."""
+        if reader.is_kv_file(path):
+            self._kv_files |= {digest(file): path for file in files}
+            note_again(self._output, self._llm, path)
+        for file in files:
+            self._add(file)
 
     def _add(self, file: TextFile) -> None:
         add = self._chat.read
@@ -283,7 +293,7 @@ class Repl:
                 model_bytes=path.stat().st_size,
                 system=self._system,
                 documents=tuple(str(Path(document).resolve()) for document in self._documents),
-                events=events_of(self._chat, self._n_given, details),
+                events=events_of(self._chat, self._n_given, details, self._kv_files),
             ),
         )
         self._output.note(f"saved; actqkv chat --resume {name} goes on")

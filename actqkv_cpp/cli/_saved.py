@@ -67,12 +67,15 @@ class SavedChat:
         return [event for event in self.events if isinstance(event, TurnEvent)]
 
 
-def events_of(chat: Chat, n_given: int, details: dict[int, Answer]) -> tuple[ReadEvent | TurnEvent, ...]:
+def events_of(
+    chat: Chat, n_given: int, details: dict[int, Answer], kv_files: dict[str, str]
+) -> tuple[ReadEvent | TurnEvent, ...]:
     """What became of a chat, in its order.
 
     Args:
         n_given: documents of -d, which come first.
         details: answers by the number of their turn.
+        kv_files: those that documents were taken out of, by the digests of these.
 
     Raises:
         ParameterError: a document is no file and could not be read again.
@@ -81,11 +84,12 @@ def events_of(chat: Chat, n_given: int, details: dict[int, Answer]) -> tuple[Rea
     n_files = 0
     for i, files in enumerate(chat.documents_by_turn):
         for number, file in enumerate(files[n_files:], n_files):
-            if number >= n_given and not Path(file.name).is_file():
+            path = Path(kv_files.get(digest(file), file.name))
+            if number >= n_given and not path.is_file():
                 raise ParameterError(
-                    f"{file.name} is no file, so that it could not be read again", "save its text in a file first"
+                    f"{path} is no file, so that it could not be read again", "save its text in a file first"
                 )
-            events.append(ReadEvent(str(Path(file.name).resolve()), digest(file)))
+            events.append(ReadEvent(str(path.resolve()), digest(file)))
         n_files = len(files)
         if i < len(chat.turns):
             turn = chat.turns[i]

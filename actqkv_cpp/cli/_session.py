@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     Asked: TypeAlias = Document | Chat
 
 STDIN = "-"
-_KV_FILE = b"AKVFILE\0"
 _INDEX_AGAIN = "leave it out, or index the document again with it"
 _SPARE_TOKENS = 8 * 1024  # what the default --ctx has beyond documents, question and answer
 TEMPLATE_TOKENS = 256  # more than the chat templates known to us put around documents and one question
@@ -36,50 +35,45 @@ _WINDOW_TOKENS = 256  # of reading, unless local is shorter
 
 
 def load_documents(names: Sequence[str]) -> list[TextFile]:
-    """The documents of -d, checked before any model is loaded."""
+    """The documents of -d, those in KV files included, checked before any model is loaded."""
     if names.count(STDIN) > 1:
         raise DocumentError("standard input can be read only once", "give -d - once")
-    return [reader.load_stdin() if name == STDIN else reader.load(name) for name in names]
+    return [file for name in names for file in load_document(name)]
+
+
+def load_document(name: str) -> list[TextFile]:
+    """A document, or those in a KV file."""
+    from actqkv_cpp import saved  # noqa: PLC0415 (heavy)
+
+    if name == STDIN:
+        return [reader.load_stdin()]
+    return list(saved.texts(name)) if reader.is_kv_file(name) else [reader.load(name)]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """What -d names: a KV file or none, then files to be read."""
+    """What -d names: a KV file to be opened or none, then files to be read; `again` are KV files among them."""
 
     opened: Path | None
     files: list[TextFile]
+    again: tuple[str, ...] = ()
 
     def all_files(self) -> list[TextFile]:
-        """With those in the KV file."""
-        from actqkv_cpp import kvfile, saved  # noqa: PLC0415 (heavy)
-
-        if self.opened is None:
-            return self.files
-        tokens, _, section = kvfile.read(self.opened)
-        return [*saved.decode(section, tokens).files, *self.files]
+        """With those in the KV file that is opened."""
+        return [*(load_document(str(self.opened)) if self.opened is not None else []), *self.files]
 
 
 def find_documents(names: Sequence[str]) -> Documents:
-    """The documents of -d, checked before any model is loaded.
+    """The documents of -d, checked before any model is loaded. A KV file is opened where it stands first: keys and
+    values depend on all text before them, so that those of any other KV file are of no use here.
 
     Raises:
-        DocumentError: one cannot be read, or a KV file is not the first.
+        DocumentError, KVFileError, StateError: one cannot be read.
     """
-    kv_files = [name for name in names if name != STDIN and _is_kv_file(name)]
-    if kv_files and (len(kv_files) > 1 or kv_files != list(names[:1])):
-        raise DocumentError(
-            f"{kv_files[-1]} is a KV file, which opens as the first document only",
-            "give it first, and other documents as they are",
-        )
-    return Documents(Path(kv_files[0]) if kv_files else None, load_documents(names[len(kv_files) :]))
-
-
-def _is_kv_file(name: str) -> bool:
-    try:
-        with Path(name).open("rb") as file:
-            return file.read(len(_KV_FILE)) == _KV_FILE or name.endswith(".akv")
-    except (OSError, ValueError):
-        return name.endswith(".akv")
+    kv_files = [name != STDIN and reader.is_kv_file(name) for name in names]
+    first = int(kv_files[:1] == [True])
+    again = tuple(name for name, is_kv_file in zip(names[first:], kv_files[first:], strict=True) if is_kv_file)
+    return Documents(Path(names[0]) if first else None, load_documents(names[first:]), again)
 
 
 def texts_of(files: Sequence[TextFile]) -> list[str]:
@@ -128,12 +122,13 @@ def open_model(
     reserve += info.n_tokens if info is not None else 0
     with output.waiting(f"loading {path.name}"):
         llm = load(options.ctx) if options.ctx is not None else _load_with_room(load, texts, reserve, exact=exact)
+        n_in_file = info.n_tokens if info is not None else _count(llm, texts) if llm.kv_file is not None else 0
     if opened is not None:
         _open(output, llm, opened)
     if options.audit or options.min_recall is not None:
         llm.audit(options.audit, min_recall=options.min_recall)
     bundled = "" if options.model else " (bundled, for trying out)"
-    output.note(f"{path.name}{bundled}: {_engine(llm)}, --ctx {llm.n_ctx():,}{_memory(llm)}")
+    output.note(f"{path.name}{bundled}: {_engine(llm)}, --ctx {llm.n_ctx():,}{_memory(llm, n_in_file)}")
     return llm
 
 
@@ -193,6 +188,8 @@ def start(
     """A conversation over the documents, and how far the latest reading went; None where nothing was to be read."""
     files, document = found.files, llm.document
     reading = None
+    for name in found.again:
+        note_again(output, llm, name)
     if document is None and files:
         names = ", ".join(file.name for file in files)
         reading = read_with_progress(
@@ -213,6 +210,15 @@ def start(
         if not reading.complete:
             break
     return chat, reading
+
+
+def note_again(output: Output, llm: Llama, name: str) -> None:
+    """Say that a KV file is read and not opened, and how many tokens that are: the progress shows the time left."""
+    n_tokens = sum(llm.count_tokens(file.text) for file in load_document(name))
+    output.note(
+        f"{name}: its {n_tokens:,} tokens are read again, as keys and values hold only after the text that they were "
+        "read after; given as the first -d it opens at once"
+    )
 
 
 def _info(opened: Path, options: EngineOptions) -> FileInfo:
@@ -242,8 +248,7 @@ def _open(output: Output, llm: Llama, opened: Path) -> None:
 def _load_with_room(load: Callable[..., Llama], texts: Sequence[str], reserve: int, *, exact: bool) -> Llama:
     """exact: the method's positions end at the trained length, so the room to spare does too."""
     vocabulary = load(1, vocab_only=True)
-    template = 2 * TEMPLATE_TOKENS  # around the documents, and around the question
-    needed = sum(vocabulary.count_tokens(text) for text in texts) + template + reserve
+    needed = _count(vocabulary, texts) + TEMPLATE_TOKENS + reserve  # another template around the question
     trained = vocabulary.n_ctx_train
     vocabulary.close()
     roomy = needed + _SPARE_TOKENS
@@ -251,6 +256,11 @@ def _load_with_room(load: Callable[..., Llama], texts: Sequence[str], reserve: i
         return load(min(roomy, max(needed, trained)) if exact else roomy)
     except MemoryPlanError:
         return load(needed)
+
+
+def _count(llm: Llama, texts: Sequence[str]) -> int:
+    """Tokens of the texts and of a template around them, at most."""
+    return sum(llm.count_tokens(text) for text in texts) + TEMPLATE_TOKENS
 
 
 @cache
@@ -313,10 +323,10 @@ def _engine(llm: Llama) -> str:
     return f"method {retrieval.method} attends {n_tokens} tokens at a time"
 
 
-def _memory(llm: Llama) -> str:
-    """Where its keys and values will be, at most."""
+def _memory(llm: Llama, n_in_file: int) -> str:
+    """Where its keys and values will be, at most; `n_in_file` of the tokens lie in a KV file."""
     if llm.session is None:
         return ""
-    plan, in_file = llm.session.plan, llm.kv_file is not None
-    disk = f" of RAM, {human_bytes(plan.kv_bytes + plan.summary_bytes)} in {llm.kv_file}" if in_file else ""
-    return f" in {human_bytes(plan.needed_bytes(llm.n_ctx(), in_file=in_file))}{disk}"
+    plan, n_ctx = llm.session.plan, llm.n_ctx()
+    disk = f" of RAM, {human_bytes(plan.file_bytes(n_ctx, n_in_file))} in {llm.kv_file}" if n_in_file else ""
+    return f" in {human_bytes(plan.needed_bytes(n_ctx, n_in_file=n_in_file))}{disk}"

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from actqkv_cpp import default_model_path, reader
+from actqkv_cpp import default_model_path
 from actqkv_cpp.cli import _options as o
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._repl import COMMANDS, Repl
-from actqkv_cpp.cli._saved import ReadEvent, SavedChat, check_same
+from actqkv_cpp.cli._saved import ReadEvent, SavedChat, check_same, digest
 from actqkv_cpp.cli._saved import load as load_chat
-from actqkv_cpp.cli._session import STDIN, TEMPLATE_TOKENS, find_documents, open_model, start, texts_of
+from actqkv_cpp.cli._session import STDIN, TEMPLATE_TOKENS, find_documents, load_document, open_model, start, texts_of
 from actqkv_cpp.cli._terminal import open_lines
 from actqkv_cpp.errors import ParameterError, StateError
 from actqkv_cpp.reader import TextFile
@@ -116,7 +116,7 @@ def _chat(
 
 
 def _check(saved: SavedChat, files: list[TextFile], engine: o.EngineOptions) -> dict[str, TextFile]:
-    """The documents that a saved chat read between its turns, by path.
+    """The documents that a saved chat read between its turns, by digest.
 
     Raises:
         DocumentError: a document has changed since, or is missing.
@@ -131,7 +131,10 @@ def _check(saved: SavedChat, files: list[TextFile], engine: o.EngineOptions) -> 
     events = [event for event in saved.events if isinstance(event, ReadEvent)]
     for file, event in zip(files, events, strict=False):
         check_same(file, event)
-    later = {event.path: reader.load(event.path) for event in events[len(files) :]}
+    later: dict[str, TextFile] = {}
     for event in events[len(files) :]:
-        check_same(later[event.path], event)
+        read = load_document(event.path)
+        file = next((file for file in read if digest(file) == event.sha256), read[0])
+        check_same(file, event)
+        later[event.sha256] = file
     return later

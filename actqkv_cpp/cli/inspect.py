@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,11 +13,10 @@ from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._session import find_documents, open_model, read_all, texts_of
-from actqkv_cpp.errors import DocumentError, ParameterError
+from actqkv_cpp.errors import ParameterError
 from actqkv_cpp.files import written_atomically
 
 if TYPE_CHECKING:
-    from actqkv_cpp import Document
     from actqkv_cpp.inspection import Inspection
 
 _N_SHOWN = 5  # anchors and passages in the terminal
@@ -86,12 +85,12 @@ def _inspect(
     if not question.strip():
         raise ParameterError("the question is empty", "ask something")
     found = find_documents(documents)
+    llm = open_model(output, engine, [*texts_of(found.files), question], reserve=max_tokens, opened=found.opened)
     if found.opened is not None:
-        raise DocumentError(f"{found.opened} tells nothing of how it was read", "give -d the document itself")
-    llm = open_model(output, engine, [*texts_of(found.files), question], reserve=max_tokens)
+        output.note(f"{found.opened} does not say which of its tokens were anchors when it was read")
     with llm.record(mass="answers") as recording:
         reserve = max_tokens + llm.count_tokens(question)
-        document = cast("Document", read_all(output, llm, found, system=engine.system, reserve=reserve))
+        document = read_all(output, llm, found, system=engine.system, reserve=reserve)
         with Interrupt() as stop, output.progress("answering", "tokens") as show:
             said = 0
 

@@ -16,7 +16,7 @@ from actqkv_cpp.recording import Record, Recording
 from actqkv_cpp.results import Answer
 
 if TYPE_CHECKING:
-    from actqkv_cpp.document import Document
+    from actqkv_cpp.document import Conversation
     from actqkv_cpp.llama import Llama
 
 _N_BEST = 20  # anchors and passages that a report names
@@ -91,7 +91,7 @@ class Inspection:
     tokens: dict[int, str]
 
     @classmethod
-    def of(cls, llm: Llama, document: Document, answer: Answer, recording: Recording) -> Inspection:
+    def of(cls, llm: Llama, document: Conversation, answer: Answer, recording: Recording) -> Inspection:
         """Of a question just asked, while its answer is still what the session ends with."""
         assert llm.session is not None
         params = llm.session.params

@@ -35,6 +35,7 @@ from actqkv_cpp import (
     machine,
     saved,
 )
+from actqkv_cpp.reader import TextFile
 
 SMALL = Retrieval(n_local=64, window=32, n_sink=4, chunk=16, budget=128)
 TEXT = "The weaver counted Grüße an Łódź by the fence. " * 30 + "Then <|end|> came.\n"
@@ -322,16 +323,35 @@ def test_memory_is_planned(tiny_model: Path, book: Path, tmp_path: Path, monkeyp
         assert llm.session is not None
         plan = llm.session.plan
         llm.read(book).save(tmp_path / "a.akv")
-    assert plan.needed_bytes(1 << 16, in_file=True) < plan.total_bytes - plan.kv_bytes // 2
+    assert plan.needed_bytes(1 << 16, n_in_file=1 << 16) < plan.total_bytes - plan.kv_bytes // 2
+    assert plan.needed_bytes(1 << 16, n_in_file=kvfile.info(tmp_path / "a.akv").n_tokens) == plan.total_bytes
     monkeypatch.setattr(machine, "available_memory", lambda: plan.total_bytes - plan.kv_bytes // 2)
     with pytest.raises(MemoryPlanError, match="65536 tokens") as caught:
         make(tiny_model, n_ctx="64k")
     assert "kv_file" in str(caught.value.hint)
-    with make(tiny_model, n_ctx="64k", kv_file=tmp_path / "a.akv") as llm:
+    roomy = make(tiny_model, n_ctx="64k", kv_file=tmp_path / "a.akv")
+    with roomy, pytest.raises(MemoryPlanError, match="in a file"):  # what comes after the document would be in memory
+        roomy.open(tmp_path / "a.akv")
+    with make(tiny_model) as llm:
         llm.open(tmp_path / "a.akv")
         monkeypatch.setattr(machine, "available_memory", lambda: 1 << 16)
         with pytest.raises(MemoryPlanError, match="in a file"):
             llm.open(tmp_path / "a.akv")
+
+
+def test_kv_file_in_a_running_chat(llm: Llama, tiny_model: Path, book: Path, tmp_path: Path) -> None:
+    """Breaks when a KV file that is added to a chat is not the document that was read into it."""
+    llm.read(book).save(tmp_path / "a.akv")
+    told = []
+    for source in (book, tmp_path / "a.akv"):
+        chat = llm.chat(TextFile("other.txt", OTHER))
+        chat.say("Who?", max_tokens=4)
+        chat.read(source)
+        told.append((chat.documents, chat.say("And where?", max_tokens=8, min_tokens=8).text, chat.token_ends(1)[0]))
+    assert told[0] == told[1]
+    assert told[0][0] == ["other.txt", str(book)]
+    with pytest.raises(KVFileError, match=r"none\.akv"):
+        llm.chat().read(tmp_path / "none.akv")
 
 
 def test_nothing_leaks(llm: Llama, book: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -70,13 +71,38 @@ def test_options_that_were_given(actqkv: Actqkv, babbler: Path, book: Path, inde
         assert_failed(actqkv(*ask, *option), *words)
 
 
-def test_more_documents(actqkv: Actqkv, babbler: Path, book: Path, indexed: Path) -> None:
-    """A second document beside a KV file is not read, or the KV file may stand anywhere."""
-    found = actqkv("ask", babbler, "-d", indexed, "-d", book, "Who?", "--threads", 1, "--max-tokens", 8, "--json")
-    assert found.status == 0, found.err
-    assert json.loads(found.out)["usage"]["document_tokens"] > 1.9 * kvfile.info(indexed).n_tokens
-    assert_failed(actqkv("ask", babbler, "-d", book, "-d", indexed, "Who?"), "first document only")
-    assert_failed(actqkv("inspect", babbler, "-d", indexed, "Who?"), "the document itself")
+def test_more_documents(actqkv: Actqkv, babbler: Path, book: Path, indexed: Path, tmp_path: Path) -> None:
+    """A second document beside a KV file is not read, or a KV file that cannot be opened there is another text."""
+    more = ("Who?", "--threads", 1, "--max-tokens", 8, "--json")
+    texts, opened = [], ("-d", indexed)
+    for second in (book, indexed):
+        found = actqkv("ask", babbler, *opened, "-d", second, *more)
+        assert found.status == 0, found.err
+        assert ("tokens are read again" in found.err) == (second == indexed)
+        texts.append(json.loads(found.out)["answers"])
+        assert json.loads(found.out)["usage"]["document_tokens"] > 1.9 * kvfile.info(indexed).n_tokens
+    assert texts[0] == texts[1]
+    other = tmp_path / "other.txt"
+    other.write_text("Another document.")
+    behind, plain = (actqkv("ask", babbler, "-d", other, "-d", name, *more, *READ[2:]) for name in (indexed, book))
+    assert (behind.status, "opened" in behind.err) == (0, False), behind.err
+    assert json.loads(behind.out)["answers"] == json.loads(plain.out)["answers"]
+
+
+def test_inspect(actqkv: Actqkv, babbler: Path, book: Path, indexed: Path) -> None:
+    """What is chosen for a question differs between a document and its KV file."""
+    inspect = ("--json", "--threads", 1, "--max-tokens", 4)
+    opened = actqkv("inspect", babbler, "-d", indexed, "Who?", *inspect)
+    fresh = actqkv("inspect", babbler, "-d", book, "Who?", *inspect, *READ[2:])
+    assert (opened.status, fresh.status) == (0, 0), opened.err
+    one, two = json.loads(opened.out), json.loads(fresh.out)
+    assert one["steps"] == two["steps"]
+    assert one["layers"] == two["layers"]
+    assert two["anchors"]
+    assert one["anchors"] == []
+    assert "does not say which of its tokens were anchors" in opened.err
+    both = actqkv("inspect", babbler, "-d", indexed, "-d", book, "Who?", *inspect)
+    assert (both.status, len(json.loads(both.out)["documents"])) == (0, 2), both.err
 
 
 def test_chat(terminal: Callable[..., Terminal], babbler: Path, indexed: Path) -> None:
@@ -87,6 +113,20 @@ def test_chat(terminal: Callable[..., Terminal], babbler: Path, indexed: Path) -
     with_file.prompt()
     with_file.type("/quit")
     assert with_file.end() == 0
+
+
+def test_added_to_a_chat(actqkv: Actqkv, babbler: Path, indexed: Path, tmp_path: Path) -> None:
+    """A KV file that is read in a chat is not what the chat has when it goes on another day."""
+    (tmp_path / "other.txt").write_text("Another document.")
+    home = {"ACTQKV_DATA_DIR": str(tmp_path / "data")}
+    chat, small = ("chat", babbler), ("--ctx", "8k", "--threads", 1, "--max-tokens", 8)
+    lines = f"Who?\n/read {indexed}\nWhere?\n/save talk\nWhen?\n"
+    said = actqkv(*chat, "-d", "other.txt", *small, stdin=lines, **home)
+    assert (said.status, "tokens are read again" in said.err) == (0, True), said.err
+    assert "saved; actqkv chat --resume talk goes on" in said.err
+    again = actqkv(*chat, "--resume", "talk", *small, stdin="When?\n", **home)
+    assert again.status == 0, again.err
+    assert again.out.splitlines()[-1] == said.out.splitlines()[-1]
 
 
 def test_killed_and_gone_on(babbler: Path, book: Path, indexed: Path, actqkv: Actqkv, tmp_path: Path) -> None:
@@ -122,7 +162,10 @@ def test_kv_file(actqkv: Actqkv, babbler: Path, book: Path, tmp_path: Path) -> N
     disk = [actqkv(*ask, "--kv-file", "a.akv") for _ in range(2)]
     assert [found.status for found in disk] == [0, 0], disk[1].err
     assert "of RAM" in disk[0].err
-    assert "in a.akv" in disk[0].err
+    roomy = actqkv(*ask, "--kv-file", "b.akv", "--ctx", "64k")
+    on_disk = [re.findall(r"of RAM, ([\d.]+ \w+) in \w.akv", found.err) for found in (*disk, roomy)]
+    assert len(on_disk[0]) == 1
+    assert on_disk[0] == on_disk[1] == on_disk[2]  # what the document takes, not what --ctx would
     for found in disk:
         assert json.loads(found.out)["answers"] == json.loads(memory.out)["answers"]
     assert json.loads(disk[1].out)["timing"]["prefill_s"] < json.loads(disk[0].out)["timing"]["prefill_s"]
