@@ -11,7 +11,7 @@ from actqkv_cpp.errors import ParameterError, unknown_name
 
 Positions = Literal["auto", "clamped", "exact"]
 Selection = Literal["all", "top", "none", "oracle"]
-Summary = Literal["head", "kv_head", "mean", "bounds"]
+Summary = Literal["head", "kv_head", "mean", "bounds", "spread"]
 Probe = Literal["mean", "bias"]
 Statistics = Literal["pooled", "published"]
 Score = Literal["cosine", "dot"]
@@ -82,7 +82,8 @@ class Retrieval:
         prefill, decode: what is retrieved while reading, and while answering: "all" chunks, the "top" ones by score,
             "none", or the "oracle"'s: those of the largest true attention mass, for which everything is attended.
         summary: of a chunk: "head" (per query head, its most attended keys), "kv_head" (per KV head), "mean" of all
-            keys, or "bounds" (least and greatest of each channel; wants score "dot").
+            keys, "bounds" (least and greatest of each channel) or "spread" (mean in 4 bits, and how far keys
+            spread); the last two want score "dot".
         representatives: keys averaged into a summary, 1 .. chunk.
         probe: of a window: "bias" (activation bias) or "mean" of its queries.
         probe_warmup: windows per layer whose probe is the plain mean; -1 as published (1000 / layers).

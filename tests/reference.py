@@ -24,7 +24,7 @@ Ints: TypeAlias = NDArray[np.int64]
 QKV: TypeAlias = tuple[Floats, Floats, Floats]
 Phase: TypeAlias = Literal["prefill", "decode"]
 Storage: TypeAlias = Literal["f64", "f16", "q8_0", "q4_0"]
-SummaryKind: TypeAlias = Literal["head", "kv_head", "mean", "bounds"]
+SummaryKind: TypeAlias = Literal["head", "kv_head", "mean", "bounds", "spread"]
 
 N_REPRESENTATIVES = 4  # section 3, published default
 N_ENTROPIES = 100  # section 3.6: h_l is the mean of the last 100 values
@@ -46,7 +46,7 @@ class Params:
     statistics: Literal["ours", "published"] = "ours"
     t_max: int = 1000
     probe_warmup: int = 0  # windows per layer whose probe is the plain mean (section 3.7)
-    summary: SummaryKind = "head"  # bounds: section 4's, over keys without RoPE; wants the dot product
+    summary: SummaryKind = "head"  # bounds: section 4's, over keys without RoPE; these and spreads want the dot product
     score: Literal["cosine", "dot"] = "cosine"  # dot: InfLLM
     summary_keys: Literal["unrotated", "attended"] = "unrotated"  # attended: section 4, over roped keys where exact
     granularity: Literal["layer", "kv_head"] = "layer"  # kv_head: section 4, one list per KV head
@@ -66,8 +66,8 @@ class Params:
         least = self.n_sink + self.n_local + self.n_chunk_tokens
         if self.select == "top_k" and self.budget < least:
             raise ValueError(f"budget {self.budget} is below n_sink + n_local + n_chunk_tokens = {least}")
-        if self.summary == "bounds" and self.score != "dot":
-            raise ValueError("bounds have no direction: their score is a sum of products")
+        if self.summary in {"bounds", "spread"} and self.score != "dot":
+            raise ValueError("bounds and spreads have no direction: their score is a sum of products")
 
     @property
     def top_k(self) -> int:
@@ -416,6 +416,55 @@ def key_scores(query: Floats, keys: Sequence[Floats]) -> Floats:
     return np.array([chunk.max(axis=1) for chunk in products]).T
 
 
+# Spreads: of the engine's own making (native/kernels/cpu/spread.cpp says what they are), no part of the papers
+
+N_STRETCH = 8  # chunks of a stretch
+N_SCORED = 96  # chunks scored per chunk of the budget, where stretches are scored first
+WIDER = 1.5  # what a stretch's spread is multiplied by
+
+
+def chunk_spread(keys: Floats, centre: Floats, stored: Callable[[Floats], Floats]) -> Floats:
+    """Mean of a chunk's keys [c, G, d] less the centre [G, d], turned and rounded to q4_0, and behind it the root of
+    their mean square distance from it per channel: [G, d + 1]."""
+    mean = keys.mean(axis=0)
+    spread = np.sqrt(((keys - mean) ** 2).mean(axis=(0, 2)))
+    return np.column_stack([requantised(turned(mean - centre), "q4_0"), stored(spread)])
+
+
+def stretch_spread(spreads: Floats, stored: Callable[[Floats], Floats]) -> Floats:
+    """One spread [G, d + 1] for those of several chunks [n, G, d + 1]."""
+    means, within = spreads[:, :, :-1], spreads[:, :, -1]
+    mean = means.mean(axis=0)
+    square = (within**2).mean(axis=0) + ((means - mean) ** 2).mean(axis=(0, 2))
+    return np.column_stack([requantised(mean, "q4_0"), stored(WIDER * np.sqrt(square))])
+
+
+def spread_scores(query: Floats, spreads: Floats) -> Floats:
+    """Scores [N], summed over query heads: the greatest product of query [H, d] with a box of the half-width that
+    spreads [N, G, d + 1] say, around their means."""
+    query = turned(query)
+    per_head = np.repeat(spreads, len(query) // spreads.shape[1], axis=1)
+    products = np.einsum("hd,nhd->n", query, per_head[:, :, :-1])
+    scores: Floats = products + per_head[:, :, -1] @ np.abs(query).sum(axis=1)
+    return scores
+
+
+def spread_scores_of_some(query: Floats, spreads: Floats, n_wanted: int, stored: Callable[[Floats], Floats]) -> Floats:
+    """The same [N], but -inf outside the best stretches, which have `n_wanted` chunks or a few more, and what is in no
+    stretch yet. Of all chunks where that reads no less."""
+    n, n_best = len(spreads), -(-n_wanted // N_STRETCH)
+    n_stretches = n // N_STRETCH
+    scores = spread_scores(query, spreads)
+    if n_stretches + (n_best + 1) * N_STRETCH > n:
+        return scores
+    in_stretches = spreads[: n_stretches * N_STRETCH].reshape(n_stretches, N_STRETCH, *spreads.shape[1:])
+    stretches = np.array([stretch_spread(stretch, stored) for stretch in in_stretches])
+    best = top_k(spread_scores(query, stretches), n_best)
+    chunks = np.arange(n)
+    some: Floats = np.where(np.isin(chunks // N_STRETCH, best) | (chunks >= n_stretches * N_STRETCH), scores, -np.inf)
+    return some
+
+
 # Sketches: of the engine's own making (native/kernels/cpu/sketch.cpp says what they are), no part of the papers
 
 
@@ -444,7 +493,11 @@ def sketch_scores(query: Floats, keys: Sequence[Floats], stored: Callable[[Float
 
 
 def score_entropy(scores: Floats, temperature: float = 1.0) -> float:
-    """h in [0, 1], the entropy of softmax(score / temperature) over ln N; NaN for N <= 1, where ln N is no divisor."""
+    """h in [0, 1], the entropy of softmax(score / temperature) over ln N; NaN for N <= 1, where ln N is no divisor.
+
+    Reading: chunks that were not scored, -inf, do not count.
+    """
+    scores = scores[scores > -np.inf]
     if len(scores) <= 1:
         return math.nan
     p = softmax(scores / temperature)
@@ -540,7 +593,7 @@ class LayerResult(TypedDict):
     bias: Floats  # [m]
     weights: Floats  # [m]
     probe: Floats  # [H*d]
-    scores: Floats  # [N] that decide; with a list per KV head [G, N], votes or masses
+    scores: Floats  # [N] that decide, -inf where not scored; with a list per KV head [G, N], votes or masses
     entropy: float  # NaN for N <= 1
     budget: int  # chunks this layer may take, N at most
     sketched: Floats  # [N] logarithms of votes by sketches, where `sketch` decides: -inf for others; else the scores
@@ -550,7 +603,7 @@ class LayerResult(TypedDict):
     out: Floats  # [m, H*d]
     mean: Floats  # [H*d], after this window's update
     var: Floats  # [H*d]
-    summaries: Floats  # [N, H*d], or [N, 2, G, d] for bounds
+    summaries: Floats  # [N, H*d], or [N, 2, G, d] for bounds, [N, G, d + 1] for spreads
 
 
 @dataclass
@@ -616,10 +669,19 @@ class ReferenceSession:
                 keys = self.params.stored(rotate(state.k[tokens], positions, self.rope))
                 if self.params.summary == "bounds":
                     state.summaries.append(chunk_bounds(keys))
+                elif self.params.summary == "spread":
+                    state.summaries.append(chunk_spread(keys, self._centre(state, roped=roped), self.params.stored))
                 else:
                     summary = chunk_summary(keys, state.received[tokens], self.params.summary)
                     state.summaries.append(self.params.stored(summary))
         self._budgets = self._share(n_chunks, phase)
+
+    def _centre(self, state: _Layer, *, roped: bool) -> Floats:
+        """What is taken off all means [G, d]: the mean of the sinks' keys, 0 without sinks."""
+        n_sink = self.params.n_sink
+        sinks = self.params.stored(rotate(state.k[:n_sink], np.arange(n_sink) if roped else 0, self.rope))
+        centre: Floats = sinks.sum(axis=0) / max(n_sink, 1)
+        return centre
 
     def _share(self, n_chunks: int, phase: Phase) -> list[int]:
         """Chunks per layer: everything, nothing, the top-k of prefill, or the cut-off's shares.
@@ -666,7 +728,8 @@ class ReferenceSession:
         budget = self._budgets[layer]
         sketched = refined = scores
         if phase == "decode" and params.select == "top_k" and scores.ndim == 1:
-            n_sketched, n_refined = (min(len(scores), n * budget) for n in (params.sketch, params.refine))
+            n_scored = int((scores > -np.inf).sum())
+            n_sketched, n_refined = (min(n_scored, n * budget) for n in (params.sketch, params.refine))
             if n_sketched > n_refined:
                 sketched = self._among(state, q, scores, n_sketched, by_sketch=True)
             refined = self._among(state, q, sketched, n_refined, by_sketch=False) if n_refined > budget else sketched
@@ -698,7 +761,9 @@ class ReferenceSession:
         """
         params = self.params
         bounds = params.summary == "bounds"
-        shape = (2, *kv_shape) if bounds else (probe.size,)
+        spread = params.summary == "spread"
+        of_spread = (kv_shape[0], kv_shape[1] + 1)
+        shape = (2, *kv_shape) if bounds else of_spread if spread else (probe.size,)
         summaries = np.array(state.summaries).reshape(-1, *shape)
         if params.granularity == "kv_head":
             if bounds:
@@ -710,6 +775,11 @@ class ReferenceSession:
             return summaries, np.log(quest_group_scores(per_head, kv_shape[0], params.vote))
         if bounds:
             return summaries, bound_scores(probe, summaries)
+        if spread and phase == "decode":
+            n_wanted = params.top_k * max(N_SCORED, 2 * params.sketch, 2 * params.refine)
+            return summaries, spread_scores_of_some(probe, summaries, n_wanted, params.stored)
+        if spread:
+            return summaries, spread_scores(probe, summaries)
         question = self.question[layer] if self.question is not None and phase == "prefill" else None
         return summaries, chunk_scores(probe.ravel(), summaries, params.score, question, params.question_weight)
 

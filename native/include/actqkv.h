@@ -67,6 +67,8 @@ enum actqkv_summary {
     ACTQKV_SUMMARY_MEAN    = 2, // per KV head, the mean of all keys: G*d numbers
     ACTQKV_SUMMARY_BOUNDS  = 3, // per KV head, the least and the greatest of each channel: 2*G*d numbers. The product
                                 // is then Quest's upper bound, for which SCORE_DOT is required
+    ACTQKV_SUMMARY_SPREAD  = 4, // per KV head, the mean of all keys in 4 bits per channel, and one number for how far
+                                // they spread around it. Goes with SCORE_DOT and GRANULARITY_LAYER
 };
 enum actqkv_keys {
     ACTQKV_KEYS_UNROTATED = 0, // summaries are of keys without RoPE, probes of queries at the fixed distance
@@ -166,7 +168,8 @@ enum actqkv_mass { ACTQKV_MASS_NONE = 0, ACTQKV_MASS_ANSWERS = 1, ACTQKV_MASS_AL
 typedef bool (*actqkv_progress_fn)(void * user, int64_t n_done, int64_t n_total);
 
 // One named array of one layer of the current window, f32, dense, ne[0] fastest. Valid during the call only.
-// q [d,H,m] k [d,G,m] v [d,G,m] before RoPE; mean var [H*d]; bias weights [m]; probe [H*d]; scores [N]; entropy [1];
+// q [d,H,m] k [d,G,m] v [d,G,m] before RoPE; mean var [H*d]; bias weights [m]; probe [H*d]; scores [N], or of the chunks
+// `scored` [n] where those are not all; entropy [1];
 // share [1] chunks granted; plan [n]; out [H*d,m]. Per KV head: head_scores [N,H], votes [N,G] (logarithms) and plans
 // [n,G] in place of scores and plan. mass [N]: true attention mass, where it decides.
 typedef void (*actqkv_observe_fn)(void * user, const char * name, int32_t layer, int64_t n_past, const float * data,

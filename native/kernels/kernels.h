@@ -96,6 +96,34 @@ void actqkv_summarize(int32_t impl, int32_t kind, int32_t n_representatives, con
 void actqkv_score(int32_t impl, const float * probe, float probe_norm, const actqkv_f16 * reps, const float * norms,
                   int64_t n, int64_t width, float scale, float * scores, int32_t n_threads);
 
+// ---- spread
+
+// Bytes of a spread: a summary of where a chunk's keys lie in four bits per channel, and of how far they spread, for all
+// KV heads. 0 for d_head beyond 1024.
+int64_t actqkv_spread_bytes(int32_t n_head_kv, int32_t d_head);
+
+// mean [G][d] of c >= 0 keys, given as actqkv_summarize takes them; 0 of none.
+void actqkv_mean(const actqkv_f16 * keys, int64_t key_stride, int32_t n_head_kv, int32_t d_head, int32_t c,
+                 float * mean);
+
+// The spread of one chunk of c keys. centre [G][d]: what all keys of the session have in common, taken off before rounding;
+// it must be the same for all spreads that are compared.
+void actqkv_spread(const actqkv_f16 * keys, int64_t key_stride, const float * centre, int32_t n_head_kv, int32_t d_head,
+                   int32_t c, uint8_t * spread);
+
+// One spread for the chunks of n >= 1 spreads that lie one behind the other: a *stretch*.
+void actqkv_spread_join(const uint8_t * spreads, int32_t n, int32_t n_head_kv, int32_t d_head, uint8_t * joined);
+
+// Floats of a query as spreads meet it; and the query [H][d], as its keys meet it, in that form.
+int64_t actqkv_spread_query_size(int32_t n_head_kv, int32_t d_head);
+void actqkv_spread_query(const float * query, int32_t n_head, int32_t n_head_kv, int32_t d_head, float * folded);
+
+// scores[i], i < n: the query's products with the mean of chunk chunks[i] (NULL: chunk i) of `spreads` less the centre, and
+// as much more as keys reach that spread so far, summed over query heads. The fast versions round the query to 16 bits,
+// per 32 values.
+void actqkv_spread_scores(int32_t impl, const float * folded, const uint8_t * spreads, const int32_t * chunks,
+                          int64_t n, int32_t n_head_kv, int32_t d_head, float * scores, int32_t n_threads);
+
 // ---- vote (section 4)
 
 // scores [H][n] of every query head: queries [H][width] against the n summaries of its block of rows, [n][width] (f16)

@@ -15,6 +15,8 @@ int64_t summary_width(int32_t kind, const hparams & hp) {
         return hp.n_channels();
     case ACTQKV_SUMMARY_BOUNDS:
         return 2 * hp.n_kv_channels();
+    case ACTQKV_SUMMARY_SPREAD:
+        return 0;
     default:
         return hp.n_kv_channels();
     }
@@ -22,10 +24,19 @@ int64_t summary_width(int32_t kind, const hparams & hp) {
 
 namespace {
 
-int64_t width_for(const hparams & hp, const actqkv_params & p) {
-    const bool retrieves = p.method.prefill == ACTQKV_RETRIEVE_TOP || p.method.decode == ACTQKV_RETRIEVE_TOP;
-    return retrieves ? summary_width(p.method.summary, hp) : 0;
+bool retrieves(const actqkv_params & p) {
+    return p.method.prefill == ACTQKV_RETRIEVE_TOP || p.method.decode == ACTQKV_RETRIEVE_TOP;
 }
+
+bool summary_is_spread(const actqkv_params & p) { return retrieves(p) && p.method.summary == ACTQKV_SUMMARY_SPREAD; }
+
+// Of a chunk; and the number of its norms.
+int64_t summary_bytes_for(const hparams & hp, const actqkv_params & p) {
+    const int64_t in_f16 = summary_width(p.method.summary, hp) * (int64_t) sizeof(actqkv_f16);
+    return !retrieves(p) ? 0 : summary_is_spread(p) ? actqkv_spread_bytes(hp.n_head_kv, hp.d_head) : in_f16;
+}
+
+int64_t norms_for(const actqkv_params & p) { return retrieves(p) && !summary_is_spread(p); }
 
 int32_t rows_for(const hparams & hp, const actqkv_params & p) {
     if (p.method.granularity == ACTQKV_GRANULARITY_LAYER) {
@@ -43,7 +54,7 @@ int64_t sketch_bytes_for(const hparams & hp, const actqkv_params & p) {
 
 int64_t sums_per_layer(const hparams & hp, const actqkv_params & p) {
     const bool most_attended = p.method.summary == ACTQKV_SUMMARY_HEAD || p.method.summary == ACTQKV_SUMMARY_KV_HEAD;
-    const bool needed = width_for(hp, p) > 0 && (most_attended || p.method.question_weight > 0.0f);
+    const bool needed = retrieves(p) && (most_attended || p.method.question_weight > 0.0f);
     return needed ? (int64_t) kv_store::layout_for(hp, p).n_recent_blocks * hp.n_head * p.method.n_chunk_tokens : 0;
 }
 
@@ -60,11 +71,9 @@ void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_me
     const uint64_t layers = hp.n_layer, ring = 3 * shape.recent_tokens() * shape.token_stride();
     const uint64_t recent = ring * sizeof(actqkv_f16) + sums_per_layer(hp, p) * sizeof(float);
     memory.kv_bytes += layers * (2 * shape.n_chunks_max(p.n_ctx) * shape.chunk_bytes() + recent);
-    const int64_t width = width_for(hp, p);
-    if (width > 0) {
-        const uint64_t summary = width * sizeof(actqkv_f16) + sizeof(float) + sketch_bytes_for(hp, p);
-        memory.summary_bytes += layers * shape.n_chunks_max(p.n_ctx) * summary;
-    }
+    const int64_t n_chunks = shape.n_chunks_max(p.n_ctx), bytes = summary_bytes_for(hp, p);
+    const uint64_t of_chunk = bytes + norms_for(p) * sizeof(float) + sketch_bytes_for(hp, p);
+    memory.summary_bytes += layers * (n_chunks * of_chunk + (summary_is_spread(p) ? n_chunks / N_STRETCH * bytes : 0));
 }
 
 kv_store::kv_store(const hparams & hp, const actqkv_params & p)
@@ -72,14 +81,15 @@ kv_store::kv_store(const hparams & hp, const actqkv_params & p)
       n_representatives(p.method.n_representatives), n_summary_rows(rows_for(hp, p)),
       stores_near(p.method.positions == ACTQKV_POSITIONS_EXACT),
       summarises_near(stores_near && p.method.summary_keys == ACTQKV_KEYS_ATTENDED), n_sums(sums_per_layer(hp, p)),
-      n_width(width_for(hp, p)), n_sketch_bytes(sketch_bytes_for(hp, p)),
-      n_chunks_max(n_width > 0 ? shape.n_chunks_max(p.n_ctx) : 0), layers(hp.n_layer) {
+      n_summary_bytes(summary_bytes_for(hp, p)), n_norms(norms_for(p)), n_sketch_bytes(sketch_bytes_for(hp, p)),
+      n_chunks_max(retrieves(p) ? shape.n_chunks_max(p.n_ctx) : 0), layers(hp.n_layer) {
     const uint64_t n_bytes = shape.n_chunks_max(p.n_ctx) * shape.chunk_bytes();
     for (layer & l : layers) {
         l.k = reservation<uint8_t>(n_bytes);
         l.v = reservation<uint8_t>(n_bytes);
-        l.reps = reservation<actqkv_f16>(n_chunks_max * n_width);
-        l.norms = reservation<float>(n_chunks_max);
+        l.reps = reservation<uint8_t>(n_chunks_max * n_summary_bytes);
+        l.stretches = reservation<uint8_t>(summary_is_spread(p) ? n_chunks_max / N_STRETCH * n_summary_bytes : 0);
+        l.norms = reservation<float>(n_chunks_max * n_norms);
         l.sketches = reservation<uint8_t>(n_chunks_max * n_sketch_bytes);
         for (auto * ring : {&l.near, &l.far, &l.v_open}) {
             ring->resize(shape.recent_tokens() * shape.token_stride());
@@ -163,14 +173,18 @@ void kv_store::close_until(int64_t limit, int n_threads) {
     if (last <= n_closed_chunks) {
         return;
     }
-    std::vector<actqkv_f16> reps(n_threads * n_width);
+    const bool spreads = summary_kind == ACTQKV_SUMMARY_SPREAD;
+    std::vector<actqkv_f16> reps(spreads ? 0 : n_threads * width());
     parallel(n_threads, [&](int ith, int nth) {
         for (size_t il = ith; il < layers.size(); il += nth) {
             for (int64_t b = n_closed_chunks; b < last; b++) {
                 store_chunk((int) il, b);
-                if (n_width > 0) {
-                    summarize((int) il, b, reps.data() + ith * n_width);
+                if (summarises() && !spreads) {
+                    summarize((int) il, b, reps.data() + ith * width());
                 }
+            }
+            if (summarises() && spreads) {
+                spread((int) il, n_closed_chunks, last);
             }
         }
     });
@@ -190,6 +204,27 @@ void kv_store::store_chunk(int il, int64_t chunk) {
     }
 }
 
+// Spreads of chunks [first, last). What all keys have in common is the mean of the sinks', which stay where they are.
+void kv_store::spread(int il, int64_t first, int64_t last) {
+    const actqkv_f16 * keys = (summarises_near ? layers[il].near : layers[il].far).data();
+    std::vector<float> centre(shape.token_stride());
+    actqkv_mean(keys, shape.head_stride(0), shape.n_head_kv, shape.d_head, shape.n_sink, centre.data());
+    for (int64_t chunk = first; chunk < last; chunk++) {
+        actqkv_spread(keys + shape.recent_offset(chunk + 1), shape.head_stride(chunk + 1), centre.data(),
+                      shape.n_head_kv, shape.d_head, shape.n_chunk_tokens,
+                      layers[il].reps.data() + chunk * n_summary_bytes);
+    }
+}
+
+const uint8_t * kv_store::stretches(int il) const {
+    const layer & l = layers[il];
+    for (; l.n_stretches < n_closed_chunks / N_STRETCH; l.n_stretches++) {
+        actqkv_spread_join(spreads(il) + l.n_stretches * N_STRETCH * n_summary_bytes, N_STRETCH, shape.n_head_kv,
+                           shape.d_head, l.stretches.data() + l.n_stretches * n_summary_bytes);
+    }
+    return l.stretches.data();
+}
+
 // rep: room for one summary.
 void kv_store::summarize(int il, int64_t chunk, actqkv_f16 * rep) {
     layer & l = layers[il];
@@ -197,15 +232,16 @@ void kv_store::summarize(int il, int64_t chunk, actqkv_f16 * rep) {
     actqkv_summarize(actqkv_impl_best(), summary_kind, n_representatives, keys, shape.head_stride(chunk + 1),
                      n_sums > 0 ? sums_of(il, chunk) : nullptr, shape.n_chunk_tokens, n_head, shape.n_head_kv,
                      shape.d_head, shape.n_chunk_tokens, rep, l.norms.data() + chunk);
+    actqkv_f16 * reps = (actqkv_f16 *) l.reps.data();
     if (n_summary_rows == 1) {
-        std::copy_n(rep, n_width, l.reps.data() + chunk * n_width);
+        std::copy_n(rep, width(), reps + chunk * width());
         return;
     }
     const int n_parts = summary_kind == ACTQKV_SUMMARY_BOUNDS ? 2 : 1, d = shape.d_head;
     for (int i = 0; i < n_summary_rows; i++) {
         for (int part = 0; part < n_parts; part++) {
             std::copy_n(rep + (part * n_summary_rows + i) * d, d,
-                        l.reps.data() + i * row_stride() + (chunk * n_parts + part) * d);
+                        reps + i * row_stride() + (chunk * n_parts + part) * d);
         }
     }
 }
@@ -264,6 +300,9 @@ void kv_store::restore_recent(const recent_state & state, int64_t n_tokens, int6
 void kv_store::set_closed(int64_t n) {
     n_closed_chunks = n;
     n_from_file = std::min(n_from_file, n); // chunks behind it will be written anew
+    for (layer & l : layers) {
+        l.n_stretches = std::min(l.n_stretches, n / N_STRETCH);
+    }
 }
 
 std::vector<kv_store::range> kv_store::sink_ranges(int il) const {
@@ -281,12 +320,12 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int
     for (const auto * array : {&l.k, &l.v}) {
         ranges.push_back({array->data(), (uint64_t) n_closed * shape.chunk_bytes()});
     }
-    if (n_width > 0 && n_closed > 0) {
+    if (summarises() && n_closed > 0) {
+        const int64_t row_bytes = n_summary_bytes / n_summary_rows;
         for (int i = 0; i < n_summary_rows; i++) {
-            ranges.push_back(
-                {l.reps.data() + i * row_stride(), n_closed * n_width / n_summary_rows * sizeof(actqkv_f16)});
+            ranges.push_back({l.reps.data() + i * n_chunks_max * row_bytes, (uint64_t) (n_closed * row_bytes)});
         }
-        ranges.push_back({l.norms.data(), n_closed * sizeof(float)});
+        ranges.push_back({l.norms.data(), n_closed * n_norms * sizeof(float)});
         ranges.push_back({l.sketches.data(), (uint64_t) n_closed * n_sketch_bytes});
     }
     return ranges;
@@ -296,8 +335,8 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int
 
 std::array<uint64_t, N_FILE_ARRAYS> kv_store::chunk_bytes(const hparams & hp, const actqkv_params & p) {
     const uint64_t kv = layout_for(hp, p).chunk_bytes();
-    const uint64_t width = width_for(hp, p);
-    return {kv, kv, width * sizeof(actqkv_f16), width > 0 ? sizeof(float) : 0, (uint64_t) sketch_bytes_for(hp, p)};
+    return {kv, kv, (uint64_t) summary_bytes_for(hp, p), norms_for(p) * sizeof(float),
+            (uint64_t) sketch_bytes_for(hp, p)};
 }
 
 std::array<chunk_array, N_FILE_ARRAYS> kv_store::chunk_arrays(int il) const {
@@ -307,8 +346,8 @@ std::array<chunk_array, N_FILE_ARRAYS> kv_store::chunk_arrays(int il) const {
         return chunk_array{(uint8_t *) data, bytes, n_rows, row_stride * sizeof(*data)};
     };
     return {array(l.k.data(), kv), array(l.v.data(), kv),
-            array(l.reps.data(), n_width * sizeof(actqkv_f16), n_summary_rows, row_stride()),
-            array(l.norms.data(), n_width > 0 ? sizeof(float) : 0), array(l.sketches.data(), n_sketch_bytes)};
+            array(l.reps.data(), n_summary_bytes, n_summary_rows, n_chunks_max * n_summary_bytes / n_summary_rows),
+            array(l.norms.data(), n_norms * sizeof(float)), array(l.sketches.data(), n_sketch_bytes)};
 }
 
 void kv_store::write_chunks(kv_file & file, int64_t first, int64_t last) const {

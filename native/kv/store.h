@@ -19,8 +19,11 @@
 
 namespace actqkv {
 
-// Number of f16 per chunk and layer of a summary kind.
+// Number of f16 per chunk and layer of a summary kind; 0 for spreads (kernels.h), which are of another make.
 int64_t summary_width(int32_t kind, const hparams & hp);
+
+// Chunks of a stretch: with spreads, such a run of closed chunks has a summary of its own.
+constexpr int32_t N_STRETCH = 8;
 
 // What a rewind needs beside closed chunks and sinks, which stay where they are: the blocks that were open.
 struct recent_state {
@@ -67,16 +70,23 @@ public:
     // i of chunk b at i*row_stride() + b*width()/n_rows(): those of one head lie together. A head's bounds are [2][d].
     const actqkv_f16 * summaries(int il) const {
         check_summaries(il);
+        return (const actqkv_f16 *) layers[il].reps.data();
+    }
+    // Or spreads, [chunk] of summary_bytes() each; and those of all n_closed() / N_STRETCH stretches.
+    const uint8_t * spreads(int il) const {
+        check_summaries(il);
         return layers[il].reps.data();
     }
+    const uint8_t * stretches(int il) const;
     const float * norms(int il) const { return layers[il].norms.data(); }
     // Sketches of closed chunks' keys in the form they are kept in, [chunk][G]; none where sketch_bytes() of a chunk is 0.
     const uint8_t * sketches(int il) const { return layers[il].sketches.data(); }
     int64_t sketch_bytes() const { return n_sketch_bytes; }
-    int64_t width() const { return n_width; }
+    int64_t width() const { return n_summary_bytes / (int64_t) sizeof(actqkv_f16); }
+    int64_t summary_bytes() const { return n_summary_bytes; }
     int32_t n_rows() const { return n_summary_rows; }
-    int64_t row_stride() const { return n_chunks_max * n_width / n_summary_rows; }
-    bool summarises() const { return n_width > 0; }
+    int64_t row_stride() const { return n_chunks_max * width() / n_summary_rows; }
+    bool summarises() const { return n_summary_bytes > 0; }
     // Whether summaries, or the question, need the attention that recent keys receive.
     bool sums_attention() const { return n_sums > 0; }
 
@@ -120,14 +130,17 @@ public:
 private:
     struct layer {
         reservation<uint8_t> k, v;                 // closed chunks [chunk][G][c], rows of shape.kv_type
-        reservation<actqkv_f16> reps;              // [row][chunk][width / rows]
-        reservation<float> norms;                  // [chunk]
+        reservation<uint8_t> reps;                 // f16 [row][chunk][width / rows], or spreads [chunk]
+        mutable reservation<uint8_t> stretches;    // spreads [chunk / N_STRETCH], made of reps when they are needed
+        mutable int64_t n_stretches = 0;           // of them made
+        reservation<float> norms;                  // [chunk], of summaries in f16
         reservation<uint8_t> sketches;             // [chunk][G]
         std::vector<actqkv_f16> near, far, v_open; // rings of [block][G][tokens][d]
         std::vector<float> sums;                   // ring of [block][H][c]
     };
 
     void store_chunk(int il, int64_t chunk);
+    void spread(int il, int64_t first, int64_t last);
     void summarize(int il, int64_t chunk, actqkv_f16 * rep);
     void check_array(int il, file_array array, int64_t chunk) const;
     void check_summaries(int il) const;
@@ -142,7 +155,8 @@ private:
     int32_t summary_kind, n_representatives, n_summary_rows;
     bool stores_near, summarises_near; // else far
     int64_t n_sums;                    // attention sums of a layer's ring; 0: nobody needs them
-    int64_t n_width;                   // 0: the method never retrieves, nothing is summarised
+    int64_t n_summary_bytes;           // of a chunk; 0: the method never retrieves, nothing is summarised
+    int64_t n_norms;                   // of a chunk
     int64_t n_sketch_bytes;            // 0: nothing is sketched
     int64_t n_chunks_max;
     int64_t n_closed_chunks = 0;

@@ -19,7 +19,7 @@ constexpr actqkv_method ACTQKV = {
     ACTQKV_POSITIONS_AUTO,
     ACTQKV_RETRIEVE_TOP,   // prefill
     ACTQKV_RETRIEVE_TOP,   // decode
-    ACTQKV_SUMMARY_BOUNDS, // of a chunk's keys find what averaged keys lose
+    ACTQKV_SUMMARY_SPREAD, // finds as much as bounds do, in a seventh of their bytes
     4,                     // n_representatives
     ACTQKV_PROBE_BIAS,
     0, // probe_warmup
@@ -45,8 +45,9 @@ template <typename F> actqkv_method row(const char * name, actqkv_method from, F
     return from;
 }
 
-// Without a probe, a cut-off or a refinement: a dot product with the mean of a window's queries.
+// Without a probe, a cut-off or a refinement: the mean of a window's queries against bounds.
 actqkv_method plain(actqkv_method m) {
+    m.summary = ACTQKV_SUMMARY_BOUNDS;
     m.probe = ACTQKV_PROBE_MEAN;
     m.sketch = m.refine = 1;
     m.cutoff = ACTQKV_CUTOFF_NONE;
@@ -152,7 +153,7 @@ void check_columns(const actqkv_method & m, int32_t n_layer) {
     check_range("positions", m.positions, ACTQKV_POSITIONS_AUTO, ACTQKV_POSITIONS_EXACT);
     check_range("prefill", m.prefill, ACTQKV_RETRIEVE_ALL, ACTQKV_RETRIEVE_ORACLE);
     check_range("decode", m.decode, ACTQKV_RETRIEVE_ALL, ACTQKV_RETRIEVE_ORACLE);
-    check_range("summary", m.summary, ACTQKV_SUMMARY_HEAD, ACTQKV_SUMMARY_BOUNDS);
+    check_range("summary", m.summary, ACTQKV_SUMMARY_HEAD, ACTQKV_SUMMARY_SPREAD);
     check_range("n_chunk_tokens", m.n_chunk_tokens, 1, 1024);
     check_range("n_representatives", m.n_representatives, 1, m.n_chunk_tokens);
     check_range("probe", m.probe, ACTQKV_PROBE_MEAN, ACTQKV_PROBE_BIAS);
@@ -178,10 +179,14 @@ void check_columns(const actqkv_method & m, int32_t n_layer) {
 void check_relations(const actqkv_method & m) {
     require(m.sketch == 1 || m.sketch > m.refine,
             "sketch goes beyond refine, or is 1: of sketched candidates the best are refined");
-    const bool bounds = m.summary == ACTQKV_SUMMARY_BOUNDS, question = m.question_weight > 0.0f;
-    require(!bounds || m.score == ACTQKV_SCORE_DOT, "summary 'bounds' goes with score 'dot': bounds have no direction");
-    require(!bounds || !question, "question_weight adds a cosine and goes with summaries 'head', 'kv_head' and 'mean', "
-                                  "not with 'bounds'");
+    const bool spread = m.summary == ACTQKV_SUMMARY_SPREAD, box = spread || m.summary == ACTQKV_SUMMARY_BOUNDS;
+    const bool question = m.question_weight > 0.0f;
+    require(!box || m.score == ACTQKV_SCORE_DOT,
+            "summaries 'bounds' and 'spread' go with score 'dot': they have no direction");
+    require(!box || !question, "question_weight adds a cosine and goes with summaries 'head', 'kv_head' and 'mean', "
+                               "not with 'bounds' and 'spread'");
+    require(!spread || m.granularity == ACTQKV_GRANULARITY_LAYER,
+            "summary 'spread' goes with granularity 'layer', 'bounds' with both: a spread is of all KV heads together");
     require(m.summary_keys == ACTQKV_KEYS_UNROTATED || !question,
             "question_weight goes with summary_keys 'unrotated': a question has no position");
     if (m.granularity == ACTQKV_GRANULARITY_KV_HEAD) {
@@ -228,6 +233,11 @@ actqkv_params resolve_params(const actqkv_params & params, const hparams & hp) {
             ACTQKV_ERR_ARGUMENT,
             format("sketch takes heads of a multiple of 8, at most 1024, the model's are %d: use sketch 1", hp.d_head));
     }
+    if (p.method.summary == ACTQKV_SUMMARY_SPREAD && actqkv_spread_bytes(hp.n_head_kv, hp.d_head) == 0) {
+        throw error(
+            ACTQKV_ERR_ARGUMENT,
+            format("summary 'spread' takes heads of at most 1024, the model's are %d: use 'bounds'", hp.d_head));
+    }
     if (p.method.positions == ACTQKV_POSITIONS_AUTO) {
         p.method.positions = p.n_ctx <= hp.n_ctx_train ? ACTQKV_POSITIONS_EXACT : ACTQKV_POSITIONS_CLAMPED;
     }
@@ -250,7 +260,7 @@ namespace {
 // Names of values, by the numbers of the enums.
 const char * const POSITIONS[] = {"auto", "clamped", "exact"};
 const char * const RETRIEVAL[] = {"all", "top", "none", "oracle"};
-const char * const SUMMARY[] = {"head", "kv_head", "mean", "bounds"};
+const char * const SUMMARY[] = {"head", "kv_head", "mean", "bounds", "spread"};
 const char * const PROBE[] = {"mean", "bias"};
 const char * const STATISTICS[] = {"pooled", "published"};
 const char * const SCORE[] = {"cosine", "dot"};
@@ -278,7 +288,8 @@ void compare_summaries(differences & d, const actqkv_method & a, const actqkv_me
     d.choice("summary", a.summary, b.summary, SUMMARY);
     d.choice("summary_keys", a.summary_keys, b.summary_keys, KEYS);
     d.choice("granularity", a.granularity, b.granularity, GRANULARITY);
-    if (a.summary == b.summary && a.summary != ACTQKV_SUMMARY_MEAN && a.summary != ACTQKV_SUMMARY_BOUNDS) {
+    const bool of_some = a.summary == ACTQKV_SUMMARY_HEAD || a.summary == ACTQKV_SUMMARY_KV_HEAD;
+    if (a.summary == b.summary && of_some) {
         d.number("n_representatives", a.n_representatives, b.n_representatives);
     }
 }

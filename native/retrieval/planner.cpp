@@ -60,6 +60,10 @@ void split_heads(const hparams & hp, int32_t kind, const float * query, std::vec
     }
 }
 
+// An answering step scores so many chunks per chunk granted, at least: with fewer, stretches lose what it looks for
+// (native/README.md).
+constexpr int32_t N_SCORED = 96;
+
 } // namespace
 
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published) {
@@ -145,6 +149,11 @@ void planner::make_probe(layer_memory & memory, const float * q_far, const float
 void planner::make_scores(int il, const layer_memory & memory, const kv_store & store) {
     const stopwatch watch(score_stage);
     const actqkv_method & method = now().method;
+    scored.clear();
+    if (method.summary == ACTQKV_SUMMARY_SPREAD) {
+        make_spread_scores(il, store);
+        return;
+    }
     const auto against = [&](const std::vector<float> & query, bool cosine, std::vector<float> & out) {
         fold(hp, method.summary, query.data(), folded);
         const float norm = std::sqrt(std::inner_product(query.begin(), query.end(), query.begin(), 0.0f));
@@ -160,6 +169,40 @@ void planner::make_scores(int il, const layer_memory & memory, const kv_store & 
             scores[b] += method.question_weight * question_scores[b];
         }
     }
+}
+
+// An answering step scores the chunks of the best stretches, and those that are in no stretch yet, where that is less than
+// to score all.
+void planner::make_spread_scores(int il, const kv_store & store) {
+    const actqkv_method & method = now().method;
+    const int impl = actqkv_impl_best(), threads = reading.n_threads;
+    const int64_t n_stretches = n_chunks / N_STRETCH;
+    const int64_t n_wanted = n_retrieved(now()) * std::max({N_SCORED, 2 * method.sketch, 2 * method.refine});
+    const int32_t n_best = (int32_t) ((n_wanted + N_STRETCH - 1) / N_STRETCH);
+    folded.resize(actqkv_spread_query_size(hp.n_head_kv, hp.d_head));
+    actqkv_spread_query(probe.data(), hp.n_head, hp.n_head_kv, hp.d_head, folded.data());
+    const auto against = [&](const uint8_t * spreads, const int32_t * chunks, int64_t n) {
+        scores.resize(n);
+        actqkv_spread_scores(impl, folded.data(), spreads, chunks, n, hp.n_head_kv, hp.d_head, scores.data(), threads);
+        score_stage.bytes += (uint64_t) n * store.summary_bytes();
+    };
+    if (!is_decode || n_stretches + (n_best + 1) * N_STRETCH > n_chunks) {
+        against(store.spreads(il), nullptr, n_chunks);
+        return;
+    }
+    against(store.stretches(il), nullptr, n_stretches);
+    candidates.resize(n_best);
+    scratch.resize(n_stretches);
+    actqkv_top_k(scores.data(), n_stretches, n_best, candidates.data(), scratch.data());
+    for (int32_t stretch : candidates) {
+        for (int32_t i = 0; i < N_STRETCH; i++) {
+            scored.push_back(stretch * N_STRETCH + i);
+        }
+    }
+    for (int64_t chunk = n_stretches * N_STRETCH; chunk < n_chunks; chunk++) {
+        scored.push_back((int32_t) chunk);
+    }
+    against(store.spreads(il), scored.data(), (int64_t) scored.size());
 }
 
 void planner::make_votes(int il, const kv_store & store) {
@@ -178,7 +221,7 @@ void planner::make_votes(int il, const kv_store & store) {
 int64_t planner::n_granted(int il, layer_memory & memory, const observer & observe) {
     const actqkv_method & method = now().method;
     if (n_chunks > 1 && method.cutoff != ACTQKV_CUTOFF_NONE) {
-        const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_chunks, method.cutoff_temperature);
+        const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_scored(), method.cutoff_temperature);
         traced.entropy = h;
         memory.entropies.push_back(h);
         if (memory.entropies.size() > N_ENTROPIES) {
@@ -203,14 +246,17 @@ int64_t planner::n_granted(int il, layer_memory & memory, const observer & obser
 void planner::choose(int il, int64_t k, const kv_store & store, const float * query, const float * stored_query) {
     const stopwatch watch(refine_stage);
     const actqkv_method & method = now().method;
-    const int64_t n_refined = is_decode ? std::min<int64_t>(n_chunks, k * method.refine) : k;
+    const int64_t n_refined = is_decode ? std::min<int64_t>(n_scored(), k * method.refine) : k;
     const int64_t n_sketched =
-        is_decode && method.sketch > 1 ? std::min<int64_t>(n_chunks, k * method.sketch) : n_refined;
+        is_decode && method.sketch > 1 ? std::min<int64_t>(n_scored(), k * method.sketch) : n_refined;
     const int32_t c = reading.method.n_chunk_tokens;
     const float scale = hp.attn_scale;
     candidates.resize(n_sketched);
-    scratch.resize(n_chunks);
-    actqkv_top_k(scores.data(), n_chunks, (int32_t) n_sketched, candidates.data(), scratch.data());
+    scratch.resize(n_scored());
+    actqkv_top_k(scores.data(), n_scored(), (int32_t) n_sketched, candidates.data(), scratch.data());
+    for (size_t i = 0; !scored.empty() && i < candidates.size(); i++) {
+        candidates[i] = scored[candidates[i]];
+    }
     if (n_sketched > n_refined) {
         head_scores.resize(hp.n_head * n_sketched);
         store.check_chunks(il, FILE_SKETCHES, candidates.data(), n_sketched);
@@ -278,7 +324,11 @@ void planner::plan_by_score(int il, layer_memory & memory, const kv_store & stor
             observe("head_scores", head_scores.data(), n_chunks, hp.n_head, 1);
             observe("votes", votes.data(), n_chunks, hp.n_head_kv, 1);
         } else {
-            observe("scores", scores.data(), n_chunks, 1, 1);
+            observe("scores", scores.data(), n_scored(), 1, 1);
+            if (!scored.empty()) {
+                const std::vector<float> of(scored.begin(), scored.end());
+                observe("scored", of.data(), (int64_t) of.size(), 1, 1);
+            }
         }
         observe("share", &share, 1, 1, 1);
         observe(per_head ? "plans" : "plan", ids.data(), k, chosen.n_lists, 1);

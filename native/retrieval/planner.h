@@ -76,6 +76,8 @@ private:
     int32_t retrieval_of(int il) const;
     void make_probe(layer_memory & memory, const float * q_far, const float * q_met, int m, const observer & observe);
     void make_scores(int il, const layer_memory & memory, const kv_store & store);
+    void make_spread_scores(int il, const kv_store & store);
+    int64_t n_scored() const { return (int64_t) scores.size(); }
     void make_votes(int il, const kv_store & store);
     void choose(int il, int64_t k, const kv_store & store, const float * query, const float * stored_query);
     void keep_candidates(int64_t k);
@@ -94,6 +96,7 @@ private:
     std::vector<double> mean_entropy; // [n_layer]
     std::vector<float> bias, weights, probe, folded, scores, question_scores;
     std::vector<float> head_scores, votes;
+    std::vector<int32_t> scored; // chunks that `scores` are of, ascending; empty: of all
     std::vector<int32_t> candidates, kept, scratch;
     chunk_plan chosen;
     trace traced = {};

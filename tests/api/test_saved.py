@@ -189,7 +189,7 @@ def test_another_text_or_another_way(tiny_model: Path, book: Path, tmp_path: Pat
             llm.read(text=TEXT, system="Be brief.")
     book.write_text(TEXT, encoding="utf-8")
     wider = dataclasses.replace(SMALL, budget=160, summary="mean")
-    said = "budget is 160, in the file 128, summary is mean, in the file bounds"
+    said = "budget is 160, in the file 128, summary is mean, in the file spread"
     with make(tiny_model, kv_file=path, retrieval=wider) as llm, pytest.raises(StateError, match=said):
         llm.read(book)
     assert path.read_bytes() == before

@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 # The row of the published method with cosine scores and representatives: what the variants below start from.
 PAPER: dict[str, Any] = {"summary": "head", "score": "cosine", "sketch": 1, "refine": 1}
 
-LISTS: dict[str, Any] = {"granularity": "kv_head", "sketch": 1, "refine": 1, "cutoff": "none"}
+LISTS: dict[str, Any] = {"summary": "bounds", "granularity": "kv_head", "sketch": 1, "refine": 1, "cutoff": "none"}
 
 ROW: dict[str, Any] = {"positions": None, "chunk": 8}  # of `small`: the method's own positions, small chunks
 
@@ -51,6 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "default sketch": {"sketch": 6, "refine": 2},
     "default sketch alone": {"sketch": 3, "refine": 1},
     "default refine off": {"sketch": 1, "refine": 1},
+    "bounds": {"summary": "bounds"},
+    "spread of roped keys": {"positions": "exact", "summary_keys": "attended"},
     "head": PAPER,
     "head exact": {**PAPER, "positions": "exact"},
     "head dot": {**PAPER, "score": "dot"},
@@ -218,7 +220,11 @@ def check_layer(
         if given != "mass":
             check("probe", found["probe"], result["probe"], where)
             assert int(found["share"][0]) == result["budget"], where
-        check(given, found[given].reshape(result["scores"].shape), result["scores"], where)
+        known = result["scores"] > -np.inf
+        if "scored" in found:
+            assert found["scored"].tolist() == np.flatnonzero(known).tolist(), where
+        what = "scores of spreads" if result["summaries"].ndim == 3 and given == "scores" else given
+        check(what, found[given].reshape(-1), result["scores"][known], where)
         n_swapped = check_plan(plan_of(found).astype(np.int64), result, where)
     if "entropy" in found:
         check("entropy", 1 + found["entropy"][0], 1 + result["entropy"], where)
@@ -415,6 +421,21 @@ def test_refine_never_loses(refine: int, positions: Any, model: Model) -> None:
             gains.append(by_keys[plan].sum() - by_keys[without].sum())
     assert min(gains) > -TIE * max(gains)
     assert np.mean(np.array(gains) > 0) > 0.5  # and mostly gains
+
+
+@pytest.mark.parametrize("positions", ["clamped", "exact"])
+def test_stretches_are_scored_first(positions: Any, model: Model) -> None:
+    """Breaks when an answering step of a long history scores other chunks than those of the best stretches."""
+    one_chunk: dict[str, Any] = {"chunk": 4, "budget": 4 + 32 + 4, "representatives": 4}
+    pieces: Pieces = [(700, "prefill"), *one_by_one(9), (30, "prefill"), *one_by_one(3)]
+    with open_session(model.loaded, small(positions=positions, **one_chunk)) as session:
+        steps = compare(session, model.rope, pieces)
+    answers = [step for step in steps if step.phase == "decode"]
+    assert all("scored" in step.found for step in answers)
+    assert {step.phase for step in steps if "scored" in step.found} == {"decode"}
+    for step in answers:
+        n_chunks, n_scored = len(step.expected["scores"]), len(step.found["scored"])
+        assert n_scored == 96 + n_chunks % 8 < n_chunks  # 12 stretches, and what is in none yet
 
 
 def test_bounds_bound_every_key() -> None:

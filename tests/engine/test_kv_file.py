@@ -177,7 +177,7 @@ def test_answered_by_another_method(tiny_llama: LlamaModel, tmp_path: Path) -> N
         session.set_answering(wider)
         other.set_answering(wider)
         np.testing.assert_array_equal(go_on(session).logits, go_on(other).logits)
-        with pytest.raises(ParameterError, match="summary is 'mean', the reading's 'bounds'"):
+        with pytest.raises(ParameterError, match="summary is 'mean', the reading's 'spread'"):
             session.set_answering(small(summary="mean"))
 
 

@@ -25,7 +25,7 @@ from test_state_errors import MODEL, OTHER_MODELS, WORD, checksum
 from actqkv_cpp import ActqkvError, StateError, kvfile
 from actqkv_cpp._actqkv import ffi
 
-RETRIEVAL = small(refine=2)
+RETRIEVAL = small(summary="bounds", refine=2)  # has all five arrays
 TOKENS, FURTHER = random_tokens(250), random_tokens(24, seed=1)
 SECTION = b"section of the caller"
 ALIGN = 65536

@@ -43,7 +43,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"cutoff_temperature": float("inf")}, "cutoff_temperature is inf, expected > 0"),
     ({"question_weight": -1.0}, "question_weight is -1, expected >= 0"),
     ({"question_weight": float("inf")}, "question_weight is inf, expected >= 0"),
-    ({"summary": "bounds", "score": "cosine"}, "summary 'bounds' goes with score 'dot'"),
+    ({"summary": "bounds", "score": "cosine"}, "summaries 'bounds' and 'spread' go with score 'dot'"),
+    ({"score": "cosine"}, "summaries 'bounds' and 'spread' go with score 'dot'"),
+    ({"sketch": 1, "refine": 1, "cutoff": "none", "granularity": "kv_head"}, "'spread' goes with granularity 'layer'"),
     ({"summary": "bounds", "question_weight": 1.0}, "'head', 'kv_head' and 'mean', not with 'bounds'"),
     ({"method": "nope"}, "unknown method 'nope'"),
 ]
@@ -84,6 +86,17 @@ def test_kv_types_take_whole_half_blocks(kv_type: str, tmp_path: Path) -> None:
         with pytest.raises(ParameterError, match=f"kv_type {kv_type} .* multiple of 16, the model's are 40: use f16"):
             memory_plan(model, SMALL, n_ctx=100, kv_type=kv_type)
         memory_plan(model, SMALL, n_ctx=100)
+
+
+def test_summaries_are_planned(tiny_llama: LlamaModel) -> None:
+    """Breaks when the plan counts other summaries than there are: 3 layers, 2 KV heads of 32, chunks of 8."""
+    n_chunks = (100_000 - SMALL.n_sink) // 8
+    sketch, norm = 2 * (2 * 32 + (2 + 32 // 8) * 32), 4
+    spread = 2 * (18 + 2)  # a block of 4-bit values and a number in half for each head
+    plan = memory_plan(tiny_llama, SMALL, n_ctx=100_000)
+    assert plan.summary_bytes == 3 * (n_chunks * (spread + sketch) + n_chunks // 8 * spread)
+    plan = memory_plan(tiny_llama, small(summary="bounds", sketch=1), n_ctx=100_000)
+    assert plan.summary_bytes == 3 * n_chunks * (2 * 2 * 2 * 32 + norm)
 
 
 def test_smaller_kv_types_are_planned_smaller(tiny_llama: LlamaModel) -> None:

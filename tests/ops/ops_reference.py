@@ -169,6 +169,32 @@ def sketched(keys: Array) -> Array:
     return np.asarray(mean + np.where(keys < mean, -size, size))
 
 
+# ---- spread: of the engine's own making (native/kernels/cpu/spread.cpp says what it is)
+
+
+def spread(keys: Array, centre: Array) -> tuple[Array, Array]:
+    """Keys [n, G, c, d] of chunks, centre [G, d]: means turned and less the centre [n, G, d], before they are rounded,
+    and how far keys spread around them [n, G]."""
+    mean = keys.mean(axis=2, keepdims=True)
+    square = ((keys - mean) ** 2).mean(axis=(2, 3))
+    return turn(mean[:, :, 0] - centre), np.sqrt(square)
+
+
+def joined_spread(means: Array, spreads: Array, wider: float) -> tuple[Array, Array]:
+    """The same of all chunks together, as if every chunk had keys on both sides of its mean."""
+    mean = means.mean(axis=0)
+    square = (spreads**2).mean(axis=0) + ((means - mean) ** 2).mean(axis=(0, 2))
+    return mean, wider * np.sqrt(square)
+
+
+def spread_scores(query: Array, means: Array, spreads: Array) -> Array:
+    """query [H, d] as keys meet it, turned means [n, G, d], spreads [n, G] -> [n]: the best product with a corner of
+    the box of half-width s around the mean, added up over heads."""
+    turned, r = turn(query), len(query) // means.shape[1]
+    corners = np.repeat(means, r, axis=1) + np.repeat(spreads, r, axis=1)[:, :, None] * np.sign(turned)
+    return np.asarray(np.einsum("hd,nhd->n", turned, corners))
+
+
 def entropy(scores: Array, temperature: float) -> float:
     if len(scores) <= 1 or temperature <= 0 or not np.all(np.isfinite(scores)):
         return 0.0

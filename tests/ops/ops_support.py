@@ -72,6 +72,12 @@ WITHOUT_IMPL = (
     "actqkv_turn",
     "actqkv_sketch",
     "actqkv_sketch_bytes",
+    "actqkv_mean",
+    "actqkv_spread",
+    "actqkv_spread_bytes",
+    "actqkv_spread_join",
+    "actqkv_spread_query",
+    "actqkv_spread_query_size",
     "actqkv_row_bytes",
     "actqkv_store_rows",
     "actqkv_attend_scratch",
@@ -112,6 +118,8 @@ BOUNDS = {
     "refine": 1e-12,  # by the sum over heads of |q| |k|
     "refine quantised": 1e-9,  # the same; queries rounded to 16 bits: half a step of 1/32767 of the largest, each
     "score": 1e-12,  # by |probe| |rep|: a dot product may cancel
+    "spread": 1e-11,  # by what the products and the reach are at most, which may cancel; queries added up in float
+    "spread rounded": 1e-9,  # the same; queries rounded to 16 bits
     "vote": 1e-12,  # by the size of the scores: a difference of them
     "entropy": 1e-12,  # of 1 + h: h is a difference of numbers near ln n, so its error is absolute, about 1e-6
     "attend.out": 1e-11,  # e^x by polynomial, logits of magnitude 10 rounded in float

@@ -74,10 +74,9 @@ struct q4_integers {
     }
 };
 
-// best[x] = max(best[x], x-th query . W rows)
+// sum[x] = x-th query . W rows
 template <class I, int NV>
-static inline void greatest_of(const query_block * queries, int64_t n_blocks, const uint8_t * const * row, vf * best) {
-    vf sum[NV];
+static inline void products_of(const query_block * queries, int64_t n_blocks, const uint8_t * const * row, vf * sum) {
     UNROLL
     for (int x = 0; x < NV; x++) {
         sum[x] = v_zero();
@@ -108,6 +107,13 @@ static inline void greatest_of(const query_block * queries, int64_t n_blocks, co
             sum[x] = v_fma(v_of_vi(acc[x]), v_mul(scale, v_set1(q[x * n_blocks].scale)), sum[x]);
         }
     }
+}
+
+// best[x] = max(best[x], x-th query . W rows)
+template <class I, int NV>
+static inline void greatest_of(const query_block * queries, int64_t n_blocks, const uint8_t * const * row, vf * best) {
+    vf sum[NV];
+    products_of<I, NV>(queries, n_blocks, row, sum);
     UNROLL
     for (int x = 0; x < NV; x++) {
         best[x] = v_max(best[x], sum[x]);

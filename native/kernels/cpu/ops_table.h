@@ -11,6 +11,8 @@
 #define ACTQKV_INTEGERS(I) nullptr, nullptr, nullptr
 #endif
 
+#include "ops_spread.h"
+
 #define ACTQKV_ROW_OPS(R, ...) {simd_dots<R>, simd_mix<R>, simd_pack_k<R>, simd_pack_v<R>, __VA_ARGS__}
 #define ACTQKV_OPS                                                                                                     \
     {simd_to_f16,                                                                                                      \
@@ -22,6 +24,7 @@
      simd_values,                                                                                                      \
      simd_sketch_scores,                                                                                               \
      SKETCH_ROWS,                                                                                                      \
+     simd_spread_scores,                                                                                               \
      simd_max,                                                                                                         \
      simd_exp2_sum,                                                                                                    \
      simd_exp_sum,                                                                                                     \

@@ -43,19 +43,6 @@ void store_q8_0(const float * x, uint8_t * block) {
     }
 }
 
-void store_q4_0(const float * x, uint8_t * block) {
-    float extreme = 0;
-    for (int i = 0; i < BLOCK; i++) {
-        extreme = fabsf(x[i]) > fabsf(extreme) ? x[i] : extreme;
-    }
-    const float scale = extreme / -8, inverse = scale != 0 ? 1 / scale : 0;
-    store_half(scale, block);
-    for (int i = 0; i < HALF_BLOCK; i++) {
-        const int low = whole(x[i] * inverse + 8.5f, 0, 15), high = whole(x[i + HALF_BLOCK] * inverse + 8.5f, 0, 15);
-        block[2 + i] = (uint8_t) (low | high << 4);
-    }
-}
-
 constexpr int64_t MOST_TURNED = 256; // values of a segment
 
 int64_t segment_of(int64_t n) {
@@ -80,6 +67,20 @@ void turn_segment(float * x, int64_t p) {
 }
 
 } // namespace
+
+void store_q4_0(const float * x, uint8_t * block) {
+    float extreme = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        extreme = fabsf(x[i]) > fabsf(extreme) ? x[i] : extreme;
+    }
+    const float scale = extreme / -8, inverse = scale != 0 ? 1 / scale : 0;
+    store_half(scale, block);
+    for (int i = 0; i < HALF_BLOCK; i++) {
+        const int low = whole(x[i] * inverse + 8.5f, 0, 15), high = whole(x[i + HALF_BLOCK] * inverse + 8.5f, 0, 15);
+        block[2 + i] = (uint8_t) (low | high << 4);
+    }
+}
+
 } // namespace actqkv
 
 extern "C" void actqkv_turn(float * x, int64_t n_rows, int64_t n) {

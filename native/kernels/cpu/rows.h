@@ -31,4 +31,7 @@ static inline float row_value(int32_t type, const uint8_t * row, int64_t e) {
     return load_half(row + e * 2);
 }
 
+// 32 values as a block of q4_0.
+void store_q4_0(const float * x, uint8_t * block);
+
 } // namespace actqkv
