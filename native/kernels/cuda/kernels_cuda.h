@@ -72,7 +72,7 @@ struct actqkv_cuda {
     int32_t (*start_clock)(struct actqkv_cuda_stream * stream);
     int32_t (*stop_clock)(struct actqkv_cuda_stream * stream, float * ms);
 
-    // ---- kernels, in the order of kernels.h, without sketches
+    // ---- kernels, in the order of kernels.h, without spreads and sketches
 
     int32_t (*to_f16)(struct actqkv_cuda_stream * stream, const float * src, actqkv_f16 * dst, int64_t n);
 
