@@ -64,8 +64,11 @@ extern "C" void actqkv_mean(const actqkv_f16 * keys, int64_t key_stride, int32_t
                             float * mean) {
     for (int32_t g = 0; g < n_head_kv; g++, mean += d_head) {
         memset(mean, 0, d_head * sizeof(float));
-        for (int64_t i = 0; i < (int64_t) c * d_head; i++) {
-            mean[i % d_head] += half_to_float(keys[g * key_stride + i]);
+        const actqkv_f16 * key = keys + g * key_stride;
+        for (int32_t j = 0; j < c; j++, key += d_head) {
+            for (int32_t e = 0; e < d_head; e++) {
+                mean[e] += half_to_float(key[e]);
+            }
         }
         for (int32_t e = 0; c > 0 && e < d_head; e++) {
             mean[e] /= (float) c;
@@ -81,9 +84,11 @@ extern "C" void actqkv_spread(const actqkv_f16 * keys, int64_t key_stride, const
         float mean[MAX_D];
         actqkv_mean(from, 0, 1, d_head, c, mean);
         double squares = 0;
-        for (int64_t i = 0; i < (int64_t) c * d_head; i++) {
-            const float rest = half_to_float(from[i]) - mean[i % d_head];
-            squares += rest * rest;
+        for (int32_t j = 0; j < c; j++) {
+            for (int32_t e = 0; e < d_head; e++) {
+                const float rest = half_to_float(from[(int64_t) j * d_head + e]) - mean[e];
+                squares += rest * rest;
+            }
         }
         for (int32_t e = 0; e < d_head; e++) {
             mean[e] -= centre[(int64_t) g * d_head + e];
