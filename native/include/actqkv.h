@@ -317,15 +317,16 @@ ACTQKV_API int32_t actqkv_session_open(const struct llama_model * model, const c
                                        struct actqkv_error * err);
 
 // Makes the file of a reading: its tokens and phases [n_tokens], of which the session has read none, some or all.
-// From now on actqkv_decode writes it at window boundaries at least checkpoint_tokens apart; a process that is killed
-// loses what came after the last one, and a session opened with `write` reads on from there with equal results.
+// From now on actqkv_decode writes it at window boundaries at least checkpoint_tokens apart, and a thread waits for the
+// disk, for which the reading waits only when it is 4 such distances ahead; a process that is killed loses what came after
+// the last checkpoint on the disk, and a session opened with `write` reads on from there with equal results.
 // ACTQKV_ERR_FILE from actqkv_decode where the disk is full: the file is as at its last checkpoint.
 ACTQKV_API int32_t actqkv_file_begin(actqkv_session * session, const char * path, const int32_t * tokens,
                                      const int8_t * phases, int64_t n_tokens, const uint8_t * section,
                                      uint64_t section_bytes, int32_t checkpoint_tokens, struct actqkv_error * err);
 // Whether chunks leave memory as they are written; the file then stands for them as after opening.
 ACTQKV_API int32_t actqkv_file_spill(actqkv_session * session, bool on, struct actqkv_error * err);
-// Writes a checkpoint at the last window's start. The tokens of an unfinished last window are read again by the next
+// Writes a checkpoint at the last window's start, and waits until it is on the disk. The tokens of an unfinished last window are read again by the next
 // actqkv_decode.
 ACTQKV_API int32_t actqkv_file_sync(actqkv_session * session, struct actqkv_error * err);
 // The same, of a reading that is all read; the file is complete then, and no longer the session's.

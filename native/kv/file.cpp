@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <limits>
 
 namespace actqkv {
@@ -85,6 +86,9 @@ kv_file::kv_file(kv_file && other) noexcept
 }
 
 kv_file::~kv_file() {
+    if (writing.valid()) {
+        writing.wait();
+    }
     if (fd >= 0) {
         close(fd);
     }
@@ -344,12 +348,10 @@ void kv_file::read_slots() {
 }
 
 void kv_file::write_slot(const file_slot & slot) {
+    finish();
     const uint64_t before = row_of(0, 0, current.n_closed), rows = row_of(0, 0, slot.n_closed);
     table.resize(std::max<uint64_t>(table.size(), rows));
     write_at(layout.table + before * sizeof(uint32_t), table.data() + before, (rows - before) * sizeof(uint32_t));
-    if (fdatasync(fd) != 0) {
-        fail_os("write to", path, errno);
-    }
     const slot_header found = {SLOT_MAGIC,
                                sequence + 1,
                                slot.n_done,
@@ -368,12 +370,31 @@ void kv_file::write_slot(const file_slot & slot) {
     out.value(found);
     out.raw(slot.payload.data(), slot.payload.size());
     out.value(checksum(bytes.data(), out.used));
-    write_at(layout.slots + (sequence + 1) % 2 * aligned(head.slot_bytes), bytes.data(), bytes.size());
+    const uint64_t offset = layout.slots + (sequence + 1) % 2 * aligned(head.slot_bytes);
+    next = {slot.n_done, slot.n_closed, slot.complete, {}};
+    writing = std::async(std::launch::async, [this, offset, bytes = std::move(bytes)] {
+        sync();
+        write_at(offset, bytes.data(), bytes.size());
+        sync();
+    });
+}
+
+void kv_file::sync() const {
     if (fdatasync(fd) != 0) {
         fail_os("write to", path, errno);
     }
-    sequence++;
-    current = {slot.n_done, slot.n_closed, slot.complete, {}};
+}
+
+bool kv_file::busy() const {
+    return writing.valid() && writing.wait_for(std::chrono::seconds(0)) != std::future_status::ready;
+}
+
+void kv_file::finish() {
+    if (writing.valid()) {
+        writing.get();
+        sequence++;
+        current = next;
+    }
 }
 
 // ---- chunks
@@ -445,6 +466,11 @@ bool kv_file::map(int il, int array, uint64_t begin, uint64_t end, const chunk_a
         const int code = errno; // what was mapped here may be gone: put memory back before anyone looks
         mmap(at, end - begin, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS, -1, 0);
         fail_os("map", path, code);
+    }
+    // Chunks are read from all over: what lies around them is not to come along. A first question after 143,268 tokens in
+    // a file of 491 MB, none of it in memory: 69 MB resident after 1.3 s, otherwise 249 MB after 2.4 s (virtual disk).
+    if (array != FILE_SUMMARIES && array != FILE_NORMS) {
+        madvise(at, end - begin, MADV_RANDOM);
     }
     return true;
 }

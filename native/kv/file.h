@@ -38,7 +38,8 @@
 //   arrays     per layer K, V, summaries, norms, sketches: u8[n_chunks][chunk_bytes]
 //
 // Order of writes: chunks and their rows of the table, fdatasync, slot, fdatasync. Whatever kills a writer, the other
-// slot is whole and all that it speaks of is on the disk. All offsets follow from the header, so the file's size is
+// slot is whole and all that it speaks of is on the disk. The reading does not wait for the disk: a thread does, and while
+// it does, further chunks are written and no slot. All offsets follow from the header, so the file's size is
 // known from it and must agree. What is not written yet is a hole.
 //
 // An opened file is mapped copy-on-write: processes share its memory, and nothing is ever written through the mapping.
@@ -49,6 +50,7 @@
 #include "actqkv.h"
 
 #include <cstdint>
+#include <future>
 #include <string>
 #include <vector>
 
@@ -117,8 +119,12 @@ public:
     // Writes chunks [first, last) of an array of a layer and remembers their checksums. They count from the next
     // checkpoint on.
     void write_chunks(int il, int array, int64_t first, int64_t last, const chunk_array & from);
-    // Writes the checkpoint after the last(), once everything that it speaks of is on the disk.
+    // Begins to write the checkpoint after the last(), which goes to the disk after everything that it speaks of. It
+    // becomes the last() when finish() has waited for it; one that is being written is waited for first.
+    // ACTQKV_ERR_FILE, here or from finish(), where the disk refuses: last() stays.
     void write_slot(const file_slot & slot);
+    bool busy() const; // finish() would wait
+    void finish();
 
     // Copies chunks [0, n) of an array out of the file. Unchecked.
     void read_chunks(int il, int array, int64_t n, const chunk_array & to) const;
@@ -146,6 +152,7 @@ private:
     uint64_t array_bytes(int array) const;
     void read_at(uint64_t offset, void * data, uint64_t n) const;
     void write_at(uint64_t offset, const void * data, uint64_t n) const;
+    void sync() const;
     void read_header();
     void read_tokens();
     void read_slots();
@@ -163,8 +170,9 @@ private:
     std::vector<int32_t> all_tokens;
     std::vector<int8_t> all_phases;
     std::vector<uint32_t> table; // rows up to the last chunk written
-    file_slot current;
+    file_slot current, next;     // next: being written, without its payload
     uint64_t sequence = 0;
+    std::future<void> writing;
 };
 
 // Reads a whole KV file and checks every part of it; progress as actqkv_progress_fn, in bytes. Returns false when it

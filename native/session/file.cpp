@@ -12,6 +12,9 @@
 namespace actqkv {
 namespace {
 
+// While a checkpoint is on its way to the disk the reading goes on, at most so many of their distances past the last one.
+constexpr int64_t MOST_BEHIND = 4;
+
 actqkv_params params_of(const kv_file & file, int32_t n_ctx, int32_t n_threads) {
     actqkv_params params = file.header().params;
     params.n_ctx = n_ctx;
@@ -46,6 +49,8 @@ session::session(const llama_model * model, kv_file && opened, int32_t n_ctx, in
     take(shared);
     if (write) {
         file = std::move(shared);
+        n_written = file->last().n_done;
+        n_written_chunks = file->last().n_closed;
     }
 }
 
@@ -133,6 +138,7 @@ void session::file_begin(const std::string & path, history && reading, const uin
     file =
         std::make_shared<kv_file>(kv_file::create(path, head, reading.tokens.data(), reading.phases.data(), section));
     planned = std::move(reading);
+    n_written = n_written_chunks = 0;
 }
 
 void session::file_spill(bool on) {
@@ -156,8 +162,8 @@ std::vector<uint8_t> session::make_payload() const {
     return payload;
 }
 
-// At the start of a window.
-void session::write_checkpoint(bool complete) {
+// At the start of a window: chunks that have closed go to the file, and out of memory where it stands for them.
+void session::write_closed() {
     store.check_file();
     const bool as_planned =
         n_done <= planned.size() &&
@@ -167,11 +173,29 @@ void session::write_checkpoint(bool complete) {
         throw error(ACTQKV_ERR_ARGUMENT, "the session reads other tokens than its KV file was begun for");
     }
     close_chunks(n_done);
-    const int64_t first = file->last().n_closed, last = store.n_closed();
+    const int64_t first = n_written_chunks, last = store.n_closed();
     store.write_chunks(*file, first, last);
-    file->write_slot({n_done, last, complete, make_payload()});
+    n_written_chunks = std::max(first, last);
+    n_written = n_done;
     if (spilling) {
         store.spill(file, first, last);
+    }
+}
+
+void session::write_checkpoint(bool complete) {
+    write_closed();
+    file->write_slot({n_done, store.n_closed(), complete, make_payload()});
+}
+
+void session::write_what_is_due() {
+    const int64_t distance = file->header().checkpoint_tokens;
+    if (n_done - n_written < distance || n_done % params.n_window != 0) {
+        return;
+    }
+    if (file->busy() && n_done - file->last().n_done < MOST_BEHIND * distance) {
+        write_closed();
+    } else {
+        write_checkpoint(false);
     }
 }
 
@@ -185,8 +209,10 @@ int64_t session::last_window_start() const {
     return tokens.window_start(n - 1, params.n_window);
 }
 
-void session::file_sync() {
+// Back, or on, to where a checkpoint can lie; none is on its way then.
+void session::settle() {
     require_file();
+    file->finish();
     const int64_t at = last_window_start();
     if (at < n_done) {
         restore(at);
@@ -194,19 +220,26 @@ void session::file_sync() {
     while (n_done < at) {
         run_next(tokens.size());
     }
+}
+
+void session::file_sync() {
+    settle();
     if (n_done > file->last().n_done) {
         write_checkpoint(false);
     }
+    file->finish();
 }
 
 void session::file_end() {
-    file_sync();
+    settle();
     if (tokens.size() < planned.size()) {
+        file_sync();
         throw error(ACTQKV_ERR_ARGUMENT, format("%lld of the reading's %lld tokens were read",
                                                 (long long) tokens.size(), (long long) planned.size()));
     }
     write_checkpoint(true);
     write_checkpoint(true); // in both slots: damage to one of them costs nothing
+    file->finish();
     file = nullptr;
 }
 

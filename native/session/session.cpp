@@ -453,9 +453,8 @@ void session::before_window(const window & w) {
     if (w.first > 0 && (unfinished || due)) {
         saved.add(make_checkpoint());
     }
-    if (file != nullptr && w.first - file->last().n_done >= file->header().checkpoint_tokens &&
-        w.first % params.n_window == 0) {
-        write_checkpoint(false);
+    if (file != nullptr) {
+        write_what_is_due();
     }
 }
 

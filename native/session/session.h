@@ -110,8 +110,11 @@ private:
     void take(std::shared_ptr<kv_file> file);
     void require_file() const;
     std::vector<uint8_t> make_payload() const;
+    void write_closed();
     void write_checkpoint(bool complete);
+    void write_what_is_due();
     int64_t last_window_start() const;
+    void settle();
 
     const llama_model * model;
     hparams hp;
@@ -157,6 +160,8 @@ private:
     std::shared_ptr<kv_file> file; // that the reading is written to; NULL: none
     history planned;               // all of the reading that the file is of
     bool spilling = false;         // written chunks leave memory
+    int64_t n_written = 0;         // tokens before which all closed chunks, n_written_chunks of them, are in it
+    int64_t n_written_chunks = 0;
 
     actqkv_stats counts = {};
     double attended_n = 0, dense_n = 0; // queries x layers behind attended_tokens_mean and dense_tokens_mean

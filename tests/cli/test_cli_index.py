@@ -132,7 +132,7 @@ def test_added_to_a_chat(actqkv: Actqkv, babbler: Path, indexed: Path, tmp_path:
 def test_killed_and_gone_on(babbler: Path, book: Path, indexed: Path, actqkv: Actqkv, tmp_path: Path) -> None:
     """A reading that was killed, or interrupted, begins again, or becomes another."""
     text = tmp_path / "long.txt"
-    text.write_text(book.read_text(encoding="utf-8") * 12, encoding="utf-8")
+    text.write_text(book.read_text(encoding="utf-8") * 20, encoding="utf-8")
     index = ("index", babbler, text, "-o", tmp_path / "long.akv", *READ)
     for kind in (signal.SIGKILL, signal.SIGINT):
         with subprocess.Popen(command(*index), env=environment(), stderr=subprocess.DEVNULL, cwd=tmp_path) as child:
