@@ -61,12 +61,16 @@ struct row_ops {
     // rounded up to 16, the columns between are 0.
     void (*pack_v)(const void * values, int n, int d, int d_pad, float * panel, int row);
 
-    // best[x] = the greatest row_b . query_x over n > 0 rows, of n_vec <= N_GREATEST queries that lie packed one behind
-    // the other: query_bytes(width) each, rounded to 16 bits. NULL where `dots` is what there is.
+    // best[x] = the greatest row_b . query_x over n > 0 rows, of n_vec <= N_GREATEST queries [n_vec][width]
+    void (*greatest)(const float * queries, int n_vec, const void * rows, int64_t n, int64_t width, float * best,
+                     const void * ahead);
+
+    // The same of queries that lie packed one behind the other: query_bytes(width) each, rounded to 16 bits. NULL where
+    // there is no such thing.
     int64_t (*query_bytes)(int64_t width);
     void (*pack_query)(const float * query, int64_t width, void * packed);
-    void (*greatest)(const void * packed, int n_vec, const void * rows, int64_t n, int64_t width, float * best,
-                     const void * ahead);
+    void (*greatest_packed)(const void * packed, int n_vec, const void * rows, int64_t n, int64_t width, float * best,
+                            const void * ahead);
 };
 
 struct ops {

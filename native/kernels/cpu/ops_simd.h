@@ -101,9 +101,10 @@ static inline void dots_step(const float * vecs, const uint8_t * const * row, in
     }
 }
 
-// NR rows times NV vectors, NR*NV <= W: one tree of shuffles then adds up the lanes of all sums at once.
+// NR rows times NV vectors, NR*NV <= W: one tree of shuffles then adds up the lanes of all sums at once. Lane NR*x + i
+// of the result has row i times vector x.
 template <class R, int NR, int NV>
-static inline void dots_block(const float * vecs, const uint8_t * const * row, int64_t width, float * sums) {
+static inline vf dots_block(const float * vecs, const uint8_t * const * row, int64_t width) {
     vf acc[W];
     UNROLL
     for (int i = 0; i < W; i++) {
@@ -119,12 +120,17 @@ static inline void dots_block(const float * vecs, const uint8_t * const * row, i
             e += R::REST;
         }
     }
+    if (e == width) {
+        return v_sum_each(acc);
+    }
+    float sums[W]; // a ragged end of f16: rare, and kept apart from the registers above
     v_store(sums, v_sum_each(acc));
-    for (; e < width; e++) { // a ragged end of f16: rare, and kept apart from the registers above
+    for (; e < width; e++) {
         for (int i = 0; i < NR * NV; i++) {
             sums[i] += vecs[i / NR * width + e] * half_to_float(((const uint16_t *) row[i % NR])[e]);
         }
     }
+    return v_load(sums);
 }
 
 // NV vectors; where rows run out, the block's first row stands in for the missing ones.
@@ -143,7 +149,7 @@ template <class R, int NR, int NV> static void dots_rows(const float * vecs, con
             fetch(ahead + b * bytes, n_row * bytes);
         }
         float sums[W];
-        dots_block<R, NR, NV>(vecs, row, width, sums);
+        v_store(sums, dots_block<R, NR, NV>(vecs, row, width));
         for (int x = 0; x < NV; x++) {
             if (n_row == NR) {
                 memcpy(out + x * ldo + b, sums + NR * x, NR * sizeof(float));
@@ -183,6 +189,52 @@ template <class R> static void simd_dots(const float * vecs, int n_vec, const vo
                 break;
             }
             next = nullptr; // fetched once
+        }
+    }
+}
+
+// The greatest product of n rows with each of NV vectors, W/NV rows at a time.
+template <class R, int NV> static void greatest_rows(const float * vecs, const uint8_t * rows, int64_t n, int64_t width,
+                                                     float * best, const uint8_t * ahead) {
+    constexpr int NR = W / NV;
+    const int64_t bytes = R::bytes(width);
+    vf most = v_set1(-__builtin_inff());
+    for (int64_t b = 0; b < n; b += NR) {
+        const uint8_t * row[NR];
+        UNROLL
+        for (int i = 0; i < NR; i++) {
+            row[i] = rows + (b + i < n ? b + i : b) * bytes;
+        }
+        if (ahead) {
+            fetch(ahead + b * bytes, (n - b < NR ? n - b : NR) * bytes);
+        }
+        most = v_max(most, dots_block<R, NR, NV>(vecs, row, width));
+    }
+    float each[W];
+    v_store(each, most);
+    for (int x = 0; x < NV; x++) {
+        best[x] = each[NR * x];
+        for (int i = 1; i < NR; i++) {
+            best[x] = each[NR * x + i] > best[x] ? each[NR * x + i] : best[x];
+        }
+    }
+}
+
+template <class R> static void simd_greatest(const float * queries, int n_vec, const void * rows, int64_t n,
+                                             int64_t width, float * best, const void * ahead) {
+    constexpr int PAIR = STREAM_VECS < 2 ? STREAM_VECS : 2;
+    const uint8_t *from = (const uint8_t *) rows, *next = (const uint8_t *) ahead;
+    for (int x = 0; x < n_vec; next = nullptr) { // fetched once
+        const float * v = queries + x * width;
+        if (n_vec - x >= STREAM_VECS) {
+            greatest_rows<R, STREAM_VECS>(v, from, n, width, best + x, next);
+            x += STREAM_VECS;
+        } else if (n_vec - x >= PAIR) {
+            greatest_rows<R, PAIR>(v, from, n, width, best + x, next);
+            x += PAIR;
+        } else {
+            greatest_rows<R, 1>(v, from, n, width, best + x, next);
+            x++;
         }
     }
 }

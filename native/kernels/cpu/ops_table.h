@@ -13,7 +13,8 @@
 
 #include "ops_spread.h"
 
-#define ACTQKV_ROW_OPS(R, ...) {simd_dots<R>, simd_mix<R>, simd_pack_k<R>, simd_pack_v<R>, __VA_ARGS__}
+#define ACTQKV_ROW_OPS(R, ...)                                                                                         \
+    {simd_dots<R>, simd_mix<R>, simd_pack_k<R>, simd_pack_v<R>, simd_greatest<R>, __VA_ARGS__}
 #define ACTQKV_OPS                                                                                                     \
     {simd_to_f16,                                                                                                      \
      simd_add_f16,                                                                                                     \

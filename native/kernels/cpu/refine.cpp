@@ -14,51 +14,20 @@
 namespace actqkv {
 namespace {
 
-constexpr int N_KEYS = 64;             // keys at a time, so that no memory is needed beside the stack
 constexpr int N_HEADS = N_GREATEST;    // query heads at a time, of one KV head
 constexpr int PACKED_BYTES = 20 << 10; // packed queries: those of a few heads at a time where all of them do not fit
 
-void dots_scalar(const float * queries, int n_vec, int32_t type, const uint8_t * keys, int64_t n, int64_t d,
-                 float * out, int64_t ldo) {
+void greatest_scalar(const float * queries, int n_vec, int32_t type, const uint8_t * keys, int64_t n, int64_t d,
+                     float * best) {
     const int64_t row = actqkv_row_bytes(type, d);
     for (int x = 0; x < n_vec; x++) {
+        best[x] = -INFINITY;
         for (int64_t j = 0; j < n; j++) {
             double sum = 0;
             for (int64_t e = 0; e < d; e++) {
                 sum += (double) queries[x * d + e] * row_value(type, keys + j * row, e);
             }
-            out[x * ldo + j] = (float) sum;
-        }
-    }
-}
-
-float max_scalar(const float * x, int32_t n) {
-    float most = x[0];
-    for (int32_t i = 1; i < n; i++) {
-        most = x[i] > most ? x[i] : most;
-    }
-    return most;
-}
-
-// best [n_vec]: of c keys, for each of n_vec <= N_HEADS query heads.
-void best_keys(const ops * op, const float * queries, int n_vec, int32_t type, const uint8_t * keys, int32_t c,
-               int32_t d, const uint8_t * ahead, float * best) {
-    const int64_t row = actqkv_row_bytes(type, d);
-    for (int x = 0; x < n_vec; x++) {
-        best[x] = -INFINITY;
-    }
-    for (int32_t from = 0; from < c; from += N_KEYS) {
-        const int32_t n = c - from < N_KEYS ? c - from : N_KEYS;
-        const uint8_t * rows = keys + from * row;
-        float dots[N_HEADS * N_KEYS];
-        if (op) {
-            op->of(type).dots(queries, n_vec, rows, n, d, dots, N_KEYS, ahead ? ahead + from * row : nullptr);
-        } else {
-            dots_scalar(queries, n_vec, type, rows, n, d, dots, N_KEYS);
-        }
-        for (int x = 0; x < n_vec; x++) {
-            const float most = op ? op->max(dots + x * N_KEYS, n) : max_scalar(dots + x * N_KEYS, n);
-            best[x] = most > best[x] ? most : best[x];
+            best[x] = sum > best[x] ? (float) sum : best[x];
         }
     }
 }
@@ -71,9 +40,9 @@ extern "C" void actqkv_refine(int32_t impl, const float * query, int32_t type, c
                               int32_t c, float scale, float * scores, int32_t n_threads) {
     using namespace actqkv;
     const ops * op = ops_for(impl);
-    const row_ops * rows = op && op->of(type).greatest ? &op->of(type) : nullptr;
-    const int64_t query_bytes = rows ? rows->query_bytes(d_head) : 0;
-    const int32_t fitting = rows ? (int32_t) (PACKED_BYTES / query_bytes) : 0; // 0: one query by itself is too long too
+    const row_ops * rows = op ? &op->of(type) : nullptr;
+    const int64_t query_bytes = rows && rows->query_bytes ? rows->query_bytes(d_head) : PACKED_BYTES + 1;
+    const int32_t fitting = (int32_t) (PACKED_BYTES / query_bytes); // 0: no packing, or one query is too long for it
     const int32_t r = n_head / n_head_kv, most = fitting > 0 && fitting < n_head ? fitting : n_head;
     const int64_t tile = c * actqkv_row_bytes(type, d_head), chunk_bytes = n_head_kv * tile;
     parallel(n_threads, [=](int ith, int nth) {
@@ -94,9 +63,12 @@ extern "C" void actqkv_refine(int32_t impl, const float * query, int32_t type, c
                     const uint8_t * ahead = next && (h == first || h % r == 0) ? next + h / r * tile : nullptr;
                     float best[N_HEADS];
                     if (fitting > 0) {
-                        rows->greatest(packed + (h - first) * query_bytes, n_vec, of_head, c, d_head, best, ahead);
+                        rows->greatest_packed(packed + (h - first) * query_bytes, n_vec, of_head, c, d_head, best,
+                                              ahead);
+                    } else if (rows) {
+                        rows->greatest(query + (int64_t) h * d_head, n_vec, of_head, c, d_head, best, ahead);
                     } else {
-                        best_keys(op, query + (int64_t) h * d_head, n_vec, type, of_head, c, d_head, ahead, best);
+                        greatest_scalar(query + (int64_t) h * d_head, n_vec, type, of_head, c, d_head, best);
                     }
                     for (int32_t x = 0; x < n_vec; x++) {
                         scores[(int64_t) (h + x) * n + i] = scale * best[x];
