@@ -1,4 +1,4 @@
-// The inner loops that depend on the instruction set, written once in ops_simd.h over simd.h and compiled once per
+// The inner loops that depend on the instruction set, written once in ops_*.h over simd.h and compiled once per
 // instruction set (ops_avx2.cpp, ops_avx512.cpp, ...). Everything that decides, splits or synchronises is
 // compiled for the plain machine, in NAME.cpp, and calls these through one table.
 #pragma once

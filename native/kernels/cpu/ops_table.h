@@ -1,6 +1,7 @@
 // The table of inner loops for the instruction set of this translation unit. Included once per instruction set.
 #pragma once
 
+#include "ops_floats.h"
 #include "ops_simd.h"
 #include "ops_sketch.h"
 
