@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import llama_cpp
 import numpy as np
@@ -14,11 +14,20 @@ from actqkv_cpp._native import KV_TYPES, Session
 from actqkv_cpp.bench.results import Context, EngineName
 from actqkv_cpp.errors import ComputeError, MemoryPlanError
 
+if TYPE_CHECKING:
+    from actqkv_cpp import Llama
+
 Tokens = NDArray[np.int32]
 Progress = Callable[[int, int], object]
 
 _READ_TOKENS = 4096  # of one call while reading, for progress and Ctrl-C
 _MAIN, _SPARE = 0, 1  # sequences of llama.cpp's context
+
+
+def head_dimension(llm: Llama) -> int:
+    """Numbers of one head's key."""
+    arch, n_head = llm.metadata["general.architecture"], llama_cpp.llama_model_n_head(llm._model.model)
+    return int(llm.metadata.get(f"{arch}.attention.key_length", llm._model.n_embd() // n_head))
 
 
 class Engine(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 
 from actqkv_cpp import Llama, machine, provenance
 from actqkv_cpp._native import Session, methods
-from actqkv_cpp.bench.engines import Engine, Ours, Peer, Progress, Tokens
+from actqkv_cpp.bench.engines import Engine, Ours, Peer, Progress, Tokens, head_dimension
 from actqkv_cpp.bench.results import MemoryUse, Phase, Row, StageUse
 from actqkv_cpp.errors import MemoryPlanError, ParameterError
 from actqkv_cpp.figures import Stage, Stats
@@ -126,9 +126,7 @@ class Benchmark:
                 )
         llm.session.close()
         self._model = llm._model
-        arch = llm.metadata["general.architecture"]
-        n_embd, n_head = llm._model.n_embd(), int(llm.metadata[f"{arch}.attention.head_count"])
-        self._d_head = int(llm.metadata.get(f"{arch}.attention.key_length", n_embd // n_head))
+        self._d_head = head_dimension(llm)
         self._retrieval = llm.retrieval
         self._n_threads = llm.n_threads
         self._weights_bytes = int(llama_cpp.llama_model_size(llm._model.model))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from actqkv_cpp import tables
+from actqkv_cpp.bench.kernels import KernelResult
 from actqkv_cpp.bench.measure import PREFILL_TOKENS
 from actqkv_cpp.bench.results import Phase, Result, Row, StageUse
 
@@ -24,6 +26,40 @@ def render(result: Result, *, width: int) -> str:
             table for table in (_speeds(result, method), _stages(result, method), _memory(result, method)) if table
         ]
     return tables.to_text([*parts, *_words(result)], width=width)
+
+
+def render_kernels(result: KernelResult, *, width: int) -> str:
+    """A line per kernel with its roofline, then what was measured, in words."""
+    machine, shape = result.machine, result.shape
+    heading = (
+        f"{shape.n_head} query heads, {shape.n_head_kv} KV heads of {shape.d_head}, {shape.kv_type} KV, "
+        f"{shape.depth:,} tokens in chunks of {shape.chunk}, a budget of {shape.budget:,}\n"
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['kernels']}, load {machine['load_average']} at the "
+        f"start: memory reads {machine['read_gb_per_s']} GB/s, products of matrices {machine['peak_gop_per_s']} "
+        "Gop/s\n"
+    )
+    columns = ("kernel", "of", "ms", "least-most", "MB", "GB/s", "of memory", "Gop/s", "of peak")
+    table = tables.table("one call, one layer", columns, n_left=2)
+    for row in result.kernels:
+        table.add_row(
+            row.kernel,
+            row.work,
+            f"{row.ms:.3g}",
+            f"{row.spread_ms[0]:.3g}-{row.spread_ms[1]:.3g}",
+            f"{row.bytes / 1e6:.3g}",
+            f"{row.gb_per_s:.1f}",
+            f"{100 * row.read_share:.0f} %",
+            f"{row.gop_per_s:.1f}",
+            f"{100 * row.compute_share:.0f} %",
+        )
+    words = (
+        f"Measured: medians of {result.kernels[0].n} samples; every call works on other data of "
+        f"{result.working_set_bytes / 1e6:,.0f} MB, "
+        f"{result.working_set_bytes // machine['last_level_cache_bytes']} times the last-level cache. "
+        "Shares are of what memory gives when it is read in order, each byte once, and of the speed of matrix "
+        "products; the greater one is what limits a kernel. Summarize and cutoff run on one thread."
+    )
+    return tables.to_text([heading, table, words, *_busy(machine)], width=width)
 
 
 def _heading(result: Result) -> str:
@@ -115,9 +151,13 @@ def _words(result: Result) -> Iterator[str]:
             f"At {_list(copied)} llama.cpp's context is made of copies of the first {settings['peer_read']:,} tokens, "
             "shifted behind each other: measured over KV of the right size, without reading it for hours."
         )
-    if result.machine["load_average"] + result.machine["threads"] > result.machine["cores"] + _IDLE_LOAD:
-        yield "Other work kept this machine busy when the run began: figures are too low, and ratios are uncertain."
+    yield from _busy(result.machine)
     yield from result.notes
+
+
+def _busy(machine: dict[str, Any]) -> Iterator[str]:
+    if machine["load_average"] + machine["threads"] > machine["cores"] + _IDLE_LOAD:
+        yield "Other work kept this machine busy when the run began: figures are too low, and ratios are uncertain."
 
 
 def _exception(rows: Sequence[Row], engine: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import actqkv_cpp
+from actqkv_cpp import machine
 from actqkv_cpp.cli import _options as o
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
@@ -21,8 +22,11 @@ from actqkv_cpp.errors import ModelError, ParameterError, unknown_name
 if TYPE_CHECKING:
     from actqkv_cpp import Llama
     from actqkv_cpp.bench import Result
+    from actqkv_cpp.bench.kernels import Kernel, Shape
 
 _DECODE_TOKENS, _QUICK_DECODE_TOKENS = 32, 8  # of one sample
+_KERNELS_OF = "actqkv"  # the method whose answering step --kernels takes apart
+_SMALLEST_CTX = 4096  # of a session that is opened for the model's shape
 _TABLE_WIDTH = 120  # where standard output is not a terminal
 
 
@@ -51,6 +55,12 @@ def bench(
         o._size("--peer-read", help="Tokens that llama.cpp really reads; deeper contexts are copies.", default="8k"),
     ] = 8192,
     repeat: Annotated[int, o._option("--repeat", metavar="N", help="Samples of each figure.", default="5", min=1)] = 5,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels", help="Each kernel by itself instead, as an answering step at the last length calls it."
+        ),
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One short sample of each figure.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     budget: o.Budget = 2048,
@@ -67,11 +77,15 @@ def bench(
     Both run in turn on the same loaded weights, with the same threads: our session, and llama.cpp's own context with
     dense flash attention. A sample is 512 tokens of prefill, or 32 steps of decode.
 
+    --kernels measures each kernel beside what this machine's memory and processor allow: on the heads of MODEL, or,
+    with none, on 32 heads of 64.
+
     \b
     Examples:
       actqkv bench --lengths 512,8k
       actqkv bench model.gguf --json > bench.json
       actqkv bench model.gguf --lengths 1k,4k,16k --methods actqkv,dense --quick
+      actqkv bench --kernels
     """
     output = Output(quiet=quiet, verbose=verbose)
     with reported(output):
@@ -86,7 +100,64 @@ def bench(
         engine = o.EngineOptions.of(
             context, model=Path(model) if model else None, method=_to_open_with(request.methods)
         )
-        _bench(output, engine, request)
+        if kernels:
+            _bench_kernels(output, engine, request)
+        else:
+            _bench(output, engine, request)
+
+
+def _bench_kernels(output: Output, engine: o.EngineOptions, request: _Request) -> None:
+    from actqkv_cpp.bench.kernels import measure  # noqa: PLC0415 (heavy)
+    from actqkv_cpp.bench.report import render_kernels  # noqa: PLC0415 (heavy)
+
+    if request.methods != (_KERNELS_OF,):
+        raise ParameterError(f"--kernels measures those of the method {_KERNELS_OF}", "leave --methods out")
+    if not request.lengths:
+        raise ParameterError("no length to measure at", "name one, for example 128k")
+    shape = _shape(output, engine, request.lengths[-1])
+    n_threads = engine.threads or machine.available_cores()
+
+    def show(kernel: Kernel) -> None:
+        output.note(f"{kernel.kernel}, {kernel.work}: {kernel.ms:.3g} ms")
+
+    result = measure(shape, n_threads=n_threads, repeat=request.repeat, quick=request.quick, show=show)
+    if request.json:
+        output.json(result.to_json())
+    else:
+        output.line(render_kernels(result, width=_width()))
+
+
+def _shape(output: Output, engine: o.EngineOptions, depth: int) -> Shape:
+    """The heads of the model, if one is named, and what the method does at that depth."""
+    import llama_cpp  # noqa: PLC0415 (heavy)
+
+    from actqkv_cpp.bench.engines import head_dimension  # noqa: PLC0415 (heavy)
+    from actqkv_cpp.bench.kernels import Shape  # noqa: PLC0415 (heavy)
+
+    method = actqkv_cpp.methods()[_KERNELS_OF]
+    chunk = engine.chunk or method["chunk"]
+    granted = (engine.budget - engine.sink - engine.local) // chunk
+    found = Shape(
+        chunk=chunk,
+        depth=depth,
+        budget=engine.budget,
+        granted=granted,
+        sketched=granted * method["sketch"],
+        refined=granted * method["refine"],
+        kv_type=engine.kv_type,
+    )
+    if engine.model is None:
+        return found
+    llm = open_model(output, replace(engine, ctx=_SMALLEST_CTX), [], reserve=0)
+    try:
+        return replace(
+            found,
+            n_head=llama_cpp.llama_model_n_head(llm._model.model),
+            n_head_kv=llama_cpp.llama_model_n_head_kv(llm._model.model),
+            d_head=head_dimension(llm),
+        )
+    finally:
+        llm.close()
 
 
 def _to_open_with(methods: tuple[str, ...]) -> str:
@@ -152,5 +223,8 @@ def _show(output: Output, result: Result, *, as_json: bool) -> None:
     if as_json:
         output.json(result.to_json())
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _TABLE_WIDTH
-    output.line(render(result, width=width))
+    output.line(render(result, width=_width()))
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _TABLE_WIDTH

@@ -105,11 +105,43 @@ def test_tables(actqkv: Actqkv, babbler: Path) -> None:
         (["--methods", ""], ["no method"]),
         (["--lengths", "256", "--budget", "128"], ["budget"]),
         (["--lengths", "256", "--peer-read", "0"], ["--peer-read"]),
+        (["--kernels", "--lengths", "1k"], ["chunks", "--lengths"]),
+        (["--kernels", "--methods", "dense"], ["--kernels", "--methods"]),
     ],
 )
 def test_wrong_values(actqkv: Actqkv, babbler: Path, arguments: list[str], words: list[str]) -> None:
     """A value that means nothing ends in a traceback, or in figures."""
     assert_failed(actqkv("bench", babbler, *arguments, *FAST), *words)
+
+
+KERNELS = ["summarize", "probe", "score", "sketch", "refine", "vote", "cutoff", "attend", "attend"]
+
+
+def test_kernels(actqkv: Actqkv, babbler: Path) -> None:
+    """A kernel is missing, a rate is not its amount over its time, or the shape is not the model's."""
+    found = actqkv("bench", babbler, "--kernels", "--lengths", "8k", "--budget", "1k", "--json", *FAST)
+    assert found.status == 0, found.err
+    result = json.loads(found.out)
+    assert [row["kernel"] for row in result["kernels"]] == KERNELS
+    shape, machine = result["shape"], result["machine"]
+    assert (shape["depth"], shape["budget"], shape["d_head"], shape["granted"]) == (8192, 1024, 32, 14)
+    assert result["working_set_bytes"] >= 4 * machine["last_level_cache_bytes"] > 0
+    for row in result["kernels"]:
+        assert row["spread_ms"][0] <= row["ms"] <= row["spread_ms"][1]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
+        assert row["gop_per_s"] == pytest.approx(row["operations"] / row["ms"] / 1e6)
+        assert 0 < row["read_share"] == pytest.approx(row["gb_per_s"] / machine["read_gb_per_s"], rel=0.05)
+        assert 0 < row["compute_share"] == pytest.approx(row["gop_per_s"] / machine["peak_gop_per_s"], rel=0.05)
+    attend = result["kernels"][7]
+    assert attend["bytes"] == 2 * 1024 * shape["n_head_kv"] * 32 * 2
+
+
+def test_kernels_without_a_model(actqkv: Actqkv) -> None:
+    """--kernels loads a model that nobody named, or its table lacks a kernel."""
+    found = actqkv("bench", "--kernels", "--kv-type", "q8_0", "--budget", "1k", *FAST)
+    assert found.status == 0, found.err
+    assert re.findall(r"^  ([a-z]+) .+ \d+ %$", found.out, re.MULTILINE) == KERNELS
+    assert "32 query heads, 8 KV heads of 64, q8_0 KV" in found.out
 
 
 def test_wrong_use(actqkv: Actqkv, babbler: Path) -> None:
