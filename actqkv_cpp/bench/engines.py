@@ -1,18 +1,22 @@
-"""Two engines with one face: read up to a depth, answer a token, read a batch, go back to the depth."""
+"""Engines with one face: a past of some depth, steps of answering, a batch of reading, and back to the depth."""
 
 from __future__ import annotations
 
-import ctypes
+import json
+import subprocess
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
 from actqkv_cpp._native import KV_TYPES, Session
-from actqkv_cpp.bench.results import Context, EngineName
-from actqkv_cpp.errors import ComputeError, MemoryPlanError
+from actqkv_cpp.bench import peer
+from actqkv_cpp.bench.results import EngineName
+from actqkv_cpp.errors import ComputeError, MemoryPlanError, ParameterError
 
 if TYPE_CHECKING:
     from actqkv_cpp import Llama
@@ -21,7 +25,6 @@ Tokens = NDArray[np.int32]
 Progress = Callable[[int, int], object]
 
 _READ_TOKENS = 4096  # of one call while reading, for progress and Ctrl-C
-_MAIN, _SPARE = 0, 1  # sequences of llama.cpp's context
 
 
 def head_dimension(llm: Llama) -> int:
@@ -31,29 +34,32 @@ def head_dimension(llm: Llama) -> int:
 
 
 class Engine(Protocol):
-    """What is measured. The context holds `depth` tokens; `step` and `prefill` add to them, `rewind` goes back."""
+    """What is measured. The context holds `depth` tokens; `decode` and `prefill` add to them, `rewind` goes back.
+
+    copied: the context is of the right size, but copies of its first tokens stand for the others.
+    """
 
     name: EngineName
     method: str
     kv_type: str
     depth: int
-    context: Context
+    copied: bool
 
-    def step(self, token: int) -> None:
-        """Answer one token: its logits are computed."""
+    def decode(self, tokens: Tokens) -> float:
+        """Seconds to answer all tokens but the first, which brings the weights back into the caches."""
 
-    def prefill(self, tokens: Tokens) -> None:
-        """Read tokens [n] as one batch; the logits of the last are computed."""
+    def prefill(self, tokens: Tokens) -> float:
+        """Seconds to read tokens [n] as one batch; the logits of the last are computed."""
 
     def rewind(self) -> None:
         """Forget what came after `depth`."""
 
 
 class Ours:
-    """A session of ours."""
+    """A session of ours. Its statistics are of the last sample."""
 
     name: EngineName = "actqkv"
-    context: Context = "read"
+    copied = False
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -69,126 +75,172 @@ class Ours:
         self.depth = len(tokens)
         self.session.checkpoint()  # so that a rewind reads nothing again
 
-    def step(self, token: int) -> None:
-        self.session.decode([token], phase="decode", n_logits=1)
+    def decode(self, tokens: Tokens) -> float:
+        self._step(int(tokens[0]))
+        self.session.stats_reset()
+        begin = time.perf_counter()
+        for token in tokens[1:].tolist():
+            self._step(token)
+        return time.perf_counter() - begin
 
-    def prefill(self, tokens: Tokens) -> None:
+    def prefill(self, tokens: Tokens) -> float:
+        self.session.stats_reset()
+        begin = time.perf_counter()
         self.session.decode(tokens, n_logits=1)
+        return time.perf_counter() - begin
 
     def rewind(self) -> None:
         if self.session.n_past > self.depth:
             self.session.rewind(self.depth)
 
+    def _step(self, token: int) -> None:
+        self.session.decode([token], phase="decode", n_logits=1)
 
-class Peer:
-    """A context of llama.cpp over the same model: dense, flash attention on. A context manager.
 
-    Args:
-        model: a llama_cpp LlamaModel.
-        n_ctx: tokens the context holds.
-        n_batch: tokens of one `prefill`, computed at once.
-        kv_type: a key of KV_TYPES.
+class Peer(Engine, Protocol):
+    """llama.cpp: one context at a time, dense, flash attention on."""
 
-    Raises:
-        MemoryPlanError: llama.cpp makes no context of this size.
-    """
+    @property
+    def blob_bytes(self) -> int:
+        """Bytes kept between contexts, in this process."""
+
+    def open(self, n_ctx: int) -> None:
+        """Make a context that holds nothing. MemoryPlanError where there is no room."""
+
+    def fill(self, tokens: Tokens, *, n_read: int, keep: bool, progress: Progress) -> None:
+        """Hold all of `tokens` but the last: the first `n_read` read, the others copies of those."""
+
+    def close(self) -> None:
+        """Free the context."""
+
+    def quit(self) -> None:
+        """No further context is wanted."""
+
+
+class LinkedPeer(peer.LlamaCpp):
+    """The llama.cpp that we link, over the same loaded model."""
 
     name: EngineName = "llama.cpp"
     method = "dense"
+    no_memory = MemoryPlanError
+    failed = ComputeError
 
-    def __init__(self, model: Any, *, n_ctx: int, n_batch: int, n_threads: int, kv_type: str) -> None:
-        self._ctx: Any = None
+    def __init__(self, model: Any, *, n_batch: int, n_threads: int, kv_type: str) -> None:
+        super().__init__(model.model, n_batch=n_batch, n_threads=n_threads, type_kv=KV_TYPES[kv_type])
         self.kv_type = kv_type
-        self.depth = 0
-        self.context: Context = "read"
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, n_batch
-        params.n_threads = params.n_threads_batch = n_threads
-        params.n_seq_max, params.kv_unified = 2, True  # the second sequence is where copies are made
-        params.type_k = params.type_v = KV_TYPES[kv_type]
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self._ctx = llama_cpp.llama_init_from_model(model.model, params)
-        if not self._ctx:
-            raise MemoryPlanError(f"llama.cpp makes no context of {n_ctx} tokens")
-        self._memory = llama_cpp.llama_get_memory(self._ctx)
-        self._n_batch = n_batch
-        self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
-        self._n_past = 0
 
-    def close(self) -> None:
-        if self._ctx:
-            llama_cpp.llama_batch_free(self._batch)
-            llama_cpp.llama_free(self._ctx)
-            self._ctx = None
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def quit(self) -> None:
         self.close()
 
-    def read(self, tokens: Tokens, progress: Progress) -> None:
-        """Read on until the context holds all of `tokens`, which begin with what it holds."""
-        for begin in range(self.depth, len(tokens), self._n_batch):
-            self.prefill(tokens[begin : begin + self._n_batch])
-            progress(min(begin + self._n_batch, len(tokens)), len(tokens))
-        self.depth = self._n_past
 
-    def save(self) -> NDArray[np.uint8]:
-        """What the context holds, for `load` and `append`."""
-        blob = np.empty(llama_cpp.llama_state_seq_get_size(self._ctx, _MAIN), np.uint8)
-        n_bytes = llama_cpp.llama_state_seq_get_data(self._ctx, _pointer(blob), blob.size, _MAIN)
-        return blob[:n_bytes]
+class OtherPeer:
+    """The llama_cpp of another interpreter, in a child process, over weights of its own.
 
-    def load(self, blob: NDArray[np.uint8], n_tokens: int) -> None:
-        """Begin with the `n_tokens` of a `blob` that another context saved."""
-        self._set(blob, _MAIN)
-        self.depth = self._n_past = n_tokens
+    Args:
+        python: the interpreter. The file runs `peer.py`.
+        model: the model's file.
 
-    def append(self, blob: NDArray[np.uint8], n_tokens: int) -> None:
-        """Put the first `n_tokens` of `blob` behind what the context holds, at the positions that follow.
+    Raises:
+        ParameterError: there is no such interpreter, it has no llama_cpp, or that does not load the model.
+    """
 
-        Their keys are rotated there by llama.cpp before the next batch. They have not seen what now stands before
-        them, which changes what is in the KV but not how much of it there is.
-        """
-        self._set(blob, _SPARE)
-        llama_cpp.llama_memory_seq_rm(self._memory, _SPARE, n_tokens, -1)
-        llama_cpp.llama_memory_seq_add(self._memory, _SPARE, 0, -1, self.depth)
-        llama_cpp.llama_memory_seq_cp(self._memory, _SPARE, _MAIN, -1, -1)
-        llama_cpp.llama_memory_seq_rm(self._memory, _SPARE, -1, -1)
-        self.depth = self._n_past = self.depth + n_tokens
-        self.context = "copied"
+    name: EngineName = "other llama.cpp"
+    method = "dense"
+    blob_bytes = 0
 
-    def step(self, token: int) -> None:
-        self._batch.token[0] = token
-        self._decode(1)
+    def __init__(self, python: str, model: str, *, n_batch: int, n_threads: int, kv_type: str) -> None:
+        self.kv_type = kv_type
+        self.depth, self.copied = 0, False
+        self._python = python
+        self._n_batch = n_batch
+        self._check()
+        load: dict[str, Any] = {
+            "path": str(Path(model).absolute()),
+            "n_batch": n_batch,
+            "n_threads": n_threads,
+            "type_kv": KV_TYPES[kv_type],
+        }
+        for extra_buffers in (True, False):  # some builds crash with them: machine.py
+            self._start()
+            try:
+                self.version = str(self._call("load", extra_buffers=extra_buffers, **load))
+                self._try()
+                return
+            except ComputeError as error:
+                self.quit()
+                if not extra_buffers:
+                    raise ParameterError(
+                        f"the llama_cpp of {python} does not run this model: {error}", "give another --peer-python"
+                    ) from None
 
-    def prefill(self, tokens: Tokens) -> None:
-        ctypes.memmove(self._batch.token, np.ascontiguousarray(tokens).ctypes.data, tokens.nbytes)
-        self._decode(len(tokens))
+    def open(self, n_ctx: int) -> None:
+        self._call("open", n_ctx=n_ctx)
+        self.depth, self.copied = 0, False
+
+    def fill(self, tokens: Tokens, *, n_read: int, keep: bool, progress: Progress) -> None:
+        found = self._call("fill", progress=progress, tokens=tokens.tolist(), n_read=n_read, keep=keep)
+        self.depth, self.copied = found["depth"], found["copied"]
+
+    def decode(self, tokens: Tokens) -> float:
+        return float(self._call("decode", tokens=tokens.tolist()))
+
+    def prefill(self, tokens: Tokens) -> float:
+        return float(self._call("prefill", tokens=tokens.tolist()))
 
     def rewind(self) -> None:
-        llama_cpp.llama_memory_seq_rm(self._memory, _MAIN, self.depth, -1)
-        self._n_past = self.depth
+        self._call("rewind")
 
-    def _set(self, blob: NDArray[np.uint8], sequence: int) -> None:
-        if not llama_cpp.llama_state_seq_set_data(self._ctx, _pointer(blob), blob.size, sequence):
-            raise ComputeError("llama.cpp does not take back the state that it gave")
+    def close(self) -> None:
+        if self._child.poll() is None:
+            self._call("close")
 
-    def _decode(self, n: int) -> None:
-        batch = self._batch
-        batch.n_tokens = n
-        for i in range(n):
-            batch.pos[i] = self._n_past + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = _MAIN
-            batch.logits[i] = i == n - 1
-        status = llama_cpp.llama_decode(self._ctx, batch)
-        if status != 0:
-            raise ComputeError(f"llama_decode returned {status} for {n} tokens after {self._n_past}")
-        llama_cpp.llama_get_logits_ith(self._ctx, -1)  # waits for the computation
-        self._n_past += n
+    def quit(self) -> None:
+        self._child.kill()
+        self._child.communicate()
 
+    def _check(self) -> None:
+        """An interpreter without llama_cpp is told from one that fails later."""
+        try:
+            tried = subprocess.run(
+                [self._python, "-c", "import llama_cpp"], capture_output=True, text=True, check=False
+            )
+        except OSError as error:
+            raise ParameterError(
+                f"{self._python} does not run: {error.strerror}", "give --peer-python a Python interpreter"
+            ) from None
+        if tried.returncode != 0:
+            reason = (tried.stderr.strip().splitlines() or [f"status {tried.returncode}"])[-1]
+            raise ParameterError(
+                f"{self._python} has no llama_cpp: {reason}", f"{self._python} -m pip install llama-cpp-python"
+            )
 
-def _pointer(blob: NDArray[np.uint8]) -> Any:
-    return blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    def _start(self) -> None:
+        self._child = subprocess.Popen(
+            [self._python, peer.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def _try(self) -> None:
+        self.open(self._n_batch + 1)
+        self.prefill(np.zeros(self._n_batch, np.int32))
+        self.close()
+
+    def _call(self, do: str, progress: Progress | None = None, **arguments: Any) -> Any:
+        to, answers = cast(IO[str], self._child.stdin), cast(IO[str], self._child.stdout)
+        try:
+            to.write(json.dumps({"do": do, **arguments}) + "\n")
+            to.flush()
+        except BrokenPipeError:
+            pass  # it has ended, which the empty answer says
+        for line in answers:
+            found = json.loads(line)
+            if "progress" in found and progress is not None:
+                progress(*found["progress"])
+            elif "error" in found:
+                raise (MemoryPlanError if found["no_memory"] else ComputeError)(found["error"])
+            else:
+                return found["done"]
+        raise ComputeError(f"it ended with status {self._child.wait()} while it was asked to {do}")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
-from typing import Any
 
 import llama_cpp
 import numpy as np
 
 from actqkv_cpp import Llama, machine, provenance
 from actqkv_cpp._native import Session, methods
-from actqkv_cpp.bench.engines import Engine, Ours, Peer, Progress, Tokens, head_dimension
-from actqkv_cpp.bench.results import MemoryUse, Phase, Row, StageUse
+from actqkv_cpp.bench.engines import Engine, LinkedPeer, OtherPeer, Ours, Peer, Progress, Tokens, head_dimension
+from actqkv_cpp.bench.results import EngineName, MemoryUse, Phase, Row, StageUse
 from actqkv_cpp.errors import MemoryPlanError, ParameterError
 from actqkv_cpp.figures import Stage, Stats
 
@@ -39,6 +37,7 @@ class Spec:
         decode_tokens: of one sample; a whole chunk's worth includes the closing of one.
         repeat: samples of each engine, phase and depth, at most.
         peer_read: tokens that llama.cpp really reads; deeper contexts are made of copies.
+        peer_python: an interpreter whose llama_cpp is measured beside the one that we link.
 
     Raises:
         ParameterError: there are no lengths, or llama.cpp may read nothing.
@@ -50,6 +49,7 @@ class Spec:
     repeat: int
     peer_read: int
     kv_type: str
+    peer_python: str | None = None
 
     def __post_init__(self) -> None:
         if not self.lengths:
@@ -91,7 +91,7 @@ class _Samples:
             measured=True,
             n=len(each),
             spread_ms=(min(each), max(each)),
-            context=engine.context,
+            context="copied" if engine.copied else "read",
             stages={
                 name: StageUse(ms_per_token=stage.ms / n, bytes_per_token=stage.bytes / n)
                 for name, stage in self.stages.items()
@@ -110,7 +110,7 @@ class Benchmark:
         note: takes a sentence about what was not measured, and why.
 
     Raises:
-        ParameterError: a length is not whole windows.
+        ParameterError: a length is not whole windows, or the other interpreter's llama_cpp does not run the model.
 
     Example:
         >>> rows = list(Benchmark(llm, spec, show=output.progress, note=output.note).rows())
@@ -134,14 +134,29 @@ class Benchmark:
         self._show, self._note = show, note
         rng = np.random.default_rng(0)
         self._tokens: Tokens = rng.integers(0, llm.n_vocab(), spec.n_ctx, dtype=np.int32)
-        self._peer_blob: Any = np.empty(0, np.uint8)  # what llama.cpp read so far, and how many tokens that is
-        self._peer_blob_tokens = 0
+        n_threads, kv_type = llm.n_threads, spec.kv_type
+        self._peers: list[Peer] = [LinkedPeer(llm._model, n_batch=PREFILL_TOKENS, n_threads=n_threads, kv_type=kv_type)]
+        if spec.peer_python is not None:
+            self._peers.append(
+                OtherPeer(
+                    spec.peer_python, llm.model_path, n_batch=PREFILL_TOKENS, n_threads=n_threads, kv_type=kv_type
+                )
+            )
+
+    @property
+    def other_version(self) -> str | None:
+        """Of the llama_cpp of the other interpreter."""
+        return next((peer.version for peer in self._peers if isinstance(peer, OtherPeer)), None)
 
     def rows(self) -> Iterator[Row]:
         """Rows as they are measured, then those that are extrapolated."""
-        for i, method in enumerate(self._spec.methods):
-            with self._session(method) as session:
-                yield from self._method(Ours(session), with_peer=i == 0)
+        try:
+            for i, method in enumerate(self._spec.methods):
+                with self._session(method) as session:
+                    yield from self._method(Ours(session), self._peers if i == 0 else [])
+        finally:
+            for peer in self._peers:
+                peer.quit()
 
     def _session(self, method: str) -> Session:
         spec, retrieval = self._spec, replace(self._retrieval, method=method)
@@ -152,10 +167,11 @@ class Benchmark:
             )
         return Session(self._model, retrieval, n_ctx=spec.n_ctx, n_threads=self._n_threads, kv_type=spec.kv_type)
 
-    def _method(self, ours: Ours, *, with_peer: bool) -> Iterator[Row]:
-        """One method of ours at each depth, alternating with llama.cpp where that is wanted."""
-        measured: dict[str, list[Row]] = {ours.name: [], Peer.name: []}
-        missing: dict[str, list[int]] = {ours.name: [], Peer.name: []}
+    def _method(self, ours: Ours, peers: Sequence[Peer]) -> Iterator[Row]:
+        """One method of ours at each depth, alternating with the peers."""
+        names = [ours.name, *(peer.name for peer in peers)]
+        measured: dict[EngineName, list[Row]] = {name: [] for name in names}
+        missing: dict[EngineName, list[int]] = {name: [] for name in names}
         for depth in self._spec.lengths:
             engines: list[Engine] = []
             if self._reading_takes(measured[ours.name], ours.depth, depth) > _READING_LIMIT_S:
@@ -165,17 +181,17 @@ class Benchmark:
                     ours.reach(self._tokens[:depth], progress)
                 engines.append(ours)
             memory = self._memory(ours.session) if engines else None
-            peer = self._peer(ours.session, depth) if with_peer else None
-            if peer is not None:
-                engines.append(peer)
-            elif with_peer:
-                missing[Peer.name].append(depth)
             try:
+                for peer in peers:
+                    if self._filled(peer, ours.session, depth):
+                        engines.append(peer)
+                    else:
+                        missing[peer.name].append(depth)
                 for row in self._measure(engines, depth, memory):
                     measured[row.engine].append(row)
                     yield row
             finally:
-                if peer is not None:
+                for peer in peers:
                     peer.close()
         for name, depths in missing.items():
             yield from self._extrapolate(measured[name], depths, name)
@@ -196,20 +212,12 @@ class Benchmark:
 
     def _sample(self, engine: Engine, phase: Phase) -> tuple[float, Stats | None]:
         """Seconds of one sample, and our stages' share; the engine is back at its depth afterwards."""
-        tokens = self._tokens[engine.depth :][:PREFILL_TOKENS]
-        session = engine.session if isinstance(engine, Ours) else None
+        tokens = self._tokens[engine.depth :]
         if phase == "decode":
-            engine.step(int(tokens[0]))  # brings the weights back into the caches
-        if session is not None:
-            session.stats_reset()
-        begin = time.perf_counter()
-        if phase == "decode":
-            for token in tokens[1 : self._spec.decode_tokens + 1].tolist():
-                engine.step(token)
+            seconds = engine.decode(tokens[: self._spec.decode_tokens + 1])
         else:
-            engine.prefill(tokens)
-        seconds = time.perf_counter() - begin
-        stats = session.stats() if session is not None else None
+            seconds = engine.prefill(tokens[:PREFILL_TOKENS])
+        stats = engine.session.stats() if isinstance(engine, Ours) else None
         engine.rewind()
         return seconds, stats
 
@@ -221,7 +229,7 @@ class Benchmark:
         plan, params = session.plan, session.params
         n_chunks = max(params.n_ctx // params.n_chunk_tokens, 1)
         return MemoryUse(
-            resident_bytes=resident - self._peer_blob.nbytes,
+            resident_bytes=resident - sum(peer.blob_bytes for peer in self._peers),
             weights_bytes=self._weights_bytes,
             kv_bytes=plan.kv_bytes * session.n_past // params.n_ctx,
             summary_bytes=plan.summary_bytes * min(session.n_chunks, n_chunks) // n_chunks,
@@ -229,52 +237,31 @@ class Benchmark:
 
     # -- llama.cpp
 
-    def _peer(self, session: Session, depth: int) -> Peer | None:
-        """A context of llama.cpp that holds `depth` tokens; None, with a note, where it does not fit in memory."""
+    def _filled(self, peer: Peer, session: Session, depth: int) -> bool:
+        """Whether the peer now holds `depth` tokens; not, with a note, where they do not fit in memory."""
         n_read = min(depth, self._spec.peer_read)
         if n_read < depth and self._spec.kv_type != "f16" and self._d_head % 64 != 0:
             # build_rope_shift of libllama 0.3.36 dereferences a rotation that it makes for multiples of 64 only
             self._note(
-                f"llama.cpp cannot copy {self._spec.kv_type} keys of heads of {self._d_head}: "
+                f"{peer.name} cannot copy {self._spec.kv_type} keys of heads of {self._d_head}: "
                 f"--peer-read {depth:,} reads this far"
             )
-            return None
+            return False
         n_ctx = depth + n_read + PREFILL_TOKENS  # the last copy may reach beyond the depth before it is cut
         n_bytes = session.plan.kv_bytes * n_ctx // session.params.n_ctx
         free = machine.available_memory()
         if free is not None and n_bytes + _FREE_BYTES > free:
-            self._note(f"llama.cpp's context of {depth:,} tokens needs {n_bytes:,} bytes, {free:,} are free")
-            return None
+            self._note(f"{peer.name}'s context of {depth:,} tokens needs {n_bytes:,} bytes, {free:,} are free")
+            return False
         try:
-            peer = Peer(
-                self._model,
-                n_ctx=n_ctx,
-                n_batch=PREFILL_TOKENS,
-                n_threads=self._n_threads,
-                kv_type=self._spec.kv_type,
-            )
+            peer.open(n_ctx)
         except MemoryPlanError as error:
             self._note(str(error))
-            return None
-        try:
-            self._fill(peer, n_read, depth)
-        except BaseException:
-            peer.close()
-            raise
-        return peer
-
-    def _fill(self, peer: Peer, n_read: int, depth: int) -> None:
-        if self._peer_blob_tokens:
-            peer.load(self._peer_blob, self._peer_blob_tokens)
-        if peer.depth < n_read:
-            with self._show("llama.cpp, reading", "tokens") as progress:
-                peer.read(self._tokens[:n_read], progress)
-            if n_read < self._spec.lengths[-1]:
-                self._peer_blob, self._peer_blob_tokens = peer.save(), n_read
-        while peer.depth < depth:
-            peer.append(self._peer_blob, min(n_read, depth - peer.depth))
-        peer.step(int(self._tokens[depth]))  # rotates the copies' keys
-        peer.rewind()
+            return False
+        keep = n_read < self._spec.lengths[-1]
+        with self._show(f"{peer.name}, reading", "tokens") as progress:
+            peer.fill(self._tokens[: depth + 1], n_read=n_read, keep=keep, progress=progress)
+        return True
 
     # -- what was not measured
 
@@ -286,7 +273,7 @@ class Benchmark:
         rates = [line(prefill, at) if len(prefill) > 1 else prefill[0].ms_per_token for at in (depth, target)]
         return (target - depth) * sum(rates) / 2 / 1000
 
-    def _extrapolate(self, measured: Sequence[Row], depths: Sequence[int], name: str) -> Iterator[Row]:
+    def _extrapolate(self, measured: Sequence[Row], depths: Sequence[int], name: EngineName) -> Iterator[Row]:
         for depth in depths:
             for phase in _PHASES:
                 known = [row for row in measured if row.phase == phase]

@@ -11,9 +11,14 @@ from rich.table import Table
 from actqkv_cpp import tables
 from actqkv_cpp.bench.kernels import KernelResult
 from actqkv_cpp.bench.measure import PREFILL_TOKENS
-from actqkv_cpp.bench.results import Phase, Result, Row, StageUse
+from actqkv_cpp.bench.results import EngineName, Phase, Result, Row, StageUse
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
+_PEERS: tuple[EngineName, ...] = ("llama.cpp", "other llama.cpp")
+_PEER_HEADINGS = {
+    "llama.cpp": ("llama.cpp\ntok/s", "ours/llama.cpp"),
+    "other llama.cpp": ("other\ntok/s", "ours/other"),
+}
 _IDLE_LOAD = 0.5  # of a machine on which nothing else runs
 _SMALL_SHARE = 0.005  # of a row's time: a stage that never takes more has no column
 
@@ -75,23 +80,29 @@ def _speeds(result: Result, method: str) -> Table:
     """ours / llama.cpp is a ratio of speeds at one depth; ours / first, of ours to itself at the least depth."""
     rows = [row for row in result.rows if row.engine == "actqkv" and row.method == method]
     least = min(row.depth for row in rows)
-    columns = ("phase", "depth", "tok/s", "ms/token", "least-most", "llama.cpp tok/s", "ours/llama.cpp")
-    table = tables.table(f"method {method}, {rows[0].kv_type} KV", (*columns, f"ours/ours at {least:,}"))
+    peers = [name for name in _PEERS if any(row.engine == name for row in result.rows)]
+    columns = ["phase", "depth", "tok/s", "ms/token", "least-most"]
+    columns += [heading for name in peers for heading in _PEER_HEADINGS[name]]
+    table = tables.table(f"method {method}, {rows[0].kv_type} KV", (*columns, f"ours/ours\nat {least:,}"))
     for phase in _PHASES:
         first = result.find("actqkv", method, phase, least)
         for row in sorted((row for row in rows if row.phase == phase), key=lambda row: row.depth):
-            peer = result.find("llama.cpp", "dense", phase, row.depth)
+            found = [result.find(name, "dense", phase, row.depth) for name in peers]
             table.add_row(
                 row.phase,
                 f"{row.depth:,}",
                 _rate(row),
                 f"{row.ms_per_token:.3g}",
                 f"{row.spread_ms[0]:.3g}-{row.spread_ms[1]:.3g}" if row.measured else "",
-                _rate(peer) if peer else "",
-                f"{peer.ms_per_token / row.ms_per_token:.2f}" if peer else "",
+                *(cell for peer in found for cell in _beside(row, peer)),
                 f"{first.ms_per_token / row.ms_per_token:.2f}" if first else "",
             )
     return table
+
+
+def _beside(row: Row, peer: Row | None) -> tuple[str, str]:
+    """A peer's speed, and ours over it."""
+    return (_rate(peer), f"{peer.ms_per_token / row.ms_per_token:.2f}") if peer else ("", "")
 
 
 def _stages(result: Result, method: str) -> Table | None:
@@ -142,10 +153,15 @@ def _words(result: Result) -> Iterator[str]:
         f"token before them{_exception(result.rows, 'actqkv')}."
     )
     copied = [row.depth for row in result.rows if row.context == "copied"]
-    read = [row.depth for row in result.rows if row.engine == "llama.cpp" and row.context == "read"]
-    if read:
-        exception = _exception(result.rows, "llama.cpp")
-        yield f"llama.cpp (dense, flash attention) read up to {max(read):,} tokens{exception}."
+    for name in _PEERS:
+        read = [row.depth for row in result.rows if row.engine == name and row.context == "read"]
+        if read:
+            yield f"{name} (dense, flash attention) read up to {max(read):,} tokens{_exception(result.rows, name)}."
+    if any(row.engine == "other llama.cpp" for row in result.rows):
+        yield (
+            f"other llama.cpp is that of --peer-python, {settings['other_version']}, in a process of its own with "
+            "weights of its own."
+        )
     if copied:
         yield (
             f"At {_list(copied)} llama.cpp's context is made of copies of the first {settings['peer_read']:,} tokens, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-EngineName = Literal["actqkv", "llama.cpp"]
+EngineName = Literal["actqkv", "llama.cpp", "other llama.cpp"]  # linked; of --peer-python
 Phase = Literal["prefill", "decode"]
 Context = Literal["read", "copied", "none"]
 
@@ -48,8 +48,8 @@ class Row:
     """One engine in one phase at one depth.
 
     Args:
-        engine: "actqkv" or "llama.cpp".
-        method: of retrieval; llama.cpp's is "dense".
+        engine: "actqkv", "llama.cpp" or "other llama.cpp", that of --peer-python.
+        method: of retrieval; theirs is "dense".
         depth: tokens that stand in the context before the measured ones.
         ms_per_token: the median of the samples; extrapolated where `measured` is false.
         measured: false where the figure is a straight line through the two greatest measured depths.

@@ -35,6 +35,7 @@ class _Request:
     lengths: tuple[int, ...]
     methods: tuple[str, ...]
     peer_read: int
+    peer_python: str | None
     repeat: int
     quick: bool
     json: bool
@@ -54,6 +55,15 @@ def bench(
         int,
         o._size("--peer-read", help="Tokens that llama.cpp really reads; deeper contexts are copies.", default="8k"),
     ] = 8192,
+    peer_python: Annotated[
+        str | None,
+        o._option(
+            "--peer-python",
+            metavar="PATH",
+            help="A Python whose llama_cpp, another build, is measured too.",
+            default="only the linked one",
+        ),
+    ] = None,
     repeat: Annotated[int, o._option("--repeat", metavar="N", help="Samples of each figure.", default="5", min=1)] = 5,
     kernels: Annotated[
         bool,
@@ -77,6 +87,9 @@ def bench(
     Both run in turn on the same loaded weights, with the same threads: our session, and llama.cpp's own context with
     dense flash attention. A sample is 512 tokens of prefill, or 32 steps of decode.
 
+    --peer-python PATH measures the llama.cpp of another installation too, for example one that another compiler built;
+    it runs in a child process, in turn with the others.
+
     --kernels measures each kernel beside what this machine's memory and processor allow: on the heads of MODEL, or,
     with none, on 32 heads of 64.
 
@@ -93,6 +106,7 @@ def bench(
             lengths=o.parse_list(lengths, parse_size),
             methods=o.parse_list(methods, str),
             peer_read=peer_read,
+            peer_python=peer_python,
             repeat=1 if quick else repeat,
             quick=quick,
             json=as_json,
@@ -112,6 +126,8 @@ def _bench_kernels(output: Output, engine: o.EngineOptions, request: _Request) -
 
     if request.methods != (_KERNELS_OF,):
         raise ParameterError(f"--kernels measures those of the method {_KERNELS_OF}", "leave --methods out")
+    if request.peer_python is not None:
+        raise ParameterError("--kernels measures nothing of llama.cpp", "leave --peer-python out")
     if not request.lengths:
         raise ParameterError("no length to measure at", "name one, for example 128k")
     shape = _shape(output, engine, request.lengths[-1])
@@ -182,6 +198,7 @@ def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
         decode_tokens=_QUICK_DECODE_TOKENS if request.quick else _DECODE_TOKENS,
         repeat=request.repeat,
         peer_read=request.peer_read,
+        peer_python=request.peer_python,
         kv_type=engine.kv_type,
     )
     llm = open_model(output, replace(engine, ctx=spec.n_ctx), [], reserve=0)
@@ -202,6 +219,7 @@ def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
         notes=(),
     )
     benchmark = Benchmark(llm, spec, show=output.progress, note=notes.append)
+    settings["other_version"] = benchmark.other_version
     try:
         for row in benchmark.rows():
             rows.append(row)

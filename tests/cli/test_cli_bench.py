@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
+import llama_cpp
 import pytest
 from cli_support import Actqkv, assert_failed
 from tiny_gguf import make_tiny_gguf
@@ -75,6 +77,41 @@ def test_copies_that_llama_cpp_cannot_make(actqkv: Actqkv, babbler: Path) -> Non
     assert "llama.cpp cannot copy q4_0 keys of heads of 32: --peer-read 512" in found.out + found.err
 
 
+def test_another_llama_cpp(actqkv: Actqkv, babbler: Path) -> None:
+    """The llama_cpp of --peer-python is not measured, or takes the place of the linked one."""
+    lengths = ("--lengths", "256,512", "--peer-read", "256")
+    found = actqkv("bench", babbler, *lengths, "--peer-python", sys.executable, "--json", *FAST)
+    assert found.status == 0, found.err
+    result = json.loads(found.out)
+    assert result["settings"]["other_version"] == llama_cpp.__version__
+    rows = {(row["engine"], row["phase"], row["depth"]): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 12
+    for phase in ("prefill", "decode"):
+        for depth, context in ((256, "read"), (512, "copied")):
+            linked, other = (rows[name, phase, depth] for name in ("llama.cpp", "other llama.cpp"))
+            assert (linked["context"], other["context"]) == (context, context)
+            assert other["ms_per_token"] > 0
+            assert other["method"] == "dense"
+    found = actqkv("bench", babbler, "--lengths", "256", "--peer-python", sys.executable, *FAST)
+    assert "ours/llama.cpp" in found.out
+    assert "ours/other" in found.out
+    assert f"other llama.cpp is that of --peer-python, {llama_cpp.__version__}," in found.out
+
+
+def test_interpreters_without_llama_cpp(actqkv: Actqkv, babbler: Path, tmp_path: Path) -> None:
+    """--peer-python without llama_cpp, or without Python, ends in a traceback, or is left out."""
+    with_peer = ("bench", babbler, "--lengths", "256", *FAST, "--peer-python")
+    assert_failed(actqkv(*with_peer, tmp_path / "python"), "does not run", "--peer-python")
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without site-packages
+    bare.chmod(0o755)
+    assert_failed(actqkv(*with_peer, bare), "has no llama_cpp", "pip install")
+    dying = tmp_path / "dying"
+    dying.write_text('#!/bin/sh\n[ "$1" = -c ] || kill -SEGV $$\n')
+    dying.chmod(0o755)
+    assert_failed(actqkv(*with_peer, dying), "does not run this model", "status -11")
+
+
 def test_exact_methods_beyond_the_trained_length(actqkv: Actqkv, babbler: Path) -> None:
     """A method that answers nothing beyond the trained 2,048 tokens ends the benchmark there, first or not."""
     found = actqkv("bench", babbler, "--lengths", "2k", "--peer-read", "256", "--methods", "dense", *FAST)
@@ -106,6 +143,7 @@ def test_tables(actqkv: Actqkv, babbler: Path) -> None:
         (["--lengths", "256", "--budget", "128"], ["budget"]),
         (["--lengths", "256", "--peer-read", "0"], ["--peer-read"]),
         (["--kernels", "--lengths", "1k"], ["chunks", "--lengths"]),
+        (["--kernels", "--peer-python", "python"], ["--kernels", "--peer-python"]),
         (["--kernels", "--methods", "dense"], ["--kernels", "--methods"]),
     ],
 )
