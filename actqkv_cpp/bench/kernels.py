@@ -325,6 +325,7 @@ class _Jobs:
         yield self.summarize()
         yield self.probe()
         yield self.score()
+        yield self.spread()
         yield self.sketch()
         yield self.refine()
         yield self.vote()
@@ -382,6 +383,27 @@ class _Jobs:
             )
 
         return _Job(kernel="score", work=f"{n:,} chunks", bytes=n_bytes, operations=2 * n * width, make=make)
+
+    def spread(self) -> _Job:
+        heads = (self.shape.n_head_kv, self.shape.d_head)
+        n, one = self.shape.n_chunks, int(lib.actqkv_spread_bytes(*heads))
+        n_bytes = n * one
+        keys = self.rng.normal(size=(64, self.shape.n_head_kv, self.shape.chunk, self.shape.d_head)).astype(np.float16)
+        centre, pattern = np.zeros(heads, np.float32), np.empty((64, one), np.uint8)
+        for chunk, made in zip(keys, pattern, strict=True):
+            stride = self.shape.chunk * self.shape.d_head
+            lib.actqkv_spread(_at(chunk), stride, _at(centre), *heads, self.shape.chunk, _at(made))
+        spreads = _memory(self.working_set + n_bytes, pattern)
+        folded, scores = np.empty(int(lib.actqkv_spread_query_size(*heads)), np.float32), np.empty(n, np.float32)
+        lib.actqkv_spread_query(_at(self.query), self.shape.n_head, *heads, _at(folded))
+
+        def make(i: int) -> Callable[[], object]:
+            at = _at(spreads, i * n_bytes % self.working_set // n_bytes * n_bytes, "uint8_t *")
+            given = (self.impl, _at(folded), at, ffi.NULL, n, *heads)
+            return lambda: lib.actqkv_spread_scores(*given, _at(scores), self.n_threads)
+
+        operations = 2 * n * self.shape.n_head_kv * self.shape.d_head
+        return _Job(kernel="spread", work=f"{n:,} chunks", bytes=n_bytes, operations=operations, make=make)
 
     def sketch(self) -> _Job:
         n, n_of = self.shape.sketched, max(self.shape.sketched, self.working_set // self.shape.sketch_bytes)
