@@ -468,7 +468,7 @@ bool kv_file::map(int il, int array, uint64_t begin, uint64_t end, const chunk_a
         fail_os("map", path, code);
     }
     // Chunks are read from all over: what lies around them is not to come along. A first question after 143,268 tokens in
-    // a file of 491 MB, none of it in memory: 69 MB resident after 1.3 s, otherwise 249 MB after 2.4 s (virtual disk).
+    // a file of 491 MB, none of it in memory: 96 MB of it resident, otherwise 249 MB.
     if (array != FILE_SUMMARIES && array != FILE_NORMS) {
         madvise(at, end - begin, MADV_RANDOM);
     }
