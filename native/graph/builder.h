@@ -14,6 +14,8 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
+#include <vector>
+
 namespace actqkv {
 
 // What segments exchange with the outside and with each other; host memory of the session, room for n_window tokens.
@@ -33,16 +35,38 @@ struct window_tensors {
     float * v;              // [m][G][d]
 };
 
-struct segment {
+// Where a backend has the window's tensors: the CPU's place is theirs, a device has a mirror of all of them.
+struct io_place {
+    ggml_backend_dev_t device; // NULL: the CPU
+    ggml_backend_buffer_t buffer;
+    char * base; // of the first tensor there
+};
+
+// Bytes of the window's tensors, counted from the first.
+struct io_range {
+    uint64_t offset, bytes;
+};
+
+// What one backend computes without a break. On a device, `to` is copied to its mirror before and `from` back after it;
+// what the device left in its mirror before is not copied again.
+struct graph_part {
+    int place; // its number
     ggml_cgraph * graph;
+    std::vector<io_range> to, from;
+};
+
+// One part where all weights are on the CPU, or all on one device; else one for every stretch of them.
+struct segment {
+    std::vector<graph_part> parts;
     ggml_tensor * logits; // [n_vocab, n_out] in the last segment, else NULL
 };
 
-// Builds segment il of a window of m tokens into ctx. Tensors of `io` are bound to `io_buffer`; the rest is unallocated.
+// Builds segment il of a window of m tokens into ctx. Tensors of `io`, the first of which lies at places[0].base, are bound
+// to the places; the rest is unallocated. Segments run in order.
 segment build_segment(ggml_context * ctx, const hparams & hp, const weights & w, const window_tensors & io,
-                      ggml_backend_buffer_t io_buffer, int il, int m, int n_out);
+                      const std::vector<io_place> & places, int il, int m, int n_out);
 
 // Upper bounds for the context that build_segment fills.
-constexpr int N_TENSORS_PER_SEGMENT = 96;
+constexpr int N_TENSORS_PER_SEGMENT = 96, N_PARTS_PER_SEGMENT = 2;
 
 } // namespace actqkv

@@ -7,12 +7,39 @@
 #include "ggml.h"
 #include "llama.h"
 
+#include <algorithm>
 #include <initializer_list>
 #include <map>
 #include <set>
 
 namespace actqkv {
 namespace {
+
+// The device that computes with a tensor where it lies; NULL: the CPU, also with host memory that belongs to a GPU, and
+// with its own extra buffer types.
+ggml_backend_dev_t device_of(const ggml_tensor * tensor) {
+    ggml_backend_buffer_type_t type = ggml_backend_buffer_get_type(tensor->buffer);
+    ggml_backend_dev_t device = ggml_backend_buft_is_host(type) ? nullptr : ggml_backend_buft_get_device(type);
+    const bool cpu = device == nullptr || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    return cpu ? nullptr : device;
+}
+
+const char * name_of(ggml_backend_dev_t device) {
+    return device != nullptr ? ggml_backend_dev_name(device) : "the CPU";
+}
+
+// The device of all of them; NULL pointers are passed over.
+ggml_backend_dev_t common_device(std::initializer_list<ggml_tensor *> tensors) {
+    ggml_tensor * first = nullptr;
+    for (ggml_tensor * tensor : tensors) {
+        first = first != nullptr ? first : tensor;
+        if (tensor != nullptr && device_of(tensor) != device_of(first)) {
+            throw error(ACTQKV_ERR_MODEL, format("tensor '%s' is on %s, '%s' of the same layer on %s", first->name,
+                                                 name_of(device_of(first)), tensor->name, name_of(device_of(tensor))));
+        }
+    }
+    return device_of(first);
+}
 
 class tensor_source {
 public:
@@ -34,9 +61,25 @@ public:
         }
         ggml_tensor * tensor = last ? found->second.back() : found->second.front();
         check_shape(tensor, name, shape);
-        check_memory(tensor, name);
+        if (tensor->buffer == nullptr) {
+            throw error(ACTQKV_ERR_MODEL, format("tensor '%s' is not loaded", name.c_str()));
+        }
         used.insert(name);
         return tensor;
+    }
+
+    // Of the copies that libllama makes for each device of a tensor that all layers share; NULL where there is none.
+    ggml_tensor * shared_on(ggml_backend_dev_t device, const std::string & name, std::initializer_list<int64_t> shape) {
+        ggml_tensor * any = optional(name, shape);
+        if (any == nullptr) {
+            return nullptr;
+        }
+        for (ggml_tensor * tensor : named[name]) {
+            if (device_of(tensor) == device) {
+                return tensor;
+            }
+        }
+        return any;
     }
 
     ggml_tensor * optional(const std::string & name, std::initializer_list<int64_t> shape) {
@@ -61,17 +104,6 @@ private:
                                                      name.c_str(), (long long) tensor->ne[i], i, (long long) ne));
             }
             i++;
-        }
-    }
-
-    static void check_memory(const ggml_tensor * tensor, const std::string & name) {
-        if (tensor->buffer == nullptr) {
-            throw error(ACTQKV_ERR_MODEL, format("tensor '%s' is not loaded", name.c_str()));
-        }
-        ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(tensor->buffer));
-        if (device != nullptr && ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU) {
-            throw error(ACTQKV_ERR_MODEL, format("tensor '%s' is in %s memory; load the model with n_gpu_layers = 0",
-                                                 name.c_str(), ggml_backend_dev_name(device)));
         }
     }
 
@@ -104,10 +136,21 @@ layer_weights read_layer(tensor_source & source, const hparams & hp, int il) {
     w.up_b = source.optional(p + "ffn_up.bias", {n_ff});
     w.gate_b = source.optional(p + "ffn_gate.bias", {n_ff});
     w.down_b = source.optional(p + "ffn_down.bias", {n_embd});
+    w.device = common_device({w.attn_norm, w.wq, w.wk, w.wv, w.bq, w.bk, w.bv, w.q_norm, w.k_norm, w.wo, w.bo,
+                              w.ffn_norm, w.up, w.gate, w.down, w.up_b, w.gate_b, w.down_b});
+    if (hp.arch == "llama") {
+        w.rope_freqs = source.shared_on(w.device, "rope_freqs.weight", {hp.rope.n_dims / 2});
+        common_device({w.attn_norm, w.rope_freqs});
+    }
     return w;
 }
 
 } // namespace
+
+bool weights::on_device() const {
+    const auto there = [](const layer_weights & l) { return l.device != nullptr; };
+    return embd_device != nullptr || output_device != nullptr || std::any_of(layers.begin(), layers.end(), there);
+}
 
 weights read_weights(const llama_model * model, const hparams & hp) {
     tensor_source source(model);
@@ -119,9 +162,8 @@ weights read_weights(const llama_model * model, const hparams & hp) {
         w.output = source.take("token_embd.weight", {hp.n_embd, hp.n_vocab}, true, true);
     }
     w.output_b = source.optional("output.bias", {hp.n_vocab});
-    if (hp.arch == "llama") {
-        w.rope_freqs = source.optional("rope_freqs.weight", {hp.rope.n_dims / 2});
-    }
+    w.embd_device = device_of(w.token_embd);
+    w.output_device = common_device({w.output_norm, w.output, w.output_b});
     for (int il = 0; il < hp.n_layer; il++) {
         w.layers.push_back(read_layer(source, hp, il));
     }

@@ -1,5 +1,7 @@
 #include "serial.h"
 
+#include "ggml-backend.h"
+
 #include "../error.h"
 
 #include "ggml.h"
@@ -11,7 +13,12 @@ uint64_t model_fingerprint(const hparams & hp, const weights & w) {
     for (const int64_t n : {hp.n_layer, hp.n_embd, hp.n_head, hp.n_head_kv, hp.d_head, hp.n_vocab, hp.n_ctx_train}) {
         hash = mix(hash, (uint64_t) n);
     }
-    const auto add = [&](const ggml_tensor * t) { hash = mix(hash, checksum(t->data, ggml_nbytes(t))); };
+    std::vector<uint8_t> bytes;
+    const auto add = [&](const ggml_tensor * t) { // wherever it lies
+        bytes.resize(ggml_nbytes(t));
+        ggml_backend_tensor_get(t, bytes.data(), 0, bytes.size());
+        hash = mix(hash, checksum(bytes.data(), bytes.size()));
+    };
     add(w.output_norm);
     for (const layer_weights & l : w.layers) {
         add(l.attn_norm);
