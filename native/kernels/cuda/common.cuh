@@ -212,6 +212,9 @@ int32_t score(actqkv_cuda_stream *, const float *, float, const actqkv_f16 *, co
 int32_t head_scores(actqkv_cuda_stream *, const float *, const actqkv_f16 *, int64_t, int32_t, int64_t, int64_t,
                     int32_t, float *);
 int32_t vote(actqkv_cuda_stream *, const float *, int64_t, int32_t, int32_t, int32_t, float *);
+int32_t sketch(actqkv_cuda_stream *, const actqkv_f16 *, int64_t, int32_t, int32_t, int32_t, uint8_t *);
+int32_t sketch_scores(actqkv_cuda_stream *, const float *, const uint8_t *, const int32_t *, int32_t, int32_t, int32_t,
+                      int32_t, int32_t, float, float *);
 int32_t refine(actqkv_cuda_stream *, const float *, int32_t, const uint8_t *, const int32_t *, int32_t, int32_t,
                int32_t, int32_t, int32_t, float, float *);
 int32_t entropy(actqkv_cuda_stream *, const float *, int64_t, float, float *);

@@ -246,6 +246,8 @@ extern "C" const actqkv_cuda * actqkv_cuda_table(void) {
         score,
         head_scores,
         vote,
+        sketch,
+        sketch_scores,
         refine,
         entropy,
         top_k,

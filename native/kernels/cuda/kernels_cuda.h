@@ -21,7 +21,7 @@ extern "C" {
 
 // [cdef begin]
 
-enum actqkv_cuda_limits { ACTQKV_CUDA_INTERFACE = 1, ACTQKV_CUDA_MAX_D_HEAD = 256 };
+enum actqkv_cuda_limits { ACTQKV_CUDA_INTERFACE = 2, ACTQKV_CUDA_MAX_D_HEAD = 256 };
 
 struct actqkv_cuda_stream;
 
@@ -72,7 +72,7 @@ struct actqkv_cuda {
     int32_t (*start_clock)(struct actqkv_cuda_stream * stream);
     int32_t (*stop_clock)(struct actqkv_cuda_stream * stream, float * ms);
 
-    // ---- kernels, in the order of kernels.h, without spreads and sketches
+    // ---- kernels, in the order of kernels.h, without spreads
 
     int32_t (*to_f16)(struct actqkv_cuda_stream * stream, const float * src, actqkv_f16 * dst, int64_t n);
 
@@ -96,6 +96,13 @@ struct actqkv_cuda {
                            float * scores);
     int32_t (*vote)(struct actqkv_cuda_stream * stream, const float * scores, int64_t n, int32_t n_head,
                     int32_t n_head_kv, int32_t sum, float * votes);
+
+    int32_t (*sketch)(struct actqkv_cuda_stream * stream, const actqkv_f16 * keys, int64_t key_stride,
+                      int32_t n_head_kv, int32_t d_head, int32_t c, uint8_t * sketches);
+    // sketches lie at a multiple of 2 bytes.
+    int32_t (*sketch_scores)(struct actqkv_cuda_stream * stream, const float * query, const uint8_t * sketches,
+                             const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head,
+                             int32_t c, float scale, float * scores);
 
     int32_t (*refine)(struct actqkv_cuda_stream * stream, const float * query, int32_t type, const uint8_t * keys,
                       const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t c,
