@@ -21,6 +21,7 @@ from actqkv_cpp.errors import (
     ComputeError,
     ContextError,
     DocumentError,
+    GpuMemoryError,
     InternalError,
     KVFileError,
     LibraryError,
@@ -30,6 +31,7 @@ from actqkv_cpp.errors import (
     StateError,
     ThreadError,
 )
+from actqkv_cpp.gpu import GpuUse, NoGpu
 from actqkv_cpp.results import Answer, Audit, Memory, Source, Timing, Usage
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ __all__ = [
     "ContextError",
     "Document",
     "DocumentError",
+    "GpuMemoryError",
+    "GpuUse",
     "InternalError",
     "KVFileError",
     "LibraryError",
@@ -60,6 +64,7 @@ __all__ = [
     "Memory",
     "MemoryPlanError",
     "ModelError",
+    "NoGpu",
     "ParameterError",
     "Record",
     "Recording",

@@ -1,23 +1,55 @@
-"""What libactqkv_cuda tells of this machine's GPUs, through the native module."""
+"""libactqkv_cuda through the native module: what it tells of this machine's GPUs, what a session would take of one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from actqkv_cpp._native import ffi, lib  # type: ignore[attr-defined]  # the one door to the cffi module
-from actqkv_cpp.figures import Cuda, Gpu
+from actqkv_cpp import _env
+from actqkv_cpp._native import (  # type: ignore[attr-defined]  # the one door to the cffi module
+    call,
+    ffi,
+    lib,
+    make_params,
+    model_pointer,
+)
+from actqkv_cpp.config import Retrieval
+from actqkv_cpp.errors import LibraryError
+from actqkv_cpp.figures import Cuda, Gpu, GpuPlan
+
+
+def text(chars: object) -> str:
+    return str(ffi.string(chars).decode("utf-8", "replace"))
+
+
+def load(library: Path | None = None) -> Any:
+    """The library's table of functions. LibraryError with the reason where it does not load.
+
+    Args:
+        library: default what ACTQKV_CUDA_LIBRARY names, else the installed one.
+    """
+    path = library or _env.cuda_library()
+    reason = ffi.new("char[]", 512)
+    table = lib.actqkv_cuda_load(ffi.NULL if path is None else str(path).encode(), reason, len(reason))
+    if table == ffi.NULL:
+        raise LibraryError(text(reason) or "out of memory")
+    return table
+
+
+def plan(model: Any, retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_type: str) -> GpuPlan:
+    """What the attention of a session would take of a GPU's memory; allocates nothing."""
+    params = make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
+    found = ffi.new("struct actqkv_gpu_memory *")
+    call(lib.actqkv_gpu_memory_plan, model_pointer(model), params, load(), found)
+    return GpuPlan(found.window_bytes, found.least_bytes, found.useful_bytes)
 
 
 def find_cuda(library: Path | None = None) -> Cuda:
-    """What our CUDA library, by default the installed one, finds on this machine; starts CUDA where there is a GPU."""
-
-    def text(chars: object) -> str:
-        return str(ffi.string(chars).decode("utf-8", "replace"))
-
-    reason = ffi.new("char[]", 512)
-    table = lib.actqkv_cuda_load(ffi.NULL if library is None else str(library).encode(), reason, len(reason))
-    if table == ffi.NULL:
-        return Cuda(library_problem=text(reason) or "out of memory")
+    """What our CUDA library finds on this machine; starts CUDA where there is a GPU. `library` as in `load`."""
+    try:
+        table = load(library)
+    except LibraryError as error:
+        return Cuda(library_problem=str(error))
     driver, n = ffi.new("int32_t *"), ffi.new("int32_t *")
     table.driver_version(driver)
     status = table.n_devices(n)

@@ -1,6 +1,7 @@
 """The only reader of the environment.
 
 ACTQKV_CACHE_DIR       where verdicts about this machine are remembered; default XDG_CACHE_HOME/actqkv, ~/.cache/actqkv
+ACTQKV_CUDA_LIBRARY    the libactqkv_cuda to load; default the one installed beside this package
 ACTQKV_DATA_DIR        where saved chats are kept; default XDG_DATA_HOME/actqkv, ~/.local/share/actqkv
 ACTQKV_EXTRA_BUFFERS   auto (default): llama.cpp's extra buffer types where they were tried and found safe; on; off
 GOMP_SPINCOUNT         1000 unless it or OMP_WAIT_POLICY is set: see let_threads_sleep
@@ -35,6 +36,12 @@ def cache_dir() -> Path:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "actqkv"
+
+
+def cuda_library() -> Path | None:
+    """The libactqkv_cuda that the user names; None: the installed one."""
+    named = os.environ.get("ACTQKV_CUDA_LIBRARY")
+    return Path(named) if named else None
 
 
 def data_dir() -> Path:

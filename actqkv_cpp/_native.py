@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from actqkv_cpp.config import Retrieval
 from actqkv_cpp.errors import LibraryError, ParameterError, StateError, ThreadError, error_from_status, unknown_name
-from actqkv_cpp.figures import Mass, MemoryPlan, Params, Phase, Stage, Stats
+from actqkv_cpp.figures import GpuStats, Mass, MemoryPlan, Params, Phase, Stage, Stats
 from actqkv_cpp.recording import Record
 
 try:
@@ -148,7 +148,7 @@ def methods() -> dict[str, dict[str, Any]]:
     return table
 
 
-def _make_params(retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_type: str) -> Any:
+def make_params(retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_type: str) -> Any:
     """struct actqkv_params *, the method's row with the columns that `retrieval` overrides."""
     if kv_type not in KV_TYPES:
         raise unknown_name("kv_type", kv_type, KV_TYPES)
@@ -184,9 +184,10 @@ def found_params(found: Any) -> Params:
 
 
 def _plain(struct: Any, kind: type[Any]) -> Any:
-    """A cffi struct as the dataclass `kind` of the same field names."""
+    """A cffi struct as the dataclass `kind` of the same field names; structs in it as those of their kind."""
     values = {field.name: getattr(struct, field.name) for field in dataclasses.fields(kind)}
-    return kind(**{k: Stage(v.ms, v.bytes) if isinstance(v, ffi.CData) else v for k, v in values.items()})
+    inner = {"gpu": GpuStats}  # the others are stages
+    return kind(**{k: _plain(v, inner.get(k, Stage)) if isinstance(v, ffi.CData) else v for k, v in values.items()})
 
 
 def model_pointer(model: Any) -> Any:
@@ -204,7 +205,7 @@ def memory_plan(
     model: Any, retrieval: Retrieval, *, n_ctx: int, n_threads: int = 1, kv_type: str = "f16"
 ) -> MemoryPlan:
     """What a session over `model` would need; checks the parameters as `Session` does and allocates nothing."""
-    return native_plan(model, _make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type))
+    return native_plan(model, make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type))
 
 
 def native_plan(model: Any, params: Any) -> MemoryPlan:
@@ -346,7 +347,7 @@ class Session:
     progress: ProgressFn | None
 
     def __init__(self, model: Any, retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_type: str = "f16") -> None:
-        params = _make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
+        params = make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
         self._begin(model, params, lambda *out: call(lib.actqkv_session_new, model_pointer(model), params, *out))
 
     def _begin(self, model: Any, params: Any, make: Callable[..., None]) -> None:
@@ -453,7 +454,7 @@ class Session:
             ParameterError: the stores would differ; the message names every column that does. Nothing changes.
         """
         found = self.params
-        params = _make_params(retrieval, n_ctx=found.n_ctx, n_threads=found.n_threads, kv_type=found.kv_type)
+        params = make_params(retrieval, n_ctx=found.n_ctx, n_threads=found.n_threads, kv_type=found.kv_type)
         for name in _SIZES.values():
             wanted, here = getattr(params, name), getattr(found, name)
             if name != "budget" and wanted != here:
@@ -522,6 +523,26 @@ class Session:
         data = ffi.from_buffer("uint8_t[]", blob)
         with self._exclusive() as handle:
             call(lib.actqkv_state_set, handle, data, len(data))
+
+    # -- on a GPU
+
+    def use_gpu(self, table: Any, device: int, limit_bytes: int) -> None:
+        """Attend on a GPU from now on; where that fails, and where it fails later, the session goes on without.
+
+        Args:
+            table: of `_cuda.load`; limit_bytes: the most that is taken of the memory of GPU number `device`.
+
+        Raises:
+            MemoryPlanError: the limit is too small, or the GPU has less; says what is needed.
+            ComputeError: CUDA does not start there.
+        """
+        with self._exclusive() as handle:
+            call(lib.actqkv_use_gpu, handle, table, device, limit_bytes)
+
+    @property
+    def gpu_problem(self) -> str | None:
+        """What did not go as planned on the GPU; None: nothing."""
+        return _text(lib.actqkv_gpu_problem(self._handle_to_read())) or None
 
     # -- what was attended
 

@@ -47,7 +47,7 @@ TABLE: tuple[Row, ...] = (
         "honoured",
         {
             "model_path": "left out: the bundled model",
-            "n_gpu_layers": "where libllama puts the weights; any on a GPU: the model runs densely through llama.cpp",
+            "n_gpu_layers": "layers on GPUs, from the last on; None: as many as fit; refused where they do not fit",
             "split_mode": "weights",
             "main_gpu": "weights",
             "tensor_split": "weights",
@@ -113,6 +113,7 @@ TABLE: tuple[Row, ...] = (
             "retrieval": "what is attended: a Retrieval",
             "kv_type": 'type of stored chunks: "f16", "q8_0" or "q4_0"',
             "kv_file": "KV file that read() writes, and that stands for keys and values in memory",
+            "vram": 'bytes of a GPU\'s memory for attention, also "6g"; 0: none; default: what is free',
         },
     ),
     *_rows(
@@ -174,6 +175,8 @@ TABLE: tuple[Row, ...] = (
             "engine": '"actqkv" or "llama.cpp"',
             "engine_reason": "why it is llama.cpp, or None",
             "session": "the native session, or None",
+            "gpu_layers": "how many layers are on GPUs, and why not all",
+            "gpu": "where attention runs on a GPU, or why it does not",
             "document": "the latest reading, also an interrupted one, or None",
             "read": "read documents into the session: a Document",
             "chat": "a conversation, over documents or none: a Chat",
@@ -188,7 +191,7 @@ ARGUMENTS = {row.name: row for row in TABLE if row.kind == "argument"}
 class LlamaOptions(TypedDict, total=False):
     """Constructor arguments of llama_cpp.Llama, except model_path."""
 
-    n_gpu_layers: int
+    n_gpu_layers: int | None
     split_mode: int
     main_gpu: int
     tensor_split: list[float] | None

@@ -38,6 +38,8 @@ _COUNTS = ("representatives", "probe_warmup", "statistics_cap", "sketch", "refin
 _NUMBERS = ("cutoff_temperature", "question_weight")
 LLAMA_CPP = "llama.cpp"  # the method that is not ours: dense attention by llama.cpp itself, for comparison
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
+_BYTE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", re.IGNORECASE)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", re.IGNORECASE)
 
 
@@ -60,6 +62,24 @@ def parse_size(size: int | str) -> int:
     if not n_tokens.is_integer():
         raise ParameterError(f"not a size in tokens: {size!r}", "write 2048, 2k, 128k or 1m (k = 1024)")
     return int(n_tokens)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes meant by `size`: a number, or text such as "6g", "512m", "1.5GB" (k = 1024, m = 1024 k, g = 1024 m).
+
+    Raises:
+        ParameterError: not a size in bytes, or negative.
+
+    Example:
+        >>> parse_bytes("6g")
+        6442450944
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    found = _BYTES.fullmatch(size) if isinstance(size, str) else None
+    if found is None:
+        raise ParameterError(f"not a size in bytes: {size!r}", "write 6g, 512m or a number of bytes")
+    return int(float(found[1]) * _BYTE_UNITS[found[2].lower()])
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from actqkv_cpp import __version__, machine
 from actqkv_cpp.errors import ActqkvError
 from actqkv_cpp.figures import Cuda, Gpu
+from actqkv_cpp.gpu import LEAST_CAPABILITY
 
 State = Literal["ok", "unused", "broken"]
 
-LEAST_CAPABILITY = (8, 0)  # of a GPU: the tensor cores' instructions that our kernels use came with Ampere
 _LEAST_FREE_BYTES = 1 << 30  # CUDA's own state and a session's chunks do not start with less
 _FEATURES = {  # that our kernels, or llama.cpp's, have versions for
     "avx2",
@@ -210,7 +210,7 @@ def _judge_device(index: int, device: Gpu) -> Finding:
     text = f"{device.name}, {capability}, {device.free_bytes / gib:.1f} of {device.memory_bytes / gib:.1f} GiB free"
     if device.capability < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
-        return Finding(what, "unused", f"{text}: older than {least}", "leave --gpu-layers at 0")
+        return Finding(what, "unused", f"{text}: older than {least}", "nothing: sessions attend on the processor")
     if device.free_bytes < _LEAST_FREE_BYTES:
         return Finding(what, "unused", f"{text}: too little", "see in nvidia-smi which process has its memory")
     return Finding(what, "ok", text)
@@ -220,9 +220,9 @@ def summary(gpu: Sequence[Finding]) -> Finding:
     """What a session uses."""
     missing = [one.what for one in gpu if one.state != "ok"]
     why = f"; not ready for a GPU: {', '.join(missing)}" if missing else ""
-    return Finding(
-        "in use", "ok", f"sessions attend on the processor; with --gpu-layers llama.cpp runs the model densely{why}"
-    )
+    attends = {one.what for one in gpu if one.state == "ok"}
+    where = "GPU 0" if {"CUDA kernels", "driver", "GPU 0"} <= attends else "the processor"
+    return Finding("in use", "ok", f"sessions attend on {where}{why}")
 
 
 def _version(number: int) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from actqkv_cpp import results, saved, sources
 from actqkv_cpp.answering import Generated, Sampling, SamplingOptions, generate
 from actqkv_cpp.errors import ContextError, DocumentError, ParameterError, StateError
+from actqkv_cpp.figures import GpuStats
 from actqkv_cpp.reader import TextFile, headings, is_kv_file, load
 from actqkv_cpp.reading import QUESTION, Place, Reading
 from actqkv_cpp.results import Answer, Memory
@@ -121,6 +122,7 @@ class Conversation:
         n_prompt = into.n_prompt = step.keep + len(step.tokens)
         passages: tuple[results.Source, ...] = ()
         attended_max, attended_mean, dense_max = n_prompt + into.n_tokens, float(n_prompt), 0
+        on_gpu: GpuStats | None = None
         if session is None:
             generate(llm, into, sampling)
         else:
@@ -137,6 +139,7 @@ class Conversation:
             stats = stats if stats.n_decode_tokens else prompt_stats
             attended_max, attended_mean = stats.attended_tokens_max, stats.attended_tokens_mean
             dense_max = stats.dense_tokens_max
+            on_gpu = stats.gpu if stats.gpu.n_calls else None
         n_read, read_s = (reading.n_read, reading.seconds) if reading else (len(step.tokens), prompt_s)
         return Answer(
             question=text,
@@ -160,6 +163,7 @@ class Conversation:
             finish_reason=into.finish_reason,
             context_full=into.context_full,
             audit=llm._auditor.report() if llm._auditor is not None else None,
+            gpu=on_gpu,
         )
 
     def _feed_question(self, place: Place, text: str, *, sources: bool = True) -> Step:

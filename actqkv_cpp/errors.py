@@ -5,6 +5,7 @@ ActqkvError                 everything raised here on purpose; `.hint` says what
 ├── DocumentError           a document is missing, empty, damaged or cannot be read as text (also ValueError)
 ├── ContextError            the tokens do not fit n_ctx; names both sizes               (also ValueError)
 ├── MemoryPlanError         the session would not fit in RAM; names the plan in bytes   (also MemoryError)
+│   └── GpuMemoryError      what was asked for does not fit in a GPU's memory
 ├── ParameterError          a value is out of range, contradictory or unknown           (also ValueError)
 ├── StateError              a saved state or KV file is damaged or of another model; a closed session
 ├── KVFileError             a KV file cannot be made, opened or written: the disk is full  (also OSError)
@@ -45,6 +46,10 @@ class ContextError(ActqkvError, ValueError):
 
 class MemoryPlanError(ActqkvError, MemoryError):
     """The session would not fit in RAM. The message names the plan in bytes."""
+
+
+class GpuMemoryError(MemoryPlanError):
+    """What was asked for does not fit in a GPU's memory. The message names the plan, the hint the way without."""
 
 
 class ParameterError(ActqkvError, ValueError):

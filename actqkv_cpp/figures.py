@@ -78,6 +78,51 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class GpuStats:
+    """Attention on a GPU since the last reset (struct actqkv_gpu_stats): planned chunks that were there (`n_hits`) or
+    not, how often those had to be waited for (`n_stalls`), bytes over the bus, ms that the host waited. As things
+    stand: chunks of a layer with room there, bytes taken of the GPU's memory and pinned of the CPU's."""
+
+    n_calls: int
+    n_hits: int
+    n_misses: int
+    n_prefetched: int
+    n_wasted: int
+    n_stalls: int
+    to_bytes: int
+    from_bytes: int
+    wait_ms: float
+    n_slots: int
+    memory_bytes: int
+    pinned_bytes: int
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share (0..1) of planned chunks that were there, or on their way; None where none were planned."""
+        n = self.n_hits + self.n_misses
+        return self.n_hits / n if n else None
+
+    def __str__(self) -> str:
+        rate = "no chunk was planned" if self.hit_rate is None else f"{self.hit_rate:.0%} of planned chunks were there"
+        mib = 1 << 20
+        return (
+            f"{rate}, {self.n_stalls:,} stalls, {self.to_bytes / mib:,.1f} MiB sent, {self.from_bytes / mib:,.1f} MiB "
+            f"back, {self.wait_ms:,.0f} ms waited; {self.memory_bytes / mib:,.0f} MiB of its memory taken, "
+            f"{self.pinned_bytes / mib:,.0f} MiB of RAM pinned"
+        )
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """Bytes of a GPU's memory that a session's attention takes (struct actqkv_gpu_memory): of every window, the least
+    that it runs with, and the most that are of use."""
+
+    window_bytes: int
+    least_bytes: int
+    useful_bytes: int
+
+
+@dataclass(frozen=True)
 class Stats:
     """Time and traffic since the last reset (struct actqkv_stats)."""
 
@@ -104,6 +149,7 @@ class Stats:
     audit_recall_last: float
     audit_layer: int
     audit_head: int
+    gpu: GpuStats
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,10 @@ from actqkv_cpp.chat import Chat
 from actqkv_cpp.config import LLAMA_CPP, Retrieval, parse_size
 from actqkv_cpp.context import SessionContext
 from actqkv_cpp.document import Document, PathLike, Progress, text_files
-from actqkv_cpp.errors import (
-    Cancelled,
-    ContextError,
-    ModelError,
-    ParameterError,
-    StateError,
-)
+from actqkv_cpp.errors import Cancelled, ContextError, ModelError, ParameterError, StateError
 from actqkv_cpp.figures import Mass, Phase
+from actqkv_cpp.gpu import GpuUse, NoGpu
+from actqkv_cpp.placement import Placement
 from actqkv_cpp.reader import TextFile
 from actqkv_cpp.recording import Recording
 from actqkv_cpp.rows import LogitRows
@@ -57,6 +53,8 @@ class Llama(llama_cpp.Llama):
         kv_type: type in which chunks are kept once they have left local: "f16", "q8_0" or "q4_0".
         kv_file: KV file that `read` writes while it reads, or goes on with where it holds the beginning; and where keys
             and values stay, so that the plan counts on disk instead of memory for them. Also of a file to `open`.
+        vram: bytes of GPU `main_gpu` that attention may take beside weights, "6g" or a number; None: what is of use, as
+            far as it is free; 0: attention stays on the processor.
         **options: the constructor arguments of llama_cpp.Llama; docs/llama_cpp.md says what becomes of each. `n_ctx`
             (tokens, default 512 as there, 0: the trained length) also takes "128k" and may exceed the trained length.
 
@@ -64,6 +62,8 @@ class Llama(llama_cpp.Llama):
         engine: "actqkv", or "llama.cpp" where an option or the model needs a dense context (a warning says so).
         engine_reason: why it is "llama.cpp"; None otherwise.
         session: the native session; None on llama.cpp.
+        gpu: the GpuUse that attention runs with, or a NoGpu with the reason why it runs on the processor.
+        gpu_layers: how many layers of the model are on GPUs, and why not all or none.
         retrieval: the Retrieval given.
         document: the latest reading, also an interrupted one; None before the first.
 
@@ -73,7 +73,8 @@ class Llama(llama_cpp.Llama):
     Raises:
         ModelError: the file is missing, broken or not a GGUF model.
         ParameterError: an unknown option (with the nearest known one), or values that contradict each other.
-        MemoryPlanError: n_ctx tokens do not fit in the memory that is free; nothing is allocated.
+        MemoryPlanError: n_ctx tokens do not fit in memory; GpuMemoryError: `vram` is too little, or it or the
+            layers asked for do not fit in a GPU.
 
     Example:
         >>> llm = Llama("model.gguf", n_ctx="128k")
@@ -93,6 +94,7 @@ class Llama(llama_cpp.Llama):
         retrieval: Retrieval | None = None,
         kv_type: str = "f16",
         kv_file: PathLike | None = None,
+        vram: int | str | None = None,
         **options: Unpack[compat.LlamaOptions],
     ) -> None:
         given = cast(dict[str, Any], options)
@@ -100,6 +102,7 @@ class Llama(llama_cpp.Llama):
         self._retrieval = retrieval
         self.retrieval = self._answering = retrieval if retrieval is not None else Retrieval()
         self.kv_file = None if kv_file is None else Path(kv_file)
+        self._placement = Placement(vram, int(given.get("main_gpu", 0)))
         self.session = self.document = None
         self.kv_type = compat.kv_type(kv_type, given, KV_TYPES)
         self._auditor: Auditor | None = None
@@ -109,6 +112,9 @@ class Llama(llama_cpp.Llama):
         self._rows_wanted: Literal["last", "sampled", "all"] = "last"
         given["n_ctx"] = parse_size(given.get("n_ctx", compat.base_defaults()["n_ctx"]))
         path = modelfile.check(model_path if model_path is not None else default_model_path())
+        self.gpu_layers = self._placement.layers(path, given.get("n_gpu_layers", 0))
+        if given.get("n_gpu_layers", 0) is None or self.gpu_layers.n:
+            given["n_gpu_layers"] = self.gpu_layers.n
 
         asked = "vocab_only" if given.get("vocab_only") else LLAMA_CPP if self.retrieval.method == LLAMA_CPP else None
         reason = asked or compat.dense_reason(given)
@@ -163,8 +169,11 @@ class Llama(llama_cpp.Llama):
         n_threads = options.get("n_threads") or options.get("n_threads_batch") or machine.available_cores()
         plan = memory_plan(self._model, self.retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=self.kv_type)
         machine.check_memory(plan, n_ctx, n_in_file=n_ctx if self.kv_file is not None else 0)
-        self.session = Session(self._model, self.retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=self.kv_type)
+        sizes: Any = {"n_ctx": n_ctx, "n_threads": n_threads, "kv_type": self.kv_type}
+        self._placement.plan(self._model, self.retrieval, **sizes)
+        self.session = Session(self._model, self.retrieval, **sizes)
         self._stack.callback(self._close_session)
+        self._placement.enter(self.session)
         self._ctx = cast(Any, SessionContext(self.session, self._ctx))
         self._n_ctx = n_ctx
         self.n_batch = min(n_ctx, options.get("n_batch", compat.base_defaults()["n_batch"]))
@@ -180,6 +189,7 @@ class Llama(llama_cpp.Llama):
         """Put another session over the same model, and its history, in the place of this one."""
         self._close_session()
         self.session = session
+        self._placement.enter(session)
         self._ctx = cast(Any, SessionContext(session, cast(SessionContext, self._ctx)._own))
         self._take_history(session)
         if self._auditor is not None:
@@ -192,6 +202,11 @@ class Llama(llama_cpp.Llama):
         self._rows = LogitRows(self._n_vocab)
         self.scores = cast(Any, self._rows)
         self._requires_eval, self._sampled = True, None
+
+    @property
+    def gpu(self) -> GpuUse | NoGpu:
+        """Where attention runs, or why it does not run on a GPU (any more)."""
+        return self._placement.found(self.session)
 
     def _close_session(self) -> None:
         if self.session is not None:
@@ -212,7 +227,8 @@ class Llama(llama_cpp.Llama):
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         if self.session is not None:
             state |= {"type_k": None, "type_v": None}
-        return state | {"retrieval": self._retrieval, "kv_type": self.kv_type, "kv_file": self.kv_file}
+        own = {"kv_type": self.kv_type, "kv_file": self.kv_file, "vram": self._placement.vram}
+        return state | {"retrieval": self._retrieval} | own
 
     @property
     def n_ctx_train(self) -> int:

@@ -7,6 +7,7 @@ Python. The metadata is read by ggml's own GGUF reader (gguf.h), which checks si
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ _REMEDY = "download it again, or convert the model again"
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of libllama, which aborts above it
 _FULL_ROTARY = ("qwen2", "qwen3")  # libllama aborts when these rotate only a part of a head
 _GGML_LOG_ERROR = 4  # enum ggml_log_level
+_SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _GGUF_TYPE_UINT32, _GGUF_TYPE_STRING = 4, 8
 
 
@@ -71,6 +73,19 @@ def check(model_path: str | Path) -> str:
     finally:
         libggml.gguf_free(gguf)
     return str(path)
+
+
+def sizes(path: str | Path) -> tuple[int, int]:
+    """Layers of a model that `check` has passed, and bytes of its file, or of all files of a split model."""
+    first = Path(path)
+    gguf = libggml.gguf_init_from_file(str(first).encode(), _InitParams(True, None))
+    try:
+        n_layer = _number(gguf, f"{_string(gguf, 'general.architecture')}.block_count") if gguf else None
+    finally:
+        libggml.gguf_free(gguf)
+    split = _SPLIT.fullmatch(first.name)
+    files = first.parent.glob(f"{split[1]}-*-of-{split[2]}.gguf") if split else [first]
+    return n_layer or 0, sum(file.stat().st_size for file in files)
 
 
 def _check_sizes(path: Path, gguf: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from actqkv_cpp.figures import GpuStats
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -107,6 +109,7 @@ class Answer:
     finish_reason: FinishReason
     context_full: bool = False
     audit: Audit | None = None  # where audits are on
+    gpu: GpuStats | None = None  # where attention ran on a GPU
 
     @property
     def answer(self) -> str:
@@ -119,7 +122,7 @@ class Answer:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Answer:
         """The answer of `to_json`. KeyError, TypeError or ValueError where it is none."""
-        audit = value.get("audit")
+        audit, gpu = value.get("audit"), value.get("gpu")
         return cls(
             question=value["question"],
             text=value["answer"],
@@ -129,17 +132,23 @@ class Answer:
             memory=Memory(**value["memory"]),
             finish_reason=value["finish_reason"],
             audit=None if audit is None else Audit(**audit),
+            gpu=None if gpu is None else GpuStats(**gpu),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """One answer with its own usage, memory and timing; and its audit, where audits are on."""
+        """One answer with its own usage, memory and timing; its audit and what a GPU did, where there are such."""
         audit = {} if self.audit is None else {"audit": self.audit.to_json()}
-        return audit | {
-            "question": self.question,
-            "answer": self.text,
-            "sources": [source.to_json() for source in self.sources],
-            "finish_reason": self.finish_reason,
-            "usage": self.usage.to_json(),
-            "memory": self.memory.to_json(),
-            "timing": self.timing.to_json(),
-        }
+        gpu = {} if self.gpu is None else {"gpu": asdict(self.gpu)}
+        return (
+            audit
+            | gpu
+            | {
+                "question": self.question,
+                "answer": self.text,
+                "sources": [source.to_json() for source in self.sources],
+                "finish_reason": self.finish_reason,
+                "usage": self.usage.to_json(),
+                "memory": self.memory.to_json(),
+                "timing": self.timing.to_json(),
+            }
+        )

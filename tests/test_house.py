@@ -24,6 +24,7 @@ OPEN_HEADERS = {"error.h", "include/actqkv.h", "kernels/parallel.h"}  # open to 
 MAY_SEE_LLAMA_CPP = {"graph", "model", "retrieval/method.cpp", "session"}  # method.cpp: names of ggml types
 
 LONG_FILES = {
+    "actqkv_cpp/llama.py": "one class: the base's whole face, over a session",
     "tests/reference.py": "the method and the model in one text, in the order of the paper",
     "tests/test_reference.py": "its tests, section by section",
 }

@@ -125,8 +125,10 @@ class LinkedPeer(peer.LlamaCpp):
     no_memory = MemoryPlanError
     failed = ComputeError
 
-    def __init__(self, model: Any, *, n_batch: int, n_threads: int, kv_type: str) -> None:
-        super().__init__(model.model, n_batch=n_batch, n_threads=n_threads, type_kv=KV_TYPES[kv_type])
+    def __init__(self, model: Any, *, n_batch: int, n_threads: int, kv_type: str, kv_in_ram: bool = False) -> None:
+        super().__init__(
+            model.model, n_batch=n_batch, n_threads=n_threads, type_kv=KV_TYPES[kv_type], kv_in_ram=kv_in_ram
+        )
         self.kv_type = kv_type
 
     def quit(self) -> None:

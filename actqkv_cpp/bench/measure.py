@@ -13,9 +13,9 @@ import numpy as np
 from actqkv_cpp import Llama, machine, provenance
 from actqkv_cpp._native import Session, methods
 from actqkv_cpp.bench.engines import Engine, LinkedPeer, OtherPeer, Ours, Peer, Progress, Tokens, head_dimension
-from actqkv_cpp.bench.results import EngineName, MemoryUse, Phase, Row, StageUse
+from actqkv_cpp.bench.results import EngineName, GpuTraffic, MemoryUse, Phase, Row, StageUse
 from actqkv_cpp.errors import MemoryPlanError, ParameterError
-from actqkv_cpp.figures import Stage, Stats
+from actqkv_cpp.figures import GpuStats, Stage, Stats
 
 PREFILL_TOKENS = 512
 _PHASES: tuple[Phase, ...] = ("decode", "prefill")
@@ -38,6 +38,7 @@ class Spec:
         repeat: samples of each engine, phase and depth, at most.
         peer_read: tokens that llama.cpp really reads; deeper contexts are made of copies.
         peer_python: an interpreter whose llama_cpp is measured beside the one that we link.
+        peer_kv_in_ram: llama.cpp keeps keys and values off the GPU that weights are on.
 
     Raises:
         ParameterError: there are no lengths, or llama.cpp may read nothing.
@@ -50,6 +51,7 @@ class Spec:
     peer_read: int
     kv_type: str
     peer_python: str | None = None
+    peer_kv_in_ram: bool = False
 
     def __post_init__(self) -> None:
         if not self.lengths:
@@ -71,9 +73,11 @@ class _Samples:
     n_tokens: int
     seconds: list[float] = field(default_factory=list)
     stages: dict[str, Stage] = field(default_factory=dict)
+    gpu: list[GpuStats] = field(default_factory=list)
 
     def add(self, seconds: float, stats: Stats | None) -> None:
         self.seconds.append(seconds)
+        self.gpu += [stats.gpu] if stats is not None else []
         for name, stage in _stages(stats).items():
             before = self.stages.get(name, Stage(0.0, 0))
             self.stages[name] = Stage(before.ms + stage.ms, before.bytes + stage.bytes)
@@ -98,6 +102,7 @@ class _Samples:
             }
             or None,
             memory=memory,
+            gpu=GpuTraffic.of(self.gpu, n),
         )
 
 
@@ -127,7 +132,7 @@ class Benchmark:
         llm.session.close()
         self._model = llm._model
         self._d_head = head_dimension(llm)
-        self._retrieval = llm.retrieval
+        self._retrieval, self._placement = llm.retrieval, llm._placement
         self._n_threads = llm.n_threads
         self._weights_bytes = int(llama_cpp.llama_model_size(llm._model.model))
         self._spec = spec
@@ -135,7 +140,8 @@ class Benchmark:
         rng = np.random.default_rng(0)
         self._tokens: Tokens = rng.integers(0, llm.n_vocab(), spec.n_ctx, dtype=np.int32)
         n_threads, kv_type = llm.n_threads, spec.kv_type
-        self._peers: list[Peer] = [LinkedPeer(llm._model, n_batch=PREFILL_TOKENS, n_threads=n_threads, kv_type=kv_type)]
+        sizes: Any = {"n_batch": PREFILL_TOKENS, "n_threads": n_threads, "kv_type": kv_type}
+        self._peers: list[Peer] = [LinkedPeer(llm._model, kv_in_ram=spec.peer_kv_in_ram, **sizes)]
         if spec.peer_python is not None:
             self._peers.append(
                 OtherPeer(
@@ -165,7 +171,13 @@ class Benchmark:
             self._note(
                 f"{method} is measured at clamped positions: its exact ones end at {self._model.n_ctx_train():,}."
             )
-        return Session(self._model, retrieval, n_ctx=spec.n_ctx, n_threads=self._n_threads, kv_type=spec.kv_type)
+        session = Session(self._model, retrieval, n_ctx=spec.n_ctx, n_threads=self._n_threads, kv_type=spec.kv_type)
+        try:
+            self._placement.enter(session)
+        except BaseException:
+            session.close()
+            raise
+        return session
 
     def _method(self, ours: Ours, peers: Sequence[Peer]) -> Iterator[Row]:
         """One method of ours at each depth, alternating with the peers."""

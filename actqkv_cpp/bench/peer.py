@@ -34,8 +34,8 @@ class LlamaCpp:
     no_memory: type[Exception] = MemoryError  # raised where llama.cpp makes no context of the size wanted
     failed: type[Exception] = RuntimeError  # raised where it does not compute
 
-    def __init__(self, model: Any, *, n_batch: int, n_threads: int, type_kv: int) -> None:
-        self._model = model
+    def __init__(self, model: Any, *, n_batch: int, n_threads: int, type_kv: int, kv_in_ram: bool = False) -> None:
+        self._model, self._kv_in_ram = model, kv_in_ram  # beside weights on a GPU
         self._n_batch, self._n_threads, self._type_kv = n_batch, n_threads, type_kv
         self._ctx: Any = None
         self._n_past = 0
@@ -57,6 +57,7 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = self._n_threads
         params.n_seq_max, params.kv_unified = 2, True  # the second sequence is where copies are made
         params.type_k = params.type_v = self._type_kv
+        params.offload_kqv = not self._kv_in_ram
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._ctx = llama_cpp.llama_init_from_model(self._model, params)
         if not self._ctx:

@@ -27,9 +27,7 @@ def render(result: Result, *, width: int) -> str:
     """Speeds with ratios, stages and memory as tables, then what was measured and what was not, in words."""
     parts: list[RenderableType] = [_heading(result)]
     for method in _methods(result.rows):
-        parts += [
-            table for table in (_speeds(result, method), _stages(result, method), _memory(result, method)) if table
-        ]
+        parts += [table for make in (_speeds, _stages, _memory, _gpu) if (table := make(result, method))]
     return tables.to_text([*parts, *_words(result)], width=width)
 
 
@@ -142,6 +140,28 @@ def _memory(result: Result, method: str) -> Table | None:
         if use := row.memory:
             parts = (use.resident_bytes, use.weights_bytes, use.kv_bytes, use.summary_bytes)
             table.add_row(f"{row.depth:,}", *(f"{part / 1e6:,.0f}" for part in parts), f"{use.ratio:.2f}")
+    return table
+
+
+def _gpu(result: Result, method: str) -> Table | None:
+    rows = [row for row in result.rows if row.method == method and row.gpu]
+    if not rows:
+        return None
+    columns = ("hit rate", "stalls", "KB sent", "KB back", "ms waited", "MB there", "MB pinned")
+    table = tables.table("attention on the GPU, per token", ("phase", "depth", *columns))
+    for row in rows:
+        if use := row.gpu:
+            table.add_row(
+                row.phase,
+                f"{row.depth:,}",
+                "-" if use.hit_rate is None else f"{use.hit_rate:.1%}",
+                f"{use.stalls_per_token:.2f}",
+                f"{use.to_bytes_per_token / 1e3:,.1f}",
+                f"{use.from_bytes_per_token / 1e3:,.1f}",
+                f"{use.wait_ms_per_token:.3g}",
+                f"{use.memory_bytes / 1e6:,.0f}",
+                f"{use.pinned_bytes / 1e6:,.0f}",
+            )
     return table
 
 

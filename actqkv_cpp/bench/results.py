@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from actqkv_cpp.figures import GpuStats
 
 EngineName = Literal["actqkv", "llama.cpp", "other llama.cpp"]  # linked; of --peer-python
 Phase = Literal["prefill", "decode"]
@@ -44,6 +47,36 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuTraffic:
+    """What attention on a GPU took, per token of the phase; `hit_rate` (0..1) of planned chunks, None: none planned."""
+
+    hit_rate: float | None
+    stalls_per_token: float
+    to_bytes_per_token: float
+    from_bytes_per_token: float
+    wait_ms_per_token: float
+    memory_bytes: int
+    pinned_bytes: int
+
+    @classmethod
+    def of(cls, stats: Sequence[GpuStats], n_tokens: int) -> GpuTraffic | None:
+        """Of all samples, of so many tokens together; None where none of them ran on a GPU."""
+        used = [one for one in stats if one.n_calls]
+        if not used:
+            return None
+        n_hits, n_planned = sum(one.n_hits for one in used), sum(one.n_hits + one.n_misses for one in used)
+        return cls(
+            hit_rate=n_hits / n_planned if n_planned else None,
+            stalls_per_token=sum(one.n_stalls for one in used) / n_tokens,
+            to_bytes_per_token=sum(one.to_bytes for one in used) / n_tokens,
+            from_bytes_per_token=sum(one.from_bytes for one in used) / n_tokens,
+            wait_ms_per_token=sum(one.wait_ms for one in used) / n_tokens,
+            memory_bytes=used[-1].memory_bytes,
+            pinned_bytes=used[-1].pinned_bytes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One engine in one phase at one depth.
 
@@ -59,6 +92,7 @@ class Row:
             each other (the KV is of the right size, its content repeats); "none" where nothing was measured.
         stages: where the time of ours went, by stage.
         memory: of ours.
+        gpu: of ours, where attention ran on a GPU.
     """
 
     engine: EngineName
@@ -73,6 +107,7 @@ class Row:
     context: Context
     stages: dict[str, StageUse] | None = None
     memory: MemoryUse | None = None
+    gpu: GpuTraffic | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -93,6 +128,7 @@ class Row:
             "context": self.context,
             "stages": {name: stage.to_json() for name, stage in self.stages.items()} if self.stages else None,
             "memory": self.memory.to_json() if self.memory else None,
+            "gpu": asdict(self.gpu) if self.gpu else None,
         }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from actqkv_cpp.errors import ActqkvError, ContextError, InternalError, MemoryPlanError, ThreadError
+from actqkv_cpp.errors import ActqkvError, ContextError, GpuMemoryError, InternalError, MemoryPlanError, ThreadError
 
 if TYPE_CHECKING:
     from actqkv_cpp.cli._output import Output
@@ -24,6 +24,7 @@ INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 _HINT = "--help lists the options and their defaults"
 _TABLE: tuple[tuple[type[BaseException], str, str | None], ...] = (
     (ContextError, "{}", "use a larger --ctx, a shorter document or a smaller --max-tokens"),
+    (GpuMemoryError, "{}", None),
     (MemoryPlanError, "{}", "use a smaller --ctx or a shorter document, or free some memory"),
     (InternalError, "{}", "this is a defect of actqkv: please report it with the output of --verbose"),
     (ThreadError, "{}", "this is a defect of actqkv: please report it with the output of --verbose"),
@@ -41,6 +42,8 @@ _OPTIONS = {
     "n_chunk_tokens": "--chunk",
     "kv_type": "--kv-type",
     "max_tokens": "--max-tokens",
+    "vram": "--vram",
+    "n_gpu_layers": "--gpu-layers",
 }
 
 

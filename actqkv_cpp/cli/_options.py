@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from actqkv_cpp import parse_size
+from actqkv_cpp.config import parse_bytes
 from actqkv_cpp.errors import ParameterError
 
 DEFAULT_MAX_TOKENS = 1024
@@ -21,6 +22,14 @@ def _parse_size(value: str | int) -> int:
         return parse_size(value)
     except ParameterError as error:
         raise typer.BadParameter(f"{error}; {error.hint}" if error.hint else str(error)) from None
+
+
+def _parse_bytes(value: str | int) -> int:
+    """Parser of an option that counts bytes: 6g, 512m, 0."""
+    try:
+        return parse_bytes(value)
+    except ParameterError as error:
+        raise typer.BadParameter(f"{error}; {error.hint}") from None
 
 
 def _parse_positive_size(value: str | int) -> int:
@@ -92,8 +101,24 @@ KvFile = Annotated[
     ),
 ]
 GpuLayers = Annotated[
-    int,
-    _option("--gpu-layers", help="Layers of the model on the GPU; -1 is all.", metavar="N", default="0", min=-1),
+    int | None,
+    _option(
+        "--gpu-layers",
+        help="Layers of the model on the GPU, the output counting as one; -1 is all.",
+        metavar="N",
+        default="as many as fit, where llama-cpp-python has CUDA",
+        min=-1,
+    ),
+]
+Vram = Annotated[
+    int | None,
+    _option(
+        "--vram",
+        help="Memory of a GPU that attention may take beside weights: 6g, 512m; 0 attends on the processor.",
+        metavar="BYTES",
+        default="what is of use, as far as it is free",
+        parser=_parse_bytes,
+    ),
 ]
 Threads = Annotated[
     int | None, _option("--threads", help="Threads to compute with.", metavar="N", default="one per core", min=1)
@@ -164,7 +189,8 @@ class EngineOptions:
     threads: int | None
     verbose: bool
     ctx: int | None = None
-    gpu_layers: int = 0
+    gpu_layers: int | None = None
+    vram: int | None = None
     system: str | None = None
     audit: int = 0
     min_recall: float | None = None

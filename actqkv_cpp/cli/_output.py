@@ -223,12 +223,14 @@ def answer_figures(answer: Answer) -> list[str]:
     usage, timing, memory = answer.usage, answer.timing, answer.memory
     total = usage.prompt_tokens + usage.completion_tokens
     audit = [] if answer.audit is None else [f"audit: {answer.audit}"]
+    gpu = [] if answer.gpu is None else [f"GPU: {answer.gpu}"]
     dense = f", {usage.dense_tokens:,} in the method's dense layers" if usage.dense_tokens else ""
     return [
         f"last answer: {usage.completion_tokens:,} tokens, first after {timing.first_token_s:.2f} s, "
         f"then {timing.decode_tokens_per_s:,.1f}/s",
         f"attended: at most {usage.attended_tokens:,} of {total:,} tokens at a time{dense}",
         f"memory: {human_bytes(memory.kv_bytes)} of KV, {human_bytes(memory.summary_bytes)} of summaries",
+        *gpu,
         *audit,
     ]
 

@@ -207,6 +207,8 @@ class Repl:
         self._output.note(f"context: {self._llm.n_tokens:,} of {self._llm.n_ctx():,} tokens used")
         for reading in self._readings:
             self._output.note(str(reading))
+        if self._llm.gpu.there:
+            self._output.note(f"attention on {self._llm.gpu}")
         for line in answer_figures(self._turns[-1].answer) if self._turns else ():
             self._output.note(line)
 

@@ -112,6 +112,7 @@ def open_model(
                 kv_type=options.kv_type if info is None else info.params.kv_type,
                 kv_file=opened or options.kv_file,
                 n_gpu_layers=options.gpu_layers,
+                vram=options.vram,
                 n_threads=options.threads,
                 verbose=options.verbose,
                 **more,
@@ -129,6 +130,8 @@ def open_model(
         llm.audit(options.audit, min_recall=options.min_recall)
     bundled = "" if options.model else " (bundled, for trying out)"
     output.note(f"{path.name}{bundled}: {_engine(llm)}, --ctx {llm.n_ctx():,}{_memory(llm, n_in_file)}")
+    if (place := _place(llm, asked=bool({"vram", "gpu_layers"} & options.given))) is not None:
+        output.note(place)
     return llm
 
 
@@ -321,6 +324,14 @@ def _engine(llm: Llama) -> str:
         "none": f"{int(retrieval.n_sink) + int(retrieval.n_local):,}",
     }[retrieval.decode or actqkv_cpp.methods()[retrieval.method]["decode"]]
     return f"method {retrieval.method} attends {n_tokens} tokens at a time"
+
+
+def _place(llm: Llama, *, asked: bool) -> str | None:
+    """On what attention runs, where that is worth a line: there is a GPU, or one was asked for."""
+    layers = f"{llm.gpu_layers}; " if llm.gpu_layers.n or llm.gpu_layers.reason else ""
+    if llm.session is None or not (asked or layers or llm.gpu.there):
+        return layers.removesuffix("; ") or None
+    return f"{layers}attention on {llm.gpu}"
 
 
 def _memory(llm: Llama, n_in_file: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +53,8 @@ def ask(
     method: o.Method = "actqkv",
     kv_type: o.KvType = "f16",
     kv_file: o.KvFile = None,
-    gpu_layers: o.GpuLayers = 0,
+    gpu_layers: o.GpuLayers = None,
+    vram: o.Vram = None,
     threads: o.Threads = None,
     sink: o.Sink = 64,
     local: o.Local = 512,
@@ -183,6 +184,7 @@ def to_json(llm: Llama, answers: Sequence[Answer]) -> dict[str, Any]:
         }
         | ({"dense_tokens": dense} if dense else {}),
         "memory": last.memory.to_json(),
+        "gpu": None if last.gpu is None else asdict(last.gpu),
         "timing": {
             "prefill_s": last.timing.prefill_s,
             "prefill_tokens_per_s": last.timing.prefill_tokens_per_s,

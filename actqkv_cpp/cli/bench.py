@@ -36,6 +36,7 @@ class _Request:
     methods: tuple[str, ...]
     peer_read: int
     peer_python: str | None
+    peer_kv_in_ram: bool
     repeat: int
     quick: bool
     json: bool
@@ -64,6 +65,9 @@ def bench(
             default="only the linked one",
         ),
     ] = None,
+    peer_kv_in_ram: Annotated[
+        bool, typer.Option("--peer-kv-in-ram", help="llama.cpp keeps keys and values off the GPU that weights are on.")
+    ] = False,
     repeat: Annotated[int, o._option("--repeat", metavar="N", help="Samples of each figure.", default="5", min=1)] = 5,
     kernels: Annotated[
         bool,
@@ -75,6 +79,8 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     budget: o.Budget = 2048,
     kv_type: o.KvType = "f16",
+    gpu_layers: o.GpuLayers = None,
+    vram: o.Vram = None,
     threads: o.Threads = None,
     sink: o.Sink = 64,
     local: o.Local = 512,
@@ -107,6 +113,7 @@ def bench(
             methods=o.parse_list(methods, str),
             peer_read=peer_read,
             peer_python=peer_python,
+            peer_kv_in_ram=peer_kv_in_ram,
             repeat=1 if quick else repeat,
             quick=quick,
             json=as_json,
@@ -199,6 +206,7 @@ def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
         repeat=request.repeat,
         peer_read=request.peer_read,
         peer_python=request.peer_python,
+        peer_kv_in_ram=request.peer_kv_in_ram,
         kv_type=engine.kv_type,
     )
     llm = open_model(output, replace(engine, ctx=spec.n_ctx), [], reserve=0)

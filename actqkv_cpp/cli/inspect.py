@@ -37,6 +37,7 @@ def inspect(
     budget: o.Budget = 2048,
     method: o.Method = "actqkv",
     kv_type: o.KvType = "f16",
+    vram: o.Vram = None,
     threads: o.Threads = None,
     sink: o.Sink = 64,
     local: o.Local = 512,
@@ -144,6 +145,8 @@ def _show(output: Output, found: Inspection) -> None:
         output.line("\nanchors, by activation bias relative to their window:")
         for anchor in anchors:
             output.line(f"{anchor.bias:5.1f}  {anchor.document}:{anchor.start}-{anchor.end}  {anchor.text.strip()!r}")
+    if found.answer.gpu is not None:
+        output.line(f"\nGPU: {found.answer.gpu}")
     output.note("--html OUT writes a page to look at, --json all of it for programs")
 
 

@@ -196,6 +196,7 @@ class Inspection:
             "question": self.answer.question,
             "answer": self.answer.text,
             "usage": self.answer.usage.to_json(),
+            "gpu": None if self.answer.gpu is None else asdict(self.answer.gpu),
             "mass_recall": plain(self.mass_recall),
             "documents": [self._document_json(doc) for doc in self.documents],
             "anchors": [asdict(anchor) for anchor in self.anchors],

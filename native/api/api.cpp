@@ -179,7 +179,16 @@ int32_t actqkv_use_gpu(actqkv_session * session, const actqkv_cuda * cuda, int32
     });
 }
 
-actqkv_gpu_stats actqkv_gpu_stats_get(const actqkv_session * session) { return session->impl.gpu_stats(); }
+int32_t actqkv_gpu_memory_plan(const llama_model * model, const actqkv_params * params, const actqkv_cuda * cuda,
+                               struct actqkv_gpu_memory * plan, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(model != nullptr && params != nullptr && cuda != nullptr && plan != nullptr,
+                "arguments must not be NULL");
+        *plan = actqkv::session::gpu_plan(model, *params, *cuda);
+    });
+}
+
+const char * actqkv_gpu_problem(const actqkv_session * session) { return session->impl.gpu_problem().c_str(); }
 
 uint64_t actqkv_state_size(const actqkv_session * session) { return session->impl.state_size(); }
 

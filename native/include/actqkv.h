@@ -130,6 +130,21 @@ struct actqkv_memory {
 
 // Time and traffic since the last reset, summed over windows. A stage's bytes are what its inner loop must read.
 struct actqkv_stage { double ms; uint64_t bytes; };
+// Attention on a GPU. The last three are as things stand, not since the last reset; all is 0 without a GPU.
+struct actqkv_gpu_stats {
+    uint64_t n_calls;      // attentions that ran there, one per layer and window
+    uint64_t n_hits;       // planned chunks that were there, or on their way
+    uint64_t n_misses;     // planned chunks that were not
+    uint64_t n_prefetched; // chunks copied on a guess
+    uint64_t n_wasted;     // of these, how many left again unused
+    uint64_t n_stalls;     // attentions that had to wait for a miss
+    uint64_t to_bytes;     // over the bus: chunks, open blocks, queries
+    uint64_t from_bytes;   // and back
+    double   wait_ms;      // that the host waited for attention, copies included
+    int64_t  n_slots;      // chunks of a layer that have room there
+    uint64_t memory_bytes; // taken of the GPU's
+    uint64_t pinned_bytes; // of the CPU's
+};
 struct actqkv_stats {
     uint64_t n_prefill_tokens, n_decode_tokens, n_windows, n_replayed_tokens;
     double   prefill_ms, decode_ms;
@@ -143,6 +158,7 @@ struct actqkv_stats {
     double   audit_recall;      // mean of them; 0 where there are none
     double   audit_recall_last; // of KV head audit_head in layer audit_layer
     int32_t  audit_layer, audit_head;
+    struct actqkv_gpu_stats gpu;
 };
 
 // What one layer did in one window, to be recorded. Pointers are valid during the call only; NULL where the method has
@@ -257,23 +273,28 @@ ACTQKV_API int32_t actqkv_set_audit(actqkv_session * session, int32_t every, str
 
 struct actqkv_cuda; // kernels/cuda/kernels_cuda.h
 
-struct actqkv_gpu_stats {
-    uint64_t n_calls;      // attentions that ran there, one per layer and window
-    int64_t  n_slots;      // chunks of a layer that have room there
-    uint64_t n_hits;       // planned chunks that were there, or on their way
-    uint64_t n_misses;     // planned chunks that were not
-    uint64_t n_prefetched; // chunks copied on a guess
-    uint64_t n_wasted;     // of these, how many left again unused
-    uint64_t bytes;        // of chunks, copied
+// Bytes of a GPU's memory that a session's attention takes, and its graphs where layers are on a GPU; beside weights and
+// some hundred MB of CUDA's own.
+struct actqkv_gpu_memory {
+    uint64_t window_bytes; // graphs, queries, results, open blocks of all layers
+    uint64_t least_bytes;  // with as many chunks as a step attends
+    uint64_t useful_bytes; // with all chunks of n_ctx tokens: more is of no use
 };
 
-// From now on attention runs on that GPU, by the functions of the table, within limit_bytes of its memory; weights, store
-// and planner stay on the CPU, and so does attention with a list of chunks per KV head, or to everything. Results are
-// the CPU's but for rounding. ACTQKV_ERR_MEMORY names what is needed where the limit or the GPU is too small, and the
-// session goes on without. The table must outlive the session.
+ACTQKV_API int32_t actqkv_gpu_memory_plan(const struct llama_model * model, const struct actqkv_params * params,
+                                   const struct actqkv_cuda * cuda, struct actqkv_gpu_memory * plan,
+                                   struct actqkv_error * err);
+
+// From now on attention runs on that GPU, by the functions of the table, within limit_bytes of its memory; store and
+// planner stay on the CPU, and so does attention with a list of chunks per KV head, or to everything. Results are the
+// CPU's but for rounding. ACTQKV_ERR_MEMORY names what is needed where the limit or the GPU is too small, and the session
+// goes on without. Where the GPU fails later, the session goes on without it too: nothing is lost, and
+// actqkv_gpu_problem says why. Memory of closed chunks is pinned as it fills, unless a KV file stands for it. The table
+// must outlive the session.
 ACTQKV_API int32_t actqkv_use_gpu(actqkv_session * session, const struct actqkv_cuda * cuda, int32_t device,
                                   uint64_t limit_bytes, struct actqkv_error * err);
-ACTQKV_API struct actqkv_gpu_stats actqkv_gpu_stats_get(const actqkv_session * session);
+// What did not go as planned there, in one line; empty: nothing. Valid until the session's next call.
+ACTQKV_API const char * actqkv_gpu_problem(const actqkv_session * session);
 
 // ---- state: one self-contained blob, checked against model and parameters when it is set
 

@@ -93,12 +93,12 @@ void hot_chunks::bring(int il, int32_t chunk, int32_t at, bool guessed) {
     if ((size_t) chunk >= l.slot_of.size()) {
         l.slot_of.resize(chunk + 1, -1);
     }
+    copies.start(il, chunk, at); // where it throws, the slot is free
     l.slot_of[chunk] = at;
     s.chunk = chunk;
     s.named = l.number;
     s.warmed = l.n_plans;
     s.guessed = guessed;
-    copies.start(il, chunk, at);
     started = true;
     counts.bytes += chunk_bytes;
 }

@@ -63,6 +63,12 @@ public:
     // Closes every chunk that ends at or before `limit`: stores and summarises it in all layers.
     void close_until(int64_t limit, int n_threads);
 
+    // The ring of a layer: sinks, then open blocks, at layout().recent_offset().
+    struct ring {
+        const actqkv_f16 *near, *far, *v;
+    };
+    ring ring_of(int il) const { return {layers[il].near.data(), layers[il].far.data(), layers[il].v_open.data()}; }
+
     // Keys of closed chunks, [chunk][G][c] rows of layout().row_bytes(); turned (kernels.h) unless they are f16.
     const uint8_t * chunk_keys(int il) const { return layers[il].k.data(); }
 
@@ -119,6 +125,8 @@ public:
     void spill(std::shared_ptr<const kv_file> file, int64_t first, int64_t last);
     // The first n chunks of the file become this store's; they are checked when they are first read.
     void take_chunks(std::shared_ptr<const kv_file> file, int64_t n);
+    // Whether chunks are, or have been, mapped from a file.
+    bool is_mapped() const { return source != nullptr; }
     // ACTQKV_ERR_STATE where the file that chunks are mapped from was cut short, or could not be read (guard.h): what was
     // computed since the last time this returned is then worth nothing, and the store is lost.
     void check_file() const;

@@ -178,6 +178,9 @@ void session::write_closed() {
     n_written_chunks = std::max(first, last);
     n_written = n_done;
     if (spilling) {
+        if (gpu != nullptr) {
+            gpu->unpin();
+        }
         store.spill(file, first, last);
     }
 }

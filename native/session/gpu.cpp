@@ -3,80 +3,130 @@
 #include "../error.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cstring>
 
 namespace actqkv {
 namespace {
 
 constexpr uint64_t ALIGNMENT = 256;
+constexpr double MIB = 1024.0 * 1024.0;
 
 uint64_t padded(uint64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
+double now_ms() {
+    using namespace std::chrono;
+    return duration<double, std::milli>(steady_clock::now().time_since_epoch()).count();
+}
+
 } // namespace
+
+// ---- memory
+
+gpu_attention::shape gpu_attention::widest_of(const hparams & hp, const actqkv_params & params, int32_t n_most) {
+    const kv_layout layout = kv_store::layout_for(hp, params);
+    // Sinks, and the blocks that no chunk is closed of: the ring, of which one block may be cut where local begins.
+    shape w = {hp.n_head, hp.n_head_kv, hp.d_head, params.n_window, 0, n_most + layout.n_recent_blocks + 3, 0};
+    w.n_keys = layout.recent_tokens() + (int64_t) (n_most + 1) * layout.n_chunk_tokens + params.n_window;
+    w.n_summed = hp.n_head * std::max<int64_t>(w.n_keys, params.n_local + params.n_window);
+    return w;
+}
+
+// Queries in three forms, the window's own keys and values, weight sums.
+uint64_t gpu_attention::sent_bytes(const shape & w) {
+    const uint64_t m = w.n_window, q = padded(m * w.n_head * w.d_head * sizeof(float));
+    return 3 * q + 2 * padded(m * w.n_head_kv * w.d_head * sizeof(actqkv_f16)) + padded(w.n_summed * sizeof(float));
+}
+
+uint64_t gpu_attention::work_bytes(const actqkv_cuda & cuda, const shape & w) {
+    const uint64_t out = padded((uint64_t) w.n_window * w.n_head * w.d_head * sizeof(float));
+    return sent_bytes(w) + out + padded(w.n_spans * sizeof(double)) +
+           padded(cuda.attend_scratch(w.n_head, w.n_head_kv, w.d_head, w.n_window, w.n_keys, (int32_t) w.n_spans, 1));
+}
+
+actqkv_gpu_memory gpu_attention::memory_plan(const actqkv_cuda & cuda, const hparams & hp, const actqkv_params & params,
+                                             int32_t n_most) {
+    const kv_layout layout = kv_store::layout_for(hp, params);
+    const uint64_t chunk_bytes = 2 * (uint64_t) layout.chunk_bytes();
+    const int64_t n_useful = std::max<int64_t>({layout.n_chunks_max(params.n_ctx), n_most, 1});
+    actqkv_gpu_memory p = {};
+    p.window_bytes = work_bytes(cuda, widest_of(hp, params, n_most)) + padded(gpu_ring::bytes(layout, hp.n_layer));
+    p.least_bytes = p.window_bytes + hot_chunks::least_bytes(hp.n_layer, chunk_bytes, n_most);
+    p.useful_bytes = p.window_bytes + hot_chunks::least_bytes(hp.n_layer, chunk_bytes, (int32_t) n_useful);
+    return p;
+}
 
 gpu_attention::gpu_attention(const actqkv_cuda & cuda, int32_t device, uint64_t limit_bytes, const hparams & hp,
                              const actqkv_params & params, const kv_store & store, int32_t n_most)
-    : cuda(cuda), n_most(n_most), last_plans(hp.n_layer) {
-    const kv_layout & layout = store.layout();
-    // Sinks, and the blocks that no chunk is closed of: the ring, of which one block may be cut where local begins.
-    widest = {hp.n_head,
-              hp.n_head_kv,
-              hp.d_head,
-              params.n_window,
-              0,
-              n_most + layout.n_recent_blocks + 3,
-              layout.recent_tokens() + layout.n_chunk_tokens,
-              0};
-    widest.n_keys = widest.n_open + (int64_t) n_most * layout.n_chunk_tokens + params.n_window;
-    widest.n_summed = hp.n_head * std::max<int64_t>(widest.n_keys, params.n_local + params.n_window);
-    const uint64_t bytes = work_bytes(), chunk_bytes = 2 * (uint64_t) layout.chunk_bytes();
-    if (limit_bytes < bytes + hot_chunks::least_bytes(hp.n_layer, chunk_bytes, n_most)) {
-        constexpr double MIB = 1024.0 * 1024.0;
+    : cuda(cuda), store(store), widest(widest_of(hp, params, n_most)), n_most(n_most), last_plans(hp.n_layer) {
+    const actqkv_gpu_memory p = memory_plan(cuda, hp, params, n_most);
+    if (limit_bytes < p.least_bytes) {
         throw error(
             ACTQKV_ERR_MEMORY,
             format("%.0f MiB of GPU memory: a window needs %.0f MiB, and the %d chunks that each of %d layers may "
                    "attend another %.0f MiB",
-                   limit_bytes / MIB, bytes / MIB + 1, n_most, hp.n_layer,
-                   hot_chunks::least_bytes(hp.n_layer, chunk_bytes, n_most) / MIB + 1));
+                   limit_bytes / MIB, p.window_bytes / MIB + 1, n_most, hp.n_layer,
+                   (p.least_bytes - p.window_bytes) / MIB + 1));
     }
     try {
-        check(cuda.open(device, &compute));
-        void * taken = nullptr;
-        check(cuda.take(device, bytes, &taken));
-        work = (uint8_t *) taken;
-        // More slots than chunks would be of no use.
-        const int64_t n_useful = std::max<int64_t>({layout.n_chunks_max(params.n_ctx), n_most, 1});
-        const uint64_t useful_bytes = hot_chunks::least_bytes(hp.n_layer, chunk_bytes, (int32_t) n_useful);
-        const uint64_t chunks_limit = std::min(limit_bytes - bytes, useful_bytes);
-        const int32_t n_slots = hot_chunks::n_slots_for(hp.n_layer, chunk_bytes, chunks_limit);
-        chunks = std::make_unique<gpu_chunks>(
-            cuda, device, compute, hp.n_layer, n_slots, chunk_bytes, [&store, &layout](int il, int32_t chunk) {
-                const actqkv_span s =
-                    store.span(il, chunk + 1, layout.block_first(chunk + 1), layout.block_first(chunk + 2), false);
-                return gpu_chunks::source{s.far != nullptr ? s.far : s.near, s.v};
-            });
-        hot = std::make_unique<hot_chunks>(hp.n_layer, chunk_bytes, chunks_limit, n_most, *chunks);
+        take_memory(device, std::min<uint64_t>(limit_bytes, p.useful_bytes) - p.window_bytes, hp, params);
     } catch (...) {
         chunks.reset();
+        cuda.give_back_pinned(ordinary.empty() ? staged : nullptr);
+        cuda.give_back(ring_memory);
         cuda.give_back(work);
         cuda.close(compute);
         throw;
     }
 }
 
+void gpu_attention::take_memory(int32_t device, uint64_t chunks_limit, const hparams & hp,
+                                const actqkv_params & params) {
+    const auto take = [&](uint64_t bytes, const char * what) {
+        void * taken = nullptr;
+        const int32_t status = cuda.take(device, bytes, &taken);
+        if (status != 0) {
+            actqkv_cuda_device found = {};
+            cuda.device(device, &found);
+            throw error(ACTQKV_ERR_MEMORY, format("%.0f MiB for %s on GPU %d, which has %.0f MiB free: %s", bytes / MIB,
+                                                  what, device, found.free_bytes / MIB, cuda.error_text(status)));
+        }
+        memory_bytes += bytes;
+        return (uint8_t *) taken;
+    };
+    const kv_layout & layout = store.layout();
+    const uint64_t chunk_bytes = 2 * (uint64_t) layout.chunk_bytes();
+    const int32_t n_slots = hot_chunks::n_slots_for(hp.n_layer, chunk_bytes, chunks_limit);
+    check(cuda.open(device, &compute));
+    work = take(work_bytes(cuda, widest), "a window");
+    ring_memory = take(padded(gpu_ring::bytes(layout, hp.n_layer)), "open blocks");
+    chunks = std::make_unique<gpu_chunks>(
+        cuda, device, compute, hp.n_layer, n_slots, chunk_bytes, [this, &layout](int il, int32_t chunk) {
+            const actqkv_span s =
+                store.span(il, chunk + 1, layout.block_first(chunk + 1), layout.block_first(chunk + 2), false);
+            return gpu_chunks::source{s.far != nullptr ? s.far : s.near, s.v};
+        });
+    memory_bytes += (uint64_t) hp.n_layer * n_slots * chunk_bytes;
+    hot = std::make_unique<hot_chunks>(hp.n_layer, chunk_bytes, chunks_limit, n_most, *chunks);
+    ring = std::make_unique<gpu_ring>(cuda, compute, store, hp.n_layer, ring_memory);
+    pinned = std::make_unique<pinned_chunks>(cuda, store, hp.n_layer, layout.n_chunks_max(params.n_ctx));
+    void * pinned_memory = nullptr;
+    if (cuda.take_pinned(sent_bytes(widest), &pinned_memory) == 0) {
+        staged = (uint8_t *) pinned_memory;
+    } else { // copied through the driver's own memory
+        ordinary.resize(sent_bytes(widest));
+        staged = ordinary.data();
+    }
+}
+
 gpu_attention::~gpu_attention() {
     cuda.wait(compute);
     chunks.reset();
+    pinned.reset();
+    cuda.give_back_pinned(ordinary.empty() ? staged : nullptr);
+    cuda.give_back(ring_memory);
     cuda.give_back(work);
     cuda.close(compute);
-}
-
-uint64_t gpu_attention::work_bytes() const {
-    const shape & w = widest;
-    const uint64_t m = w.n_window, row = (uint64_t) w.n_head_kv * w.d_head * sizeof(actqkv_f16);
-    const uint64_t q = padded(m * w.n_head * w.d_head * sizeof(float));
-    return 4 * q + 2 * padded(m * row) + padded(w.n_summed * sizeof(float)) + padded(w.n_spans * sizeof(double)) +
-           3 * (w.n_open * row + w.n_spans * ALIGNMENT) +
-           padded(cuda.attend_scratch(w.n_head, w.n_head_kv, w.d_head, w.n_window, w.n_keys, (int32_t) w.n_spans, 1));
 }
 
 void gpu_attention::check(int32_t status) const {
@@ -85,16 +135,21 @@ void gpu_attention::check(int32_t status) const {
     }
 }
 
-uint8_t * gpu_attention::place(uint64_t bytes) {
-    uint8_t * at = work + used;
+// ---- a call
+
+uint64_t gpu_attention::place(uint64_t bytes) {
+    const uint64_t at = used;
     used += padded(bytes);
     return at;
 }
 
 template <typename T> T * gpu_attention::send(const T * from, uint64_t bytes) {
-    uint8_t * to = place(bytes);
-    check(cuda.copy(compute, to, from, bytes));
-    return (T *) to;
+    if (from == nullptr) {
+        return nullptr;
+    }
+    const uint64_t at = place(bytes);
+    memcpy(staged + at, from, bytes);
+    return (T *) (work + at);
 }
 
 bool gpu_attention::fits(const actqkv_attend_args & args, int32_t n_chunks) const {
@@ -106,9 +161,26 @@ bool gpu_attention::fits(const actqkv_attend_args & args, int32_t n_chunks) cons
            (args.weight_sums == nullptr || args.n_head * args.sum_stride <= widest.n_summed);
 }
 
+void gpu_attention::make_spans(int il, const actqkv_attend_args & args, const std::vector<int32_t> & slots,
+                               int32_t first_chunk) {
+    spans.assign(args.spans, args.spans + args.n_spans);
+    for (int32_t i = 0; i < args.n_spans; i++) {
+        actqkv_span & s = spans[i];
+        if (i >= first_chunk && i < first_chunk + (int32_t) slots.size()) {
+            const int32_t slot = slots[i - first_chunk];
+            (s.far != nullptr ? s.far : s.near) = chunks->keys(il, slot);
+            s.v = chunks->values(il, slot);
+        } else {
+            counts.to_bytes += ring->bring(il, s);
+        }
+    }
+}
+
 void gpu_attention::attend(int il, const actqkv_attend_args & args, const int32_t * planned, int32_t n_chunks,
                            int32_t first_chunk) {
+    const uint64_t n_missed = hot->stats().n_misses;
     const std::vector<int32_t> slots = hot->plan(il, planned, n_chunks);
+    counts.n_stalls += hot->stats().n_misses > n_missed;
     last_plans[il].assign(planned, planned + n_chunks);
     const int next = (il + 1) % (int) last_plans.size();
     hot->prefetch(next, last_plans[next].data(), (int32_t) last_plans[next].size());
@@ -120,51 +192,69 @@ void gpu_attention::attend(int il, const actqkv_attend_args & args, const int32_
     const uint64_t sums = args.n_head * args.sum_stride * sizeof(float);
     on_gpu.q_near = send(args.q_near, q);
     on_gpu.q_far = send(args.q_far, q);
-    on_gpu.q_turned = args.q_turned != nullptr ? send(args.q_turned, q) : nullptr;
+    on_gpu.q_turned = send(args.q_turned, q);
     on_gpu.k_window = send(args.k_window, own);
     on_gpu.v_window = send(args.v_window, own);
-    on_gpu.out = (float *) place(q);
-    on_gpu.weight_sums = args.weight_sums != nullptr ? send(args.weight_sums, sums) : nullptr;
-    on_gpu.span_mass = args.span_mass != nullptr ? (double *) place(args.n_spans * sizeof(double)) : nullptr;
-
-    spans.assign(args.spans, args.spans + args.n_spans);
-    for (int32_t i = 0; i < args.n_spans; i++) {
-        actqkv_span & s = spans[i];
-        if (i >= first_chunk && i < first_chunk + n_chunks) {
-            const int32_t slot = slots[i - first_chunk];
-            (s.far != nullptr ? s.far : s.near) = chunks->keys(il, slot);
-            s.v = chunks->values(il, slot);
-            continue;
-        }
-        const uint64_t rows = (uint64_t) s.n_tok * actqkv_row_bytes(s.kv_type, args.d_head);
-        const auto bytes = [&](int64_t stride) { return (uint64_t) (args.n_head_kv - 1) * stride + rows; };
-        s.far = s.far != nullptr ? send(s.far, bytes(s.far_stride)) : nullptr;
-        s.near = s.near != nullptr ? send(s.near, bytes(s.near_stride)) : nullptr;
-        s.v = send(s.v, bytes(s.v_stride));
-    }
+    on_gpu.weight_sums = send(args.weight_sums, sums);
+    const uint64_t sent = used;
+    check(cuda.copy(compute, work, staged, sent));
+    const uint64_t out_at = place(q), mass_at = place(args.n_spans * sizeof(double));
+    on_gpu.out = (float *) (work + out_at);
+    on_gpu.span_mass = args.span_mass != nullptr ? (double *) (work + mass_at) : nullptr;
+    on_gpu.scratch = work + place(0);
+    make_spans(il, args, slots, first_chunk);
     on_gpu.spans = spans.data();
-    on_gpu.scratch = place(0);
     check(cuda.attend(compute, &on_gpu));
     chunks->finished_reading();
-    check(cuda.copy(compute, args.out, on_gpu.out, q));
+
+    // What comes back takes the place of what was sent, which has been read by then.
+    check(cuda.copy(compute, staged, on_gpu.out, q));
     if (args.weight_sums != nullptr) {
         check(cuda.copy(compute, args.weight_sums, on_gpu.weight_sums, sums));
     }
     if (args.span_mass != nullptr) {
         check(cuda.copy(compute, args.span_mass, on_gpu.span_mass, args.n_spans * sizeof(double)));
     }
+    const double before = now_ms();
     check(cuda.wait(compute));
+    counts.wait_ms += now_ms() - before;
+    memcpy(args.out, staged, q);
     if (args.span_mass != nullptr) {
         hot->add_mass(il, planned, args.span_mass + first_chunk, n_chunks);
     }
-    calls++;
+    counts.n_calls++;
+    counts.to_bytes += sent;
+    counts.from_bytes +=
+        q + (args.weight_sums != nullptr ? sums : 0) + (args.span_mass != nullptr ? args.n_spans * sizeof(double) : 0);
 }
 
 void gpu_attention::forget_from(int64_t n_closed) {
     hot->forget_from((int32_t) n_closed);
+    ring->all_changed();
     for (std::vector<int32_t> & plan : last_plans) {
         plan.clear(); // it may name chunks that are open again
     }
+}
+
+// ---- statistics
+
+actqkv_gpu_stats gpu_attention::stats() const {
+    const hot_stats & s = hot->stats();
+    actqkv_gpu_stats all = counts;
+    all.n_slots = hot->n_slots();
+    all.n_hits = s.n_hits;
+    all.n_misses = s.n_misses;
+    all.n_prefetched = s.n_prefetched;
+    all.n_wasted = s.n_wasted;
+    all.to_bytes += s.bytes;
+    all.memory_bytes = memory_bytes;
+    all.pinned_bytes = pinned->bytes();
+    return all;
+}
+
+void gpu_attention::reset_stats() {
+    counts = {};
+    hot->reset_stats();
 }
 
 } // namespace actqkv

@@ -97,6 +97,13 @@ void session::set_answering(const actqkv_method & method, int32_t budget) {
         answering = wanted;
         throw;
     }
+    if (gpu != nullptr && most_chunks() > gpu->most_chunks()) {
+        try {
+            make_gpu();
+        } catch (const error & e) {
+            leave_gpu(e.what());
+        }
+    }
 }
 
 // ---- decode: from tokens to windows
@@ -175,6 +182,9 @@ void session::close_chunks(int64_t first) {
     const double start = now_ms();
     store.close_until(first - params.n_local, params.n_threads);
     counts.summarize.ms += now_ms() - start;
+    if (gpu != nullptr) {
+        gpu->closed(store.n_closed());
+    }
 }
 
 void session::run_window(const window & w) {
@@ -240,6 +250,9 @@ void session::run_layer(const window & w, int il) {
     t0 = now_ms();
     const int64_t stride = (int64_t) w.m * hp.d_head;
     store.append(il, w.first, w.m, k_near.data(), k_far.data(), v.data(), stride);
+    if (gpu != nullptr) {
+        gpu->changed(il, w.first, w.first + w.m);
+    }
     if (store.sums_attention()) {
         store.clear_sums(il, w.first, w.first + w.m);
         const int64_t from = std::max<int64_t>(summed_from, params.n_sink); // a window may begin among the sinks
@@ -364,9 +377,7 @@ void session::attend(const window & w, int il, const chunk_plan & plan) {
     if (watched) {
         keep_weights(args);
     }
-    if (gpu != nullptr && gpu->fits(args, plan.n)) {
-        gpu->attend(il, args, plan.chunks.data(), plan.n, std::min<int64_t>(w.first, params.n_sink) > 0 ? 1 : 0);
-    } else {
+    if (!attend_on_gpu(w, il, args, plan)) {
         actqkv_attend(actqkv_impl_best(), &args);
     }
     if (watched) {
@@ -505,22 +516,6 @@ void session::rewind(int64_t n_past) {
     }
 }
 
-// ---- on a GPU
-
-void session::use_gpu(const actqkv_cuda & cuda, int32_t device, uint64_t limit_bytes) {
-    const int64_t most = 2 * std::max(n_retrieved(params), n_retrieved(answering)); // the cut-off's upper end
-    gpu.reset();
-    gpu = std::make_unique<gpu_attention>(cuda, device, limit_bytes, hp, params, store, (int32_t) most);
-}
-
-actqkv_gpu_stats session::gpu_stats() const {
-    if (gpu == nullptr) {
-        return {};
-    }
-    const hot_stats & s = gpu->stats();
-    return {gpu->n_calls(), gpu->n_slots(), s.n_hits, s.n_misses, s.n_prefetched, s.n_wasted, s.bytes};
-}
-
 // ---- statistics
 
 actqkv_stats session::stats() const {
@@ -531,6 +526,8 @@ actqkv_stats session::stats() const {
     s.probe = {plans.probe_stage.ms, plans.probe_stage.bytes};
     s.score = {plans.score_stage.ms, plans.score_stage.bytes};
     s.refine = {plans.refine_stage.ms, plans.refine_stage.bytes};
+    s.gpu = gpu != nullptr ? gpu->stats() : actqkv_gpu_stats{};
+    s.gpu.memory_bytes += graph.device_bytes();
     return s;
 }
 
@@ -538,6 +535,9 @@ void session::reset_stats() {
     counts = {};
     attended_n = dense_n = 0;
     plans.probe_stage = plans.score_stage = plans.refine_stage = {};
+    if (gpu != nullptr) {
+        gpu->reset_stats();
+    }
 }
 
 } // namespace actqkv

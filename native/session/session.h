@@ -36,7 +36,9 @@ public:
 
     // gpu.h: attention there where it fits, on the CPU otherwise.
     void use_gpu(const actqkv_cuda & cuda, int32_t device, uint64_t limit_bytes);
-    actqkv_gpu_stats gpu_stats() const;
+    static actqkv_gpu_memory gpu_plan(const llama_model * model, const actqkv_params & params,
+                                      const actqkv_cuda & cuda);
+    const std::string & gpu_problem() const { return left_gpu.empty() && gpu != nullptr ? gpu->problem() : left_gpu; }
 
     void set_recorder(actqkv_record_fn fn, void * user, int32_t mass);
     void set_audit(int32_t every);
@@ -83,6 +85,9 @@ private:
     void add_list(const window & w, int il, const int32_t * chunks, int32_t n_chunks);
     actqkv_attend_args attend_args(const window & w);
     void attend(const window & w, int il, const chunk_plan & plan);
+    bool attend_on_gpu(const window & w, int il, const actqkv_attend_args & args, const chunk_plan & plan);
+    int32_t most_chunks() const;
+    void leave_gpu(const char * why);
     void reserve_scratch();
 
     // inspect.cpp
@@ -128,6 +133,8 @@ private:
     checkpoints saved;
 
     std::unique_ptr<gpu_attention> gpu; // NULL: all on the CPU
+    std::function<void()> make_gpu;     // the same for wider plans
+    std::string left_gpu;               // why it is no longer used; empty: it is, or never was
 
     history tokens;
     int64_t n_done = 0; // tokens whose KV and statistics are in place; the rest of the history is pending

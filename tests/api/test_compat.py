@@ -13,7 +13,7 @@ from llama_cpp.llama_chat_format import Llava15ChatHandler
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from actqkv_cpp import Llama, ParameterError, Retrieval, StateError, compat
+from actqkv_cpp import GpuUse, Llama, NoGpu, ParameterError, Retrieval, StateError, compat
 from actqkv_cpp._native import KV_TYPES
 
 SMALL = Retrieval("dense", n_local=64, window=32, n_sink=4, chunk=16, budget=128)
@@ -187,6 +187,8 @@ CALLS: dict[str, Any] = {
     "engine": lambda m: m.engine == "actqkv",
     "engine_reason": lambda m: m.engine_reason is None,
     "session": lambda m: m.session is not None,
+    "gpu_layers": lambda m: m.gpu_layers.n == 0,
+    "gpu": lambda m: isinstance(m.gpu, (GpuUse, NoGpu)),
     "document": lambda m: (m.read(text="the key"), m.document.name == "text")[1],
     "read": lambda m: m.read(text="the key").tokens_read > 0,
     "chat": lambda m: m.chat().messages == [],

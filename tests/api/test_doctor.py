@@ -66,7 +66,7 @@ def test_a_machine_that_is_ready() -> None:
             BUILT,
             "GPU 0",
             "older than 8.0",
-            "--gpu-layers",
+            "on the processor",
         ),
         (
             dataclasses.replace(READY, devices=(CARD, dataclasses.replace(CARD, free_bytes=GIB // 2))),
@@ -165,4 +165,4 @@ def test_another_interface(tmp_path: Path) -> None:
         _native.lib.__file__ if hasattr(_native.lib, "__file__") else sys.modules["actqkv_cpp._actqkv"].__file__
     )
     found = _cuda.find_cuda(other)
-    assert "interface none, expected 1" in (found.library_problem or "")
+    assert "interface none, expected 2" in (found.library_problem or "")

@@ -4,6 +4,9 @@
 // drawn at random, and so are the blocks, so that a missing barrier shows. Memory of the "GPU" ends at a page that
 // cannot be touched: reading or writing behind an array is a segmentation fault. What this does not show: what the real
 // compiler makes of the text, memory ordering, speed.
+//
+// The GPU's faults are asked for by the environment, as numbers: ACTQKV_EMULATOR_DEVICES, _DRIVER, _MAJOR (of the compute
+// capability), _FREE (bytes of memory), and _FAIL_MALLOC, _FAIL_PIN, _FAIL_LAUNCH: the n-th call and all after it fail.
 #pragma once
 
 #include <cmath>

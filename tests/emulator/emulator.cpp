@@ -12,6 +12,7 @@
 #include <cstring>
 #include <map>
 #include <random>
+#include <string>
 #include <vector>
 
 namespace emulator {
@@ -19,6 +20,20 @@ namespace emulator {
 place here;
 
 namespace {
+
+// What a test asks for: ACTQKV_EMULATOR_<name>, a number.
+long wish(const char * name, long otherwise) {
+    const char * text = getenv((std::string("ACTQKV_EMULATOR_") + name).c_str());
+    return text != nullptr ? atol(text) : otherwise;
+}
+
+// Whether this is the call that FAIL_<what>=n asks to fail: the n-th of them, counted from 1, and all after it.
+bool fails(const char * what, long & n_calls) {
+    const long at = wish(what, 0);
+    n_calls = at > 0 ? n_calls + 1 : 0;
+    return at > 0 && n_calls >= at;
+}
+long n_mallocs, n_launches, n_pins;
 
 constexpr size_t STACK_BYTES = 128 << 10, MOST_SHARED = 227 << 10, MOST_STATIC = 48 << 10;
 constexpr int WARP = 32;
@@ -137,6 +152,10 @@ void run_block(dim3 block, dim3 at, dim3 grid) {
 } // namespace
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> & kernel) {
+    if (fails("FAIL_LAUNCH", n_launches)) {
+        failure = cudaErrorLaunchFailure;
+        return;
+    }
     if (grid.x == 0 || grid.y == 0 || grid.z != 1 || grid.y > 65535 || block.x * block.y * block.z > 1024 ||
         shared_bytes > MOST_SHARED) {
         failure = cudaErrorInvalidValue;
@@ -212,6 +231,8 @@ void actqkv::cuda::emulated_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 
 // ---- the runtime's functions: all at once, in order
 
+using emulator::fails, emulator::wish, emulator::n_mallocs, emulator::n_pins;
+
 namespace {
 
 struct mapping {
@@ -219,6 +240,7 @@ struct mapping {
     size_t bytes;
 };
 std::map<void *, mapping> mappings;
+std::map<void *, size_t> pinned;
 
 double now_ms() {
     using namespace std::chrono;
@@ -243,18 +265,22 @@ cudaError_t cudaGetLastError() {
     emulator::failure = cudaSuccess;
     return last;
 }
-cudaError_t cudaDriverGetVersion(int * version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int * n) { return *n = 1, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int * version) { return *version = (int) wish("DRIVER", 13000), cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int * n) { return *n = (int) wish("DEVICES", 1), cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int) {
-    *properties = {"emulated", 8, 0, 2};
+    *properties = {"emulated", (int) wish("MAJOR", 8), 0, 2};
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
 cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : cudaErrorInvalidValue; }
-cudaError_t cudaMemGetInfo(size_t * free, size_t * total) { return *free = *total = 1 << 30, cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t * free, size_t * total) {
+    *total = 1 << 30;
+    *free = (size_t) wish("FREE", 1 << 30);
+    return cudaSuccess;
+}
 
 cudaError_t cudaMalloc(void ** memory, size_t bytes) {
-    if (bytes > 1 << 30) {
+    if (bytes > 1 << 30 || fails("FAIL_MALLOC", n_mallocs)) {
         return cudaErrorMemoryAllocation;
     }
     const size_t page = (size_t) sysconf(_SC_PAGESIZE), rounded = (bytes + 15) / 16 * 16;
@@ -281,8 +307,25 @@ cudaError_t cudaFree(void * memory) {
 }
 cudaError_t cudaHostAlloc(void ** memory, size_t bytes, unsigned) { return cudaMalloc(memory, bytes); }
 cudaError_t cudaFreeHost(void * memory) { return cudaFree(memory); }
-cudaError_t cudaHostRegister(void *, size_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaHostUnregister(void *) { return cudaSuccess; }
+// As the driver: memory is pinned once, and ranges do not overlap at the system's granularity.
+cudaError_t cudaHostRegister(void * memory, size_t bytes, unsigned) {
+    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE), start = (uintptr_t) memory / page * page;
+    const uintptr_t end = ((uintptr_t) memory + bytes + page - 1) / page * page;
+    for (const auto & [other, n] : pinned) {
+        const uintptr_t from = (uintptr_t) other / page * page, to = ((uintptr_t) other + n + page - 1) / page * page;
+        if (from < end && start < to) {
+            return cudaErrorInvalidValue;
+        }
+    }
+    if (bytes == 0 || fails("FAIL_PIN", n_pins)) {
+        return bytes == 0 ? cudaErrorInvalidValue : cudaErrorMemoryAllocation;
+    }
+    pinned[memory] = bytes;
+    return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void * memory) {
+    return pinned.erase(memory) == 1 ? cudaSuccess : cudaErrorInvalidValue;
+}
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t * stream, unsigned) {
     return *stream = new emulated_stream, cudaSuccess;
 }
@@ -297,7 +340,22 @@ cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float * ms, cudaEvent_t from, cudaEvent_t to) {
     return *ms = (float) (to->at - from->at), cudaSuccess;
 }
+// As the driver: a range may not be pinned in part.
+bool whole(const void * memory, size_t bytes) {
+    const uintptr_t start = (uintptr_t) memory, end = start + bytes;
+    for (const auto & [other, n] : pinned) {
+        const uintptr_t from = (uintptr_t) other, to = from + n;
+        if (from < end && start < to && (start < from || to < end)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    if (!whole(to, bytes) || !whole(from, bytes)) {
+        return cudaErrorInvalidValue;
+    }
     return std::memmove(to, from, bytes), cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void * memory, int byte, size_t bytes, cudaStream_t) {

@@ -35,7 +35,7 @@ def use_gpu(session: Session, table: Any, limit_bytes: int = PLENTY) -> str:
 
 
 def counts(session: Session) -> Any:
-    return lib.actqkv_gpu_stats_get(session._handle_to_read())
+    return session.stats().gpu
 
 
 def watch_first_layer(session: Session) -> list[F32Array]:
@@ -105,7 +105,7 @@ def test_few_slots_change_nothing(tiny_llama: LlamaModel, table: Any) -> None:
     check("windows", tight, roomy)
     assert few.n_slots == 10
     assert many.n_misses + many.n_prefetched <= 3 * n_chunks < few.n_misses + few.n_prefetched
-    assert many.bytes < few.bytes
+    assert many.to_bytes < few.to_bytes
 
 
 def test_rewind_and_another_document(tiny_llama: LlamaModel, table: Any) -> None:

@@ -16,8 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [
         item
         for item, params in zip(items, given, strict=True)
-        if params.get("impl", 0) < EMULATED
-        or (params.get("n_threads", 1) == 1 and item.path.stem != "test_spread")
+        if params.get("impl", 0) < EMULATED or (params.get("n_threads", 1) == 1 and item.path.stem != "test_spread")
     ]
 
 

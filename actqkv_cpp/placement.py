@@ -1,0 +1,96 @@
+"""Has the sessions of one model attend on a GPU, or on the processor with the reason why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llama_cpp
+
+from actqkv_cpp import _cuda, gpu, modelfile
+from actqkv_cpp._native import Session
+from actqkv_cpp.config import Retrieval, parse_bytes
+from actqkv_cpp.errors import ComputeError, GpuMemoryError, MemoryPlanError
+from actqkv_cpp.gpu import GpuUse, Layers, NoGpu
+
+_ATTENTION_BYTES = 1 << 30  # kept free of weights unless `vram` says how much: enough for 128K tokens
+_ELSEWHERE = "give a smaller vram, or vram 0: on the processor"
+
+
+class Placement:
+    """Where sessions attend.
+
+    Args:
+        vram: bytes of the GPU's memory that attention may take, "6g" or a number; None: what is of use, as far as it is
+            free; 0: none.
+        device: the GPU's number.
+
+    Attributes:
+        vram: in bytes, or None.
+
+    Raises:
+        ParameterError: `vram` is no size.
+    """
+
+    def __init__(self, vram: int | str | None, device: int) -> None:
+        self.vram = None if vram is None else parse_bytes(vram)
+        self._device = device
+        self._planned: GpuUse | NoGpu = NoGpu("llama.cpp runs the model")
+
+    def layers(self, path: str, wanted: int | None) -> Layers:
+        """How many layers of the model at `path` go to GPUs, by what is free there now; loads nothing but its metadata.
+
+        Args:
+            wanted: as many; -1: all; None: as many as fit beside attention.
+
+        Raises:
+            GpuMemoryError: the layers asked for do not fit.
+        """
+        if wanted == 0:
+            return Layers(0, 0)
+        if not llama_cpp.llama_supports_gpu_offload():
+            reason = "llama-cpp-python was built without CUDA (actqkv doctor has the command that builds it)"
+            return Layers(0, 0, None if wanted is None else reason)
+        cuda = _cuda.find_cuda()
+        if not cuda.devices:  # a GPU of another kind: libllama alone knows it
+            return Layers(0 if wanted is None else wanted, 0)
+        reserve = _ATTENTION_BYTES if self.vram is None else self.vram
+        free = sum(one.free_bytes for one in cuda.devices if one.problem is None) - gpu.SPARE_BYTES
+        return gpu.choose_layers(wanted, *modelfile.sizes(path), free, reserve)
+
+    def plan(self, model: Any, retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_type: str) -> None:
+        """Decide for sessions of this kind; allocates nothing but CUDA's own state.
+
+        Raises:
+            GpuMemoryError: `vram` is less than such a session needs, or more than is free.
+        """
+        if self.vram == 0:
+            self._planned = NoGpu("vram is 0")
+            return
+        cuda = _cuda.find_cuda()
+        problem = gpu.find(cuda, self._device)
+        if problem is None:
+            needs = _cuda.plan(model, retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
+            self._planned = gpu.choose(cuda, self._device, needs, self.vram)
+        else:
+            self._planned = problem
+
+    def enter(self, session: Session) -> None:
+        """Have a session attend where it was planned.
+
+        Raises:
+            GpuMemoryError: another process took the memory meanwhile, and `vram` was given; else the reason is kept.
+        """
+        if isinstance(self._planned, NoGpu):
+            return
+        try:
+            session.use_gpu(_cuda.load(), self._planned.device, self._planned.limit_bytes)
+        except (MemoryPlanError, ComputeError) as error:
+            if self.vram is not None:
+                raise GpuMemoryError(str(error), _ELSEWHERE) from error
+            self._planned = NoGpu(str(error), there=True)
+
+    def found(self, session: Session | None) -> GpuUse | NoGpu:
+        """Where `session` attends now: a GPU that failed is left."""
+        if session is None or session.closed or isinstance(self._planned, NoGpu) or session.stats().gpu.n_slots:
+            return self._planned
+        return NoGpu(session.gpu_problem or "this session was not taken there", there=True)

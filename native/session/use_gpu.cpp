@@ -1,0 +1,68 @@
+// Sessions that attend on a GPU (gpu.h): what they take there, when they go there and when they leave.
+#include "session.h"
+
+#include "../error.h"
+
+#include <algorithm>
+
+namespace actqkv {
+
+namespace {
+
+// Chunks of the widest plan: a layer's share ends at twice the mean.
+int32_t most_chunks_of(const actqkv_params & p) { return 2 * n_retrieved(p); }
+
+// Of a device's memory, for the graphs of layers there.
+uint64_t graph_bytes(const hparams & hp, const weights & w, const actqkv_params & p) {
+    return w.on_device() ? runner::memory_plan(hp, w.layers[0].up->ne[1], p.n_window) : 0;
+}
+
+} // namespace
+
+int32_t session::most_chunks() const { return std::max(most_chunks_of(params), most_chunks_of(answering)); }
+
+actqkv_gpu_memory session::gpu_plan(const llama_model * model, const actqkv_params & wanted, const actqkv_cuda & cuda) {
+    const hparams hp = read_hparams(model);
+    const actqkv_params params = resolve_params(wanted, hp);
+    actqkv_gpu_memory plan = gpu_attention::memory_plan(cuda, hp, params, most_chunks_of(params));
+    const uint64_t graphs = graph_bytes(hp, read_weights(model, hp), params);
+    for (uint64_t * bytes : {&plan.window_bytes, &plan.least_bytes, &plan.useful_bytes}) {
+        *bytes += graphs;
+    }
+    return plan;
+}
+
+void session::use_gpu(const actqkv_cuda & cuda, int32_t device, uint64_t limit_bytes) {
+    const uint64_t graphs = std::min(limit_bytes, graph_bytes(hp, tensors, params));
+    make_gpu = [this, &cuda, device, rest = limit_bytes - graphs] {
+        gpu.reset();
+        gpu = std::make_unique<gpu_attention>(cuda, device, rest, hp, params, store, most_chunks());
+        gpu->closed(store.n_closed());
+    };
+    left_gpu.clear();
+    make_gpu();
+}
+
+void session::leave_gpu(const char * why) {
+    left_gpu = why;
+    gpu.reset();
+}
+
+// Whether it did. All that it reads is on the CPU too, so that attention goes on there when the GPU fails.
+bool session::attend_on_gpu(const window & w, int il, const actqkv_attend_args & args, const chunk_plan & plan) {
+    if (gpu == nullptr || !gpu->fits(args, plan.n)) {
+        return false;
+    }
+    try {
+        gpu->attend(il, args, plan.chunks.data(), plan.n, std::min<int64_t>(w.first, params.n_sink) > 0 ? 1 : 0);
+        return true;
+    } catch (const error & e) {
+        if (e.status != ACTQKV_ERR_COMPUTE) { // not the GPU's
+            throw;
+        }
+        leave_gpu(e.what());
+        return false;
+    }
+}
+
+} // namespace actqkv

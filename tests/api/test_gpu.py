@@ -1,0 +1,229 @@
+"""Breaks when a Llama does not attend on the GPU that is there, or loses something where the GPU is not fit for it.
+
+The GPU is the emulator.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from emulated import emulated_gpu
+
+from actqkv_cpp import GpuMemoryError, GpuUse, Llama, NoGpu, ParameterError, Retrieval, gpu, tables
+from actqkv_cpp.bench import report
+from actqkv_cpp.bench.results import GpuTraffic, Result, Row
+from actqkv_cpp.config import parse_bytes
+from actqkv_cpp.figures import Cuda, Gpu, GpuPlan, GpuStats
+
+SMALL = Retrieval(n_sink=4, n_local=32, chunk=8, window=16, budget=4 + 32 + 5 * 8, positions="clamped")
+TEXT = "The lamp stood on the shelf. " * 6
+MIB = 1 << 20
+PLAN = GpuPlan(10 * MIB, 30 * MIB, 200 * MIB)
+CARD = Gpu("Card", (8, 9), 24 << 30, 20 << 30)
+READY = Cuda(None, 13000, "80", 13010, None, (CARD,))
+
+Faulty = Callable[..., None]
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Faulty:
+    """Has this process find the emulator's GPU, with faults or without."""
+
+    def arrange(**faults: int) -> None:
+        for name, value in emulated_gpu(**faults).items():
+            monkeypatch.setenv(name, value)
+
+    return arrange
+
+
+def load(model: Path, **more: Any) -> Llama:
+    return Llama(model, n_ctx=512, n_threads=1, retrieval=SMALL, verbose=False, **more)
+
+
+def answered(llm: Llama) -> tuple[str, np.ndarray, Any]:
+    """What is said, the logits behind its last token, and the answer's figures of the GPU."""
+    answer = llm.read(text=TEXT).ask("Where?", max_tokens=6)
+    assert llm.session is not None
+    return answer.text, llm._rows.last().copy(), answer.gpu
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tiny_model: Path) -> tuple[str, np.ndarray]:
+    with load(tiny_model, vram=0) as llm:
+        assert isinstance(llm.gpu, NoGpu)
+        text, logits, none = answered(llm)
+    assert none is None
+    return text, logits
+
+
+def same(found: tuple[str, np.ndarray, Any], expected: tuple[str, np.ndarray]) -> None:
+    assert found[0] == expected[0]
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-4)
+
+
+def test_it_answers_as_the_processor_does(tiny_model: Path, on_cpu: tuple[str, np.ndarray], faulty: Faulty) -> None:
+    """A Llama without options uses the GPU; an answer says what went over the bus."""
+    faulty()
+    with load(tiny_model) as llm:
+        assert llm.gpu == GpuUse(0, "emulated", llm.gpu.limit_bytes)  # type: ignore[union-attr]
+        found = answered(llm)
+        assert llm.session is not None
+        stats = llm.session.stats().gpu
+        llm.session.stats_reset()
+        assert llm.session.stats().gpu.n_calls == 0
+    same(found, on_cpu)
+    assert found[2].n_calls > 0
+    assert found[2].hit_rate is not None
+    assert found[2].to_bytes > found[2].from_bytes > 0
+    assert 0 < stats.memory_bytes <= llm.gpu.limit_bytes  # type: ignore[union-attr]
+    assert stats.pinned_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("faults", "problem"),
+    [
+        ({"fail_launch": 40}, "launch failure"),  # in the middle of reading
+        ({"fail_malloc": 2}, "out of memory"),  # at the beginning
+        ({"devices": 0}, "there is no GPU 0"),
+        ({"driver": 0}, "no NVIDIA driver"),
+        ({"major": 7}, "compute capability 7.0, 8.0 is needed"),
+        ({"free": 600 << 20}, None),
+        ({"free": 512 << 20}, "has 512 MiB free"),
+    ],
+    ids=["launch", "malloc", "no device", "no driver", "old", "enough", "full"],
+)
+def test_without_it_nothing_is_lost(
+    tiny_model: Path, on_cpu: tuple[str, np.ndarray], faulty: Faulty, faults: dict[str, int], problem: str | None
+) -> None:
+    """The processor takes over wherever the GPU fails, with the same answer and the reason."""
+    faulty(**faults)
+    with load(tiny_model) as llm:
+        same(answered(llm), on_cpu)
+        where = llm.gpu
+    assert isinstance(where, GpuUse) if problem is None else problem in str(where)
+    assert "\n" not in str(where)
+
+
+def test_memory_that_cannot_be_pinned(tiny_model: Path, on_cpu: tuple[str, np.ndarray], faulty: Faulty) -> None:
+    """Copies come from ordinary memory then; that is said."""
+    faulty(fail_pin=3)
+    with load(tiny_model) as llm:
+        same(answered(llm), on_cpu)
+        assert isinstance(llm.gpu, GpuUse)
+        assert llm.session is not None
+        assert "ordinary memory" in (llm.session.gpu_problem or "")
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_any_allocation_may_fail(tiny_model: Path, faulty: Faulty, n: int) -> None:
+    """Asked for, memory that another process took meanwhile is one line of error, and Llama can be made again."""
+    faulty(fail_malloc=n)
+    try:
+        with load(tiny_model, vram="64m") as llm:
+            assert isinstance(llm.gpu, GpuUse), "the session should not have gone on unsaid"
+    except GpuMemoryError as error:
+        refused = f"{error} {error.hint}"
+    else:
+        refused = ""
+    assert not refused or ("out of memory" in refused and "vram 0" in refused)
+    faulty(fail_malloc=0)
+    with load(tiny_model, vram="64m") as llm:
+        assert isinstance(llm.gpu, GpuUse)
+
+
+def test_too_little_is_refused(tiny_model: Path, faulty: Faulty) -> None:
+    """Before anything is taken; with the least that works."""
+    faulty()
+    with pytest.raises(GpuMemoryError, match="attention on a GPU needs at least") as caught:
+        load(tiny_model, vram="20k")
+    least = re.search(r"give vram (\w+) or more", str(caught.value.hint))
+    assert least is not None
+    with load(tiny_model, vram=least[1]) as llm:
+        assert isinstance(llm.gpu, GpuUse)
+        assert llm.session is not None
+        assert llm.session.stats().gpu.memory_bytes <= parse_bytes(least[1])
+
+
+def test_a_library_that_does_not_load(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and the processor."""
+    monkeypatch.setenv("ACTQKV_CUDA_LIBRARY", "/nowhere/libactqkv_cuda.so")
+    with load(tiny_model, vram="1g") as llm:
+        assert "do not load: /nowhere/libactqkv_cuda.so" in str(llm.gpu)
+
+
+def test_traffic_of_a_benchmark() -> None:
+    """Breaks when bench adds samples up wrongly, or shows nothing of them."""
+    one = GpuStats(6, 30, 10, 5, 1, 3, 4000, 1000, 2.0, 8, 1 << 20, 1 << 19)
+    idle = GpuStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0)
+    assert GpuTraffic.of([idle, idle], 8) is None
+    found = GpuTraffic.of([one, one], 8)
+    assert found == GpuTraffic(
+        hit_rate=0.75, stalls_per_token=0.75, to_bytes_per_token=1000, from_bytes_per_token=250, wait_ms_per_token=0.5,
+        memory_bytes=1 << 20, pinned_bytes=1 << 19,
+    )  # fmt: skip
+    row = Row(
+        engine="actqkv", method="actqkv", kv_type="f16", phase="decode", depth=512, ms_per_token=1.0, measured=True,
+        n=2, spread_ms=(1.0, 1.0), context="read", gpu=found,
+    )  # fmt: skip
+    table = report._gpu(Result(machine={}, model={}, settings={}, rows=(row,), notes=()), "actqkv")
+    assert table is not None
+    assert "75.0%" in tables.to_text([table], width=120)
+
+
+def test_what_is_chosen() -> None:
+    """Breaks when a default takes all of a GPU, or what was asked for is not held to."""
+    assert gpu.choose(READY, 0, PLAN, None) == GpuUse(0, "Card", PLAN.useful_bytes)
+    tight = Cuda(None, 13000, "80", 13010, None, (Gpu("Card", (8, 0), 1 << 30, gpu.SPARE_BYTES + 50 * MIB),))
+    assert gpu.choose(tight, 0, PLAN, None) == GpuUse(0, "Card", 50 * MIB)
+    assert gpu.choose(tight, 0, PLAN, 100 * MIB) == GpuUse(0, "Card", 100 * MIB)
+    with pytest.raises(GpuMemoryError, match="562 MiB free"):
+        gpu.choose(tight, 0, GpuPlan(10 * MIB, 30 * MIB, 2 << 30), 1 << 30)
+    with pytest.raises(GpuMemoryError, match="needs at least 30 MiB"):
+        gpu.choose(READY, 0, PLAN, 29 * MIB)
+    assert isinstance(gpu.choose(READY, 1, PLAN, None), NoGpu)
+
+
+def test_layers() -> None:
+    """Breaks when more layers go to a GPU than fit, or fewer without a word."""
+    every = gpu.choose_layers(None, 32, 33 * MIB, 100 * MIB, 40 * MIB)
+    assert (every.n, every.most, every.reason) == (33, 33, None)
+    some = gpu.choose_layers(None, 32, 33 * MIB, 50 * MIB, 40 * MIB)
+    assert some.n == 10
+    assert "50 MiB are free" in str(some)
+    assert gpu.choose_layers(None, 32, 33 * MIB, 10 * MIB, 40 * MIB).n == 0
+    assert gpu.choose_layers(-1, 32, 33 * MIB, 100 * MIB, 40 * MIB).n == 33
+    assert gpu.choose_layers(7, 32, 33 * MIB, 100 * MIB, 40 * MIB).n == 7
+    with pytest.raises(GpuMemoryError, match=r"20 of 33 layers take 20 MiB .* 50 MiB are free") as caught:
+        gpu.choose_layers(20, 32, 33 * MIB, 50 * MIB, 40 * MIB)
+    assert "n_gpu_layers 10" in str(caught.value.hint)
+
+
+def test_layers_of_a_file(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, faulty: Faulty) -> None:
+    """Breaks when the plan is of another model than the one that is to be loaded."""
+    faulty(free=(512 << 20) + (1 << 30))  # what is spared, and nothing beside attention
+    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: True)
+    with pytest.raises(GpuMemoryError, match="2 of 4 layers take 1 MiB of GPU memory and attention 1,024 MiB"):
+        load(tiny_model, n_gpu_layers=2)
+    with load(tiny_model, n_gpu_layers=None) as llm:
+        assert (llm.gpu_layers.n, llm.gpu_layers.most) == (0, 4)
+        assert "no more fit" in str(llm.gpu_layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("6g", 6 << 30), ("512M", 512 << 20), ("1.5GB", 3 << 29), ("0", 0), (77, 77), ("2 k", 2048)]
+)
+def test_bytes(text: str | int, n_bytes: int) -> None:
+    """Breaks when a size in bytes is read otherwise."""
+    assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "g", "-1", "6x", "6 gigs", -1, True, 1.5])
+def test_not_bytes(text: Any) -> None:
+    """Breaks when nonsense is taken for a size."""
+    with pytest.raises(ParameterError, match="not a size in bytes"):
+        parse_bytes(text)
