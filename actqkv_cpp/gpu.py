@@ -110,6 +110,7 @@ class Layers:
     n: int
     most: int
     reason: str | None = None
+    n_bytes: int = 0  # that they take, at most
 
     def __str__(self) -> str:
         count = f"{self.n} of {self.most}" if self.most else f"{self.n}"
@@ -133,7 +134,8 @@ def choose_layers(wanted: int | None, n_layer: int, weights_bytes: int, free_byt
     fitting = max(min((free_bytes - reserve_bytes) // each, most), 0)
     if wanted is None:
         short = f"of {mib(weights_bytes)} of weights no more fit beside {mib(reserve_bytes)} for attention"
-        return Layers(fitting, most, None if fitting == most else f"{short}, {mib(free_bytes)} are free")
+        reason = None if fitting == most else f"{short}, {mib(free_bytes)} are free"
+        return Layers(fitting, most, reason, fitting * each)
     n = most if wanted < 0 else min(wanted, most)
     if n > fitting:
         raise GpuMemoryError(
@@ -141,4 +143,4 @@ def choose_layers(wanted: int | None, n_layer: int, weights_bytes: int, free_byt
             f"{mib(free_bytes)} are free",
             f"give n_gpu_layers {fitting}, a smaller vram, or end what else uses the GPU (nvidia-smi shows it)",
         )
-    return Layers(n, most)
+    return Layers(n, most, None, n * each)

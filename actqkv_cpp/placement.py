@@ -7,13 +7,26 @@ from typing import Any
 import llama_cpp
 
 from actqkv_cpp import _cuda, gpu, modelfile
-from actqkv_cpp._native import Session
+from actqkv_cpp._native import Session, methods
 from actqkv_cpp.config import Retrieval, parse_bytes
 from actqkv_cpp.errors import ComputeError, GpuMemoryError, MemoryPlanError
 from actqkv_cpp.gpu import GpuUse, Layers, NoGpu
 
-_ATTENTION_BYTES = 1 << 30  # kept free of weights unless `vram` says how much: enough for 128K tokens
+ATTENTION_BYTES = 1 << 30  # kept free of weights unless `vram` says how much: enough for 128K tokens
 _ELSEWHERE = "give a smaller vram, or vram 0: on the processor"
+
+
+def _unfit(retrieval: Retrieval) -> NoGpu | None:
+    """Why a session of this kind attends on the processor wherever it is; None: it does not."""
+    row = methods()[retrieval.method]
+    granularity, prefill, decode = (
+        getattr(retrieval, name) or row[name] for name in ("granularity", "prefill", "decode")
+    )
+    if granularity == "kv_head":
+        return NoGpu(f"{retrieval.method} has a list of chunks per KV head", there=True)
+    if prefill == decode == "all":
+        return NoGpu(f"{retrieval.method} attends everything", there=True)
+    return None
 
 
 class Placement:
@@ -53,7 +66,7 @@ class Placement:
         cuda = _cuda.find_cuda()
         if not cuda.devices:  # a GPU of another kind: libllama alone knows it
             return Layers(0 if wanted is None else wanted, 0)
-        reserve = _ATTENTION_BYTES if self.vram is None else self.vram
+        reserve = ATTENTION_BYTES if self.vram is None else self.vram
         free = sum(one.free_bytes for one in cuda.devices if one.problem is None) - gpu.SPARE_BYTES
         return gpu.choose_layers(wanted, *modelfile.sizes(path), free, reserve)
 
@@ -67,7 +80,7 @@ class Placement:
             self._planned = NoGpu("vram is 0")
             return
         cuda = _cuda.find_cuda()
-        problem = gpu.find(cuda, self._device)
+        problem = gpu.find(cuda, self._device) or _unfit(retrieval)
         if problem is None:
             needs = _cuda.plan(model, retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
             self._planned = gpu.choose(cuda, self._device, needs, self.vram)

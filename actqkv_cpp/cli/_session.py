@@ -19,6 +19,7 @@ from actqkv_cpp.cli._options import EngineOptions
 from actqkv_cpp.cli._output import Output, Progress, clock, human_bytes
 from actqkv_cpp.config import Retrieval
 from actqkv_cpp.errors import Cancelled, DocumentError, MemoryPlanError, ParameterError, unknown_name
+from actqkv_cpp.gpu import mib
 from actqkv_cpp.reader import TextFile
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def open_model(
     positions = actqkv_cpp.methods()[options.method] if info is None else info.params.columns
     exact = positions["positions"] == "exact"
     reserve += info.n_tokens if info is not None else 0
+    _say_plan(output, path, options)
     with output.waiting(f"loading {path.name}"):
         llm = load(options.ctx) if options.ctx is not None else _load_with_room(load, texts, reserve, exact=exact)
         n_in_file = info.n_tokens if info is not None else _count(llm, texts) if llm.kv_file is not None else 0
@@ -326,8 +328,19 @@ def _engine(llm: Llama) -> str:
     return f"method {retrieval.method} attends {n_tokens} tokens at a time"
 
 
+def _say_plan(output: Output, path: Path, options: EngineOptions) -> None:
+    """What loading will take of a GPU, before it does."""
+    from actqkv_cpp.placement import ATTENTION_BYTES, Placement  # noqa: PLC0415 (heavy)
+
+    if path.is_file() and (plan := Placement(options.vram, 0).layers(str(path), options.gpu_layers)).n:
+        rest = ATTENTION_BYTES if options.vram is None else options.vram
+        output.note(f"to be loaded: {plan}, at most {mib(plan.n_bytes)}, and {mib(rest)} kept for attention")
+
+
 def _place(llm: Llama, *, asked: bool) -> str | None:
     """On what attention runs, where that is worth a line: there is a GPU, or one was asked for."""
+    if llm.session is None and asked and llm._placement.vram is not None:
+        return "--vram has no effect: llama.cpp runs the model"
     layers = f"{llm.gpu_layers}; " if llm.gpu_layers.n or llm.gpu_layers.reason else ""
     if llm.session is None or not (asked or layers or llm.gpu.there):
         return layers.removesuffix("; ") or None
