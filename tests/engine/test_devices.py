@@ -87,7 +87,7 @@ def rpc_server(library: str) -> Iterator[None]:
             server.kill()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # ggml forgets no device: the server must outlive every later test
 def device() -> Iterator[None]:
     """Some device is there."""
     library = os.environ.get("ACTQKV_TEST_RPC")
