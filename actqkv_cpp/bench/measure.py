@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
+from typing import Any
 
 import llama_cpp
 import numpy as np
