@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
@@ -94,17 +95,36 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """Stages under one rise and fall of the learning rate.
+
+    Attributes:
+        stages: run in order.
+        peak: of the learning rates, as a share of `TrainConfig`'s.
+        decay_share: last share of the cycle's steps, over which learning rates fall linearly, to `min_lr_scale`.
+    """
+
+    stages: tuple[Stage, ...]
+    peak: float = 1.0
+    decay_share: float = 0.6
+
+    @property
+    def n_steps(self) -> int:
+        return sum(stage.n_steps for stage in self.stages)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The recipe of a run.
 
     Attributes:
-        stages: run in order.
+        cycles: run in order.
         samples: how they are drawn.
         seed: of weights and samples.
         matrix_lr: peak learning rate of Muon.
         other_lr: peak learning rate of AdamW; for the embedding `embedding_lr`.
-        n_warmup: steps over which learning rates rise.
-        decay_share: last share of all steps, over which learning rates fall linearly, to `min_lr_scale` of the peak.
+        n_warmup: steps over which learning rates rise at the start of a cycle.
+        min_lr_scale: what learning rates fall to at the end of a cycle, as a share of their peaks.
         text_weight: weight in the loss of predicting plain text, beside 1 for answers.
         guide_weight: weight in the loss of looking at the right places, beside 1 for answers.
         wired: start with `network.wire`.
@@ -112,14 +132,13 @@ class TrainConfig:
         n_threads: threads of PyTorch; results are repeatable for one number of threads on one machine.
     """
 
-    stages: tuple[Stage, ...]
+    cycles: tuple[Cycle, ...]
     samples: SampleConfig = SampleConfig()
     seed: int = 1234
     matrix_lr: float = 0.008
     other_lr: float = 2e-3
     embedding_lr: float = 1e-2
     n_warmup: int = 40
-    decay_share: float = 0.6
     min_lr_scale: float = 0.03
     text_weight: float = 0.1
     guide_weight: float = 0.5
@@ -129,22 +148,35 @@ class TrainConfig:
     n_threads: int = 2
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those of all cycles."""
+        return tuple(stage for cycle in self.cycles for stage in cycle.stages)
+
+    @property
     def n_steps(self) -> int:
-        return sum(stage.n_steps for stage in self.stages)
+        return sum(cycle.n_steps for cycle in self.cycles)
 
     def stage_at(self, step: int) -> tuple[int, float]:
         """Index of the stage that `step`, from 0, belongs to, and how much of that stage is done, 0 to 1."""
-        for index, stage in enumerate(self.stages):
-            if step < stage.n_steps:
-                return index, step / stage.n_steps
-            step -= stage.n_steps
-        raise ValueError(f"step {step + self.n_steps}: expected fewer than {self.n_steps}")
+        return _place([stage.n_steps for stage in self.stages], step)
 
     def lr_scale(self, step: int) -> float:
-        """What the peak learning rates are multiplied by at `step`."""
-        done = step / self.n_steps
-        fall = 1.0 if done < 1 - self.decay_share else max(self.min_lr_scale, (1 - done) / self.decay_share)
-        return min(1.0, (step + 1) / self.n_warmup) * fall
+        """What the learning rates are multiplied by at `step`, from 0."""
+        index, done = _place([cycle.n_steps for cycle in self.cycles], step)
+        cycle = self.cycles[index]
+        fall = 1.0 if done < 1 - cycle.decay_share else (1 - done) / cycle.decay_share
+        rise = min(1.0, (done * cycle.n_steps + 1) / self.n_warmup)
+        return max(self.min_lr_scale, cycle.peak * fall) * rise
+
+
+def _place(counts: Sequence[int], step: int) -> tuple[int, float]:
+    """Index of the part that `step`, from 0, belongs to, of parts of `counts` steps, and how much of it is done."""
+    first = 0
+    for index, count in enumerate(counts):
+        if step - first < count:
+            return index, (step - first) / count
+        first += count
+    raise ValueError(f"step {step}: expected fewer than {first}")
 
 
 @dataclass(frozen=True)
@@ -176,15 +208,20 @@ FULL = Recipe(
     tokenizer=TokenizerConfig(),
     network=NetworkConfig(),
     training=TrainConfig(
-        stages=(Stage(256, 16, 2, 200), Stage(512, 8, 2, 750), Stage(2048, 2, 2, 420), Stage(8192, 1, 1, 110)),
-        decay_share=0.45,
+        cycles=(
+            Cycle(
+                (Stage(256, 16, 2, 200), Stage(512, 8, 2, 750), Stage(2048, 2, 2, 420), Stage(8192, 1, 1, 110)),
+                decay_share=0.45,
+            ),
+            Cycle((Stage(2048, 2, 2, 350), Stage(4096, 1, 2, 280), Stage(8192, 1, 1, 130)), peak=0.6, decay_share=0.8),
+        ),
     ),
 )
 SMOKE = Recipe(
     tokenizer=TokenizerConfig(n_vocab=1792, n_documents=12, n_document_tokens=400),
     network=NetworkConfig(n_vocab=1792, n_embd=128, n_layers=4, n_heads=4, n_kv_heads=2, n_ff=128, n_context=512),
     training=TrainConfig(
-        stages=(Stage(256, 2, 2, 8), Stage(512, 2, 1, 4)),
+        cycles=(Cycle((Stage(256, 2, 2, 5),)), Cycle((Stage(256, 2, 2, 3), Stage(512, 2, 1, 4)), peak=0.5)),
         n_warmup=2,
         save_every=3,
         eval_every=8,

@@ -1,4 +1,4 @@
-"""Training: stages of growing length under one learning-rate schedule; a killed run resumes exactly from its
+"""Training: cycles of the learning rate, in stages of growing length; a killed run resumes exactly from its
 checkpoint.
 
 Matrices inside the layers are trained by Muon, everything else by AdamW, in bfloat16 with float32 master weights. The
