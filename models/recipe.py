@@ -7,10 +7,13 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Final
 
 from actqkv_cpp.evaluation.generator.documents import Mix, build_document
 from actqkv_cpp.evaluation.generator.smalltalk import SMALL_TALK
+from actqkv_cpp.evaluation.suites.retrieve import kv_draft
+from actqkv_cpp.evaluation.suites.ruler import niah_draft
 
 RECIPE_KEY: Final = "needle.recipe"  # of the digest, in a GGUF's metadata
 N_DIGEST_DOCUMENTS: Final = 20
@@ -27,6 +30,13 @@ TASK_ODDS: Final = {
     "quote": 0.5,
     "absent": 2.5,
 }
+
+HAYSTACKS: Final = {
+    "kv": partial(kv_draft, n_questions=16),
+    "needles": partial(niah_draft, n_queries=16, hay="needles", apart=True),
+    "uuid needles": partial(niah_draft, n_queries=16, hay="needles", kind="uuids", apart=True),
+}  # documents of the evaluation's suites kv and ruler in which everything looks like what is asked for
+HAYSTACK_ODDS: Final = {"kv": 3.0, "needles": 1.0, "uuid needles": 1.0}
 
 
 @dataclass(frozen=True)
@@ -86,12 +96,17 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """`n_steps` steps, each on `n_accumulated` batches of `n_samples` samples of `n_tokens` tokens."""
+    """`n_steps` steps, each on `n_accumulated` batches of `n_samples` samples of `n_tokens` tokens.
+
+    Attributes:
+        haystack_share: share of the documents that are hay of one kind (`HAYSTACKS`).
+    """
 
     n_tokens: int
     n_samples: int
     n_accumulated: int
     n_steps: int
+    haystack_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -200,7 +215,8 @@ class Recipe:
         for index in range(N_DIGEST_DOCUMENTS):
             mix = Mix(weights=list(samples.task_odds.values()), tasks=tuple(samples.task_odds), sentence_share=0.3)
             document = build_document(random.Random(f"digest-{index}"), 4000, mix)
-            hashed.update(repr((document, SMALL_TALK)).encode())
+            haystacks = [make(random.Random(f"digest-{index}"), 20) for make in HAYSTACKS.values()]
+            hashed.update(repr((document, SMALL_TALK, haystacks, HAYSTACK_ODDS)).encode())
         return hashed.hexdigest()
 
 
@@ -213,7 +229,16 @@ FULL = Recipe(
                 (Stage(256, 16, 2, 200), Stage(512, 8, 2, 750), Stage(2048, 2, 2, 420), Stage(8192, 1, 1, 110)),
                 decay_share=0.45,
             ),
-            Cycle((Stage(2048, 2, 2, 350), Stage(4096, 1, 2, 280), Stage(8192, 1, 1, 130)), peak=0.6, decay_share=0.8),
+            Cycle(
+                (
+                    Stage(2048, 2, 2, 200),
+                    Stage(2048, 2, 2, 150, haystack_share=0.2),
+                    Stage(4096, 1, 2, 280, haystack_share=0.2),
+                    Stage(8192, 1, 1, 130, haystack_share=0.15),
+                ),
+                peak=0.6,
+                decay_share=0.8,
+            ),
         ),
     ),
 )
@@ -221,7 +246,10 @@ SMOKE = Recipe(
     tokenizer=TokenizerConfig(n_vocab=1792, n_documents=12, n_document_tokens=400),
     network=NetworkConfig(n_vocab=1792, n_embd=128, n_layers=4, n_heads=4, n_kv_heads=2, n_ff=128, n_context=512),
     training=TrainConfig(
-        cycles=(Cycle((Stage(256, 2, 2, 5),)), Cycle((Stage(256, 2, 2, 3), Stage(512, 2, 1, 4)), peak=0.5)),
+        cycles=(
+            Cycle((Stage(256, 2, 2, 5),)),
+            Cycle((Stage(256, 2, 2, 3), Stage(512, 2, 1, 4, haystack_share=0.3)), peak=0.5),
+        ),
         n_warmup=2,
         save_every=3,
         eval_every=8,

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actqkv_cpp.evaluation.generator.documents import Mix, Question, build_document
+from actqkv_cpp.evaluation.generator.documents import Copy, Mix, Question, build_document
 from actqkv_cpp.evaluation.generator.facts import TASKS
 from actqkv_cpp.evaluation.generator.smalltalk import SMALL_TALK
+from actqkv_cpp.evaluation.samples import Draft
 from models.network import N_STAGES
-from models.recipe import SampleConfig
+from models.recipe import HAYSTACK_ODDS, HAYSTACKS, SampleConfig
 from models.tokenizer import ASSISTANT, BOS, DOCUMENT, END, FIRST_TEXT_ID, USER
 
 CHARS_PER_TOKEN: Final = 2.75  # low on purpose: the document must leave room for the questions
@@ -151,12 +152,23 @@ class Sampler:
         self.space = tokenizer.piece_to_id("\u2581")
         self.sentence_ends = {END, tokenizer.piece_to_id("."), tokenizer.piece_to_id("<0x0A>")}
 
-    def batch(self, n_tokens: int, n_samples: int, *, repeat_share: float = 0.0) -> Batch:
-        """`n_samples` samples of `n_tokens` + 1 tokens, of which about `repeat_share` are repeated random tokens."""
+    def batch(self, n_tokens: int, n_samples: int, *, repeat_share: float = 0.0, haystack_share: float = 0.0) -> Batch:
+        """`n_samples` samples of `n_tokens` + 1 tokens.
+
+        Args:
+            repeat_share: about this share of them are repeated random tokens.
+            haystack_share: about this share of the documents are `HAYSTACKS`.
+        """
         samples, positions = [], []
         for _ in range(n_samples):
-            repeated = self.rng.random() < repeat_share
-            samples.append(self._repeated(n_tokens + 1) if repeated else self._conversation(n_tokens + 1))
+            kind = self.rng.random()
+            if kind < repeat_share:
+                sample = self._repeated(n_tokens + 1)
+            elif kind < repeat_share + haystack_share:
+                sample = self._conversation(n_tokens + 1, *self._haystack(n_tokens + 1))
+            else:
+                sample = self._conversation(n_tokens + 1, *self._document(n_tokens + 1))
+            samples.append(sample)
             positions.append(self._positions(samples[-1].ids))
         return Batch(
             tokens=torch.tensor([sample.ids for sample in samples]),
@@ -183,8 +195,7 @@ class Sampler:
         sample.cut(n_tokens)
         return sample
 
-    def _conversation(self, n_tokens: int) -> Sample:
-        text, questions = self._document(n_tokens)
+    def _conversation(self, n_tokens: int, text: str, questions: list[Question]) -> Sample:
         rng, sample = self.rng, Sample()
         lead = " " if rng.random() < 0.8 else ""
         if rng.random() < 0.12:
@@ -287,6 +298,25 @@ class Sampler:
             if len(self._encode(document.text)) < n_tokens * 0.92 - 40:
                 return document.text, list(document.questions)
             n_chars = int(n_chars * 0.85)
+
+    def _haystack(self, n_tokens: int) -> tuple[str, list[Question]]:
+        """A document whose hay is all of one kind, and as much as leaves room for questions."""
+        name = self.rng.choices(list(HAYSTACK_ODDS), list(HAYSTACK_ODDS.values()))[0]
+        seed = self.rng.random()
+
+        def make(n_pieces: int) -> Draft:
+            return HAYSTACKS[name](random.Random(seed), n_pieces)
+
+        few, more = (len(self._encode(make(n).document)) for n in (8, 24))
+        wanted = n_tokens * self.rng.uniform(0.3, 0.7)
+        draft = make(max(1, 8 + int((wanted - few) * (24 - 8) / (more - few))))
+        questions = []
+        for asked in draft.questions:
+            ((start, end),), (answer,) = asked.needles, asked.references
+            copy = Copy(0, draft.document.index(answer, start), len(answer))
+            questions.append(Question(asked.text, answer, asked.depth or 0.0, name, ((start, end),), (copy,)))
+        self.rng.shuffle(questions)
+        return draft.document, questions
 
     def _positions(self, ids: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Positions that jump ahead at a few sentence ends, for some samples; plain ones for the rest."""

@@ -162,7 +162,7 @@ class Trainer:
         n_asked: Counter[str] = Counter()
         n_right: Counter[str] = Counter()
         for _ in range(n_samples):
-            batch = sampler.batch(stage.n_tokens - 1, 1)
+            batch = sampler.batch(stage.n_tokens - 1, 1, haystack_share=stage.haystack_share)
             tokens, positions = batch.tokens[:, :-1].to(self.device), batch.positions[:, :-1].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16):
                 predicted = self.network.output(self.network.features(tokens, positions))[0].argmax(-1).cpu()

@@ -179,14 +179,15 @@ def test_samples_weigh_the_answers(smoke_run: Path) -> None:
         assert (batch.roles[index, span.start : end] > Role.TEXT).all()
 
 
-def test_guided_attention_is_sent_to_the_token_that_follows(smoke_run: Path) -> None:
+@pytest.mark.parametrize("haystack_share", [0.0, 1.0])
+def test_guided_attention_is_sent_to_the_token_that_follows(smoke_run: Path, haystack_share: float) -> None:
     """Training would teach heads to look at other places than those where the answer's next token stands."""
     from models import tokenizer as tokenizers
     from models.recipe import SampleConfig
     from models.samples import Sampler
 
     tokenizer = tokenizers.load(smoke_run / "tokenizer.model")
-    batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(512, 32)
+    batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(1024, 32, haystack_share=haystack_share)
     n_equal = n_all = n_bridged = 0
     for ids, lookups in zip(batch.tokens.tolist(), batch.lookups, strict=True):
         for lookup in lookups:
@@ -199,7 +200,21 @@ def test_guided_attention_is_sent_to_the_token_that_follows(smoke_run: Path) -> 
             n_bridged += bridges[0] != (place,)
     assert n_all > 200
     assert n_equal > 0.9 * n_all  # a value in quotation marks, or at the start of a line, begins with another token
-    assert n_bridged > 10
+    assert n_bridged == 0 if haystack_share else n_bridged > 10
+
+
+def test_learning_rates_rise_and_fall_in_every_cycle() -> None:
+    config = FULL.training
+    scales = [config.lr_scale(step) for step in range(config.n_steps)]
+    first = 0
+    for cycle in config.cycles:
+        of_cycle = scales[first : first + cycle.n_steps]
+        assert max(of_cycle) == cycle.peak
+        assert of_cycle[0] < 0.1 * cycle.peak
+        assert of_cycle[-1] == config.min_lr_scale
+        first += cycle.n_steps
+    with pytest.raises(ValueError, match=f"step {first}"):
+        config.lr_scale(first)
 
 
 def test_processes_draw_what_one_draws(smoke_run: Path) -> None:

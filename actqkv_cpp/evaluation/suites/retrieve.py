@@ -70,31 +70,32 @@ def repeated_digits(rng: random.Random) -> str:
     return "".join(digits)
 
 
-def _kv(room: Room, index: int) -> Sample:
-    """One JSON object; the keys asked for are spread over it, shifted a little from sample to sample."""
-
-    def make(n_pairs: int) -> Draft:
-        rng = room.rng(index)
-        pairs = [(_uuid(rng), _uuid(rng)) for _ in range(n_pairs)]
-        parts = [f'"{key}": "{value}"' for key, value in pairs]
-        text = _KV_HEAD + "{" + ", ".join(parts) + "}\n"
-        starts = [len(_KV_HEAD) + 1]
-        for part in parts:
-            starts.append(starts[-1] + len(part) + 2)
-        shift = spread(index, room.n_samples)
-        questions = []
-        for i in range(_N_KV_QUESTIONS):
-            place = min(int((i + shift) / _N_KV_QUESTIONS * n_pairs), n_pairs - 1)
-            key, value = pairs[place]
-            questions.append(
-                Question(
-                    text=_KV_QUESTION.format(key),
-                    references=(value,),
-                    depth=(i + 0.5) / _N_KV_QUESTIONS,
-                    needles=((starts[place], starts[place] + len(parts[place])),),
-                )
+def kv_draft(rng: random.Random, n_pairs: int, *, n_questions: int = _N_KV_QUESTIONS, shift: float = 0.0) -> Draft:
+    """One JSON object of `n_pairs`; the keys asked for are spread over it, `shift`, 0 to 1, of their distance on."""
+    pairs = [(_uuid(rng), _uuid(rng)) for _ in range(n_pairs)]
+    parts = [f'"{key}": "{value}"' for key, value in pairs]
+    text = _KV_HEAD + "{" + ", ".join(parts) + "}\n"
+    starts = [len(_KV_HEAD) + 1]
+    for part in parts:
+        starts.append(starts[-1] + len(part) + 2)
+    questions = []
+    for i in range(n_questions):
+        place = min(int((i + shift) / n_questions * n_pairs), n_pairs - 1)
+        key, value = pairs[place]
+        questions.append(
+            Question(
+                text=_KV_QUESTION.format(key),
+                references=(value,),
+                depth=(i + 0.5) / n_questions,
+                needles=((starts[place], starts[place] + len(parts[place])),),
             )
-        return Draft(text, tuple(questions))
+        )
+    return Draft(text, tuple(questions))
+
+
+def _kv(room: Room, index: int) -> Sample:
+    def make(n_pairs: int) -> Draft:
+        return kv_draft(room.rng(index), n_pairs, shift=spread(index, room.n_samples))
 
     return room.sample(room.fit(make, _UUID_TOKENS), _UUID_TOKENS)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 from actqkv_cpp.evaluation import metrics
 from actqkv_cpp.evaluation.generator.lexicon import WORDS
@@ -39,8 +40,7 @@ class _Task:
 # ---- needles
 
 
-def _niah(
-    room: Room,
+def niah_draft(
     rng: random.Random,
     n_hay: int,
     *,
@@ -48,8 +48,19 @@ def _niah(
     n_queries: int = 1,
     hay: str = "noise",
     kind: str = "numbers",
+    apart: bool = False,
 ) -> Draft:
-    """Needles in noise, or in a hay of other needles, or of needles whose keys and values are UUIDs."""
+    """Needles in noise, or in a hay of other needles, or of needles whose keys and values are UUIDs.
+
+    Args:
+        rng: drawn from.
+        n_hay: lines of hay.
+        n_values: of a key.
+        n_queries: keys asked for.
+        hay: "noise" or "needles".
+        kind: of the values, "numbers" or "uuids".
+        apart: ask for each key in a question of its own.
+    """
     keys: dict[str, list[str]] = {}
     while len(keys) < n_queries:
         keys[_key(rng, kind)] = [_value(rng, kind) for _ in range(n_values)]
@@ -65,16 +76,24 @@ def _niah(
     text = f"{'A' if one else 'Some'} special magic {what} {'is' if one else 'are'} hidden within the following text. "
     text += f"Make sure to memorize it. I will quiz you about the {what} afterwards.\n"
     text += "\n".join(lines) + "\n"
+    groups = [[key] for key in keys] if apart else [list(keys)]
+    return Draft(text, tuple(_asked(text, {key: keys[key] for key in group}, kind) for group in groups))
+
+
+def _asked(text: str, keys: dict[str, list[str]], kind: str) -> Question:
+    """The question for all values of `keys`."""
+    needles = [_needle(kind, key, value) for key, values in keys.items() for value in values]
+    places = tuple((at, at + len(needle)) for needle in needles for at in [text.index(needle)])
+    one = len(needles) == 1
     asked = list(keys)
     named = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
-    places = tuple((at, at + len(needle)) for needle in needles for at in [text.index(needle)])
-    question = Question(
-        text=f"What {'is' if one else 'are all'} the special magic {what} for {named} mentioned in the provided text?",
+    what = f"is the special magic {kind.removesuffix('s')}" if one else f"are all the special magic {kind}"
+    return Question(
+        text=f"What {what} for {named} mentioned in the provided text?",
         references=tuple(value for values in keys.values() for value in values),
         depth=places[0][0] / len(text) if one else None,
         needles=places,
     )
-    return Draft(text, (question,))
 
 
 def _needle(kind: str, key: str, value: str) -> str:
@@ -195,12 +214,17 @@ def _frequent_words(room: Room, rng: random.Random, n_hay: int) -> Draft:
 
 # ---- the suite
 
+
+def _niah(**options: Any) -> Callable[[Room, random.Random, int], Draft]:
+    return lambda room, rng, n_hay: niah_draft(rng, n_hay, **options)
+
+
 TASKS = (
-    _Task("niah_single", _niah, 128),
-    _Task("niah_multikey", lambda *a: _niah(*a, hay="needles"), 128),
-    _Task("niah_multikey_uuid", lambda *a: _niah(*a, hay="needles", kind="uuids"), 128),
-    _Task("niah_multivalue", lambda *a: _niah(*a, n_values=4), 128),
-    _Task("niah_multiquery", lambda *a: _niah(*a, n_queries=4), 128),
+    _Task("niah_single", _niah(), 128),
+    _Task("niah_multikey", _niah(hay="needles"), 128),
+    _Task("niah_multikey_uuid", _niah(hay="needles", kind="uuids"), 128),
+    _Task("niah_multivalue", _niah(n_values=4), 128),
+    _Task("niah_multiquery", _niah(n_queries=4), 128),
     _Task("variable_tracking", _variables, 30),
     _Task("common_words", _common_words, 120),
     _Task("frequent_words", _frequent_words, 50),
