@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from rich.console import RenderableType
@@ -12,12 +12,15 @@ from actqkv_cpp import tables
 from actqkv_cpp.evaluation.results import Result, Row, Score
 
 _Columns = dict[str, Callable[[Row], str]]
+_Method = tuple[str, int | None]  # and its budget
+_PADDING = 3  # of a column, with its share of the margins
+_N_TASK_COLUMNS = 2  # task and length
 _N_SCORES = 4  # columns of scores beside which what they cost fits a terminal
 
 
 def render(result: Result, *, width: int) -> str:
     """A table per suite: methods, lengths, scores with their intervals, tokens attended, speeds."""
-    return tables.to_text(_parts(result), width=width)
+    return tables.to_text(_parts(result, width), width=width)
 
 
 def size(n_tokens: int | None) -> str:
@@ -34,7 +37,7 @@ def percent(score: float | None) -> str:
     return "n/a" if score is None else f"{100 * score:.1f}"
 
 
-def _parts(result: Result) -> Iterator[RenderableType]:
+def _parts(result: Result, width: int) -> Iterator[RenderableType]:
     model, machine = result.model, result.machine
     yield (
         f"{model['name']}: {model['description']}, trained on {size(model['trained_length'])} tokens; seed "
@@ -46,7 +49,7 @@ def _parts(result: Result) -> Iterator[RenderableType]:
         rows = [row for row in result.rows if row.cell.suite == suite]
         yield from _suite(suite, rows)
         if any(len(row.tasks) > 1 for row in rows):
-            yield _tasks(suite, rows)
+            yield from _tasks(suite, rows, width)
     yield (
         "Scores are percentages with Wilson's interval of 95 %; questions about one document are counted as if they "
         "were independent. A length is that of the whole session: template, document, question and answer."
@@ -92,21 +95,40 @@ def _table(title: str, rows: Sequence[Row], columns: _Columns) -> Table:
     return table
 
 
-def _tasks(suite: str, rows: Sequence[Row]) -> Table:
-    """A row per task and length, a column per method."""
-    methods = dict.fromkeys((row.cell.method, row.cell.budget) for row in rows)
-    names = (method if budget is None else f"{method} {size(budget)}" for method, budget in methods)
-    table = tables.table(f"{suite}, by task (samples)", ("task", "length", *names))
-    for task in dict.fromkeys(task for row in rows for task in row.tasks):
-        for length in dict.fromkeys(row.cell.length for row in rows):
-            found = {
-                (row.cell.method, row.cell.budget): row.tasks[task]
-                for row in rows
-                if row.cell.length == length and task in row.tasks
-            }
-            cells = (f"{percent(found[m].score)} ({found[m].n})" if m in found else "n/a" for m in methods)
-            table.add_row(task, size(length), *cells)
-    return table
+def _tasks(suite: str, rows: Sequence[Row], width: int) -> Iterator[Table]:
+    """A row per task and length, a column per method; as many tables as it takes for names to be whole."""
+    tasks = dict.fromkeys(task for row in rows for task in row.tasks)
+    lengths = dict.fromkeys(row.cell.length for row in rows)
+    room = width - max(map(len, tasks)) - _N_TASK_COLUMNS * _PADDING - len("length")
+    for methods in _side_by_side(dict.fromkeys((row.cell.method, row.cell.budget) for row in rows), room):
+        names = map(_column, methods)
+        table = tables.table(f"{suite}, by task (samples)", ("task", "length", *names))
+        for task in tasks:
+            for length in lengths:
+                found = {
+                    (row.cell.method, row.cell.budget): row.tasks[task]
+                    for row in rows
+                    if row.cell.length == length and task in row.tasks
+                }
+                cells = (f"{percent(found[m].score)} ({found[m].n})" if m in found else "n/a" for m in methods)
+                table.add_row(task, size(length), *cells)
+        yield table
+
+
+def _side_by_side(methods: Iterable[_Method], room: int) -> Iterator[list[_Method]]:
+    """`methods` in groups whose columns take at most `room` characters, or of one."""
+    group: list[_Method] = []
+    for method in methods:
+        if group and sum(len(_column(one)) + _PADDING for one in (*group, method)) > room:
+            yield group
+            group = []
+        group.append(method)
+    yield group
+
+
+def _column(method: _Method) -> str:
+    name, budget = method
+    return name if budget is None else f"{name} {size(budget)}"
 
 
 def _measure(name: str, row: Row) -> str:
