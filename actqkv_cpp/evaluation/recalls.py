@@ -65,19 +65,23 @@ def measure(trace: Recording, needles: Sequence[tuple[int, int]]) -> dict[str, f
 
 
 def of_sources(sources: Sequence[Source], needles: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """The recalls of an answer's sources; a source holds a needle where it has at least half of its characters.
+    """The recalls of an answer's sources.
+
+    A source holds a needle where they share at least half of the characters of the shorter: sources are sentences,
+    a needle may be several.
 
     Args:
         needles: (start, end) in characters of the document.
     """
     if not needles:
         return {}
-    held = sum(any(_overlap(source, needle) >= (needle[1] - needle[0]) / 2 for source in sources) for needle in needles)
+    held = sum(any(_holds(source, *needle) for source in sources) for needle in needles)
     return {"source_found": float(held > 0), "source_recall": min(held / min(len(needles), N_PASSAGES), 1.0)}
 
 
-def _overlap(source: Source, needle: tuple[int, int]) -> int:
-    return min(source.end, needle[1]) - max(source.start, needle[0])
+def _holds(source: Source, start: int, end: int) -> bool:
+    shared = min(source.end, end) - max(source.start, start)
+    return 2 * shared >= min(source.end - source.start, end - start)
 
 
 def _found(record: Record, chunks: tuple[int, int]) -> float:

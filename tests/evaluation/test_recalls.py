@@ -101,6 +101,7 @@ def test_of_sources() -> None:
     assert recalls.of_sources(sources, [(5, 15)]) == {"source_found": 1.0, "source_recall": 1.0}
     assert recalls.of_sources(sources, [(60, 70), (61, 71)]) == {"source_found": 1.0, "source_recall": 0.5}
     assert recalls.of_sources(sources, [(70, 80)]) == {"source_found": 0.0, "source_recall": 0.0}
+    assert recalls.of_sources(sources, [(40, 110)]) == {"source_found": 1.0, "source_recall": 1.0}  # of three sentences
     needles = [(0, 4), (4, 8), (8, 12), (70, 80), (90, 99)]
     assert recalls.of_sources(sources, needles)["source_recall"] == 1.0
     assert recalls.of_sources([], needles)["source_recall"] == 0.0
