@@ -38,7 +38,7 @@ def test_json(actqkv: Actqkv, book: Path) -> None:
     found = actqkv("ask", "-d", book, QUESTION, OTHER_QUESTION, "--json")
     assert found.status == 0
     result = json.loads(found.out)
-    assert set(result) == {"model", "method", "answers", "usage", "memory", "timing"}
+    assert set(result) == {"model", "method", "answers", "usage", "memory", "gpu", "timing"}
     assert (result["model"], result["method"]) == ("needle-q8_0.gguf", "actqkv")
     assert [set(answer) for answer in result["answers"]] == [{"question", "answer", "sources"}] * 2
     assert [answer["answer"] for answer in result["answers"]] == [ANSWER, OTHER_ANSWER]
