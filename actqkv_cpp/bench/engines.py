@@ -25,6 +25,7 @@ Tokens = NDArray[np.int32]
 Progress = Callable[[int, int], object]
 
 _READ_TOKENS = 4096  # of one call while reading, for progress and Ctrl-C
+_ITS_OWN = ("-E",)  # of another interpreter: its own packages, not those of our PYTHONPATH
 
 
 def head_dimension(llm: Llama) -> int:
@@ -204,7 +205,7 @@ class OtherPeer:
         """An interpreter without llama_cpp is told from one that fails later."""
         try:
             tried = subprocess.run(
-                [self._python, "-c", "import llama_cpp"], capture_output=True, text=True, check=False
+                [self._python, *_ITS_OWN, "-c", "import llama_cpp"], capture_output=True, text=True, check=False
             )
         except OSError as error:
             raise ParameterError(
@@ -218,7 +219,7 @@ class OtherPeer:
 
     def _start(self) -> None:
         self._child = subprocess.Popen(
-            [self._python, peer.__file__],
+            [self._python, *_ITS_OWN, peer.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -107,7 +107,7 @@ def test_interpreters_without_llama_cpp(actqkv: Actqkv, babbler: Path, tmp_path:
     bare.chmod(0o755)
     assert_failed(actqkv(*with_peer, bare), "has no llama_cpp", "pip install")
     dying = tmp_path / "dying"
-    dying.write_text('#!/bin/sh\n[ "$1" = -c ] || kill -SEGV $$\n')
+    dying.write_text('#!/bin/sh\n[ "$2" = -c ] || kill -SEGV $$\n')
     dying.chmod(0o755)
     assert_failed(actqkv(*with_peer, dying), "does not run this model", "status -11")
 
