@@ -24,8 +24,8 @@ from models.recipe import FULL, RECIPE_KEY, SMOKE
 
 ROOT = Path(__file__).parents[1]
 
-# against float32, measured on smoke models: up to 1.2e-3 and 8.8e-3, large as their wired heads attend sharply, and other
-# on a machine that rounds otherwise; q and k with their rows in the wrong order give 0.8
+# against float32, measured on smoke models: up to 1.2e-3 and 8.8e-3, large as their wired heads attend sharply, and
+# other on a machine that rounds otherwise; q and k with their rows in the wrong order give 0.8
 MAX_NMSE = {"f16": 1e-2, "q8_0": 4e-2}
 
 
