@@ -166,7 +166,7 @@ class Repl:
         """Read the documents of a file."""
         if reader.is_kv_file(path):
             self._kv_files |= {digest(file): path for file in files}
-            note_again(self._output, self._llm, path)
+            note_again(self._output, self._llm, path, files)
         for file in files:
             self._add(file)
 

@@ -37,9 +37,13 @@ _WINDOW_TOKENS = 256  # of reading, unless local is shorter
 
 def load_documents(names: Sequence[str]) -> list[TextFile]:
     """The documents of -d, those in KV files included, checked before any model is loaded."""
+    return [file for _, files in _load_each(names) for file in files]
+
+
+def _load_each(names: Sequence[str]) -> list[tuple[str, list[TextFile]]]:
     if names.count(STDIN) > 1:
         raise DocumentError("standard input can be read only once", "give -d - once")
-    return [file for name in names for file in load_document(name)]
+    return [(name, load_document(name)) for name in names]
 
 
 def load_document(name: str) -> list[TextFile]:
@@ -53,11 +57,12 @@ def load_document(name: str) -> list[TextFile]:
 
 @dataclass(frozen=True)
 class Documents:
-    """What -d names: a KV file to be opened or none, then files to be read; `again` are KV files among them."""
+    """What -d names: a KV file to be opened or none, then files to be read; `again` are KV files among them, each with
+    its documents."""
 
     opened: Path | None
     files: list[TextFile]
-    again: tuple[str, ...] = ()
+    again: tuple[tuple[str, list[TextFile]], ...] = ()
 
     def all_files(self) -> list[TextFile]:
         """With those in the KV file that is opened."""
@@ -71,10 +76,15 @@ def find_documents(names: Sequence[str]) -> Documents:
     Raises:
         DocumentError, KVFileError, StateError: one cannot be read.
     """
-    kv_files = [name != STDIN and reader.is_kv_file(name) for name in names]
-    first = int(kv_files[:1] == [True])
-    again = tuple(name for name, is_kv_file in zip(names[first:], kv_files[first:], strict=True) if is_kv_file)
-    return Documents(Path(names[0]) if first else None, load_documents(names[first:]), again)
+    first = int(_is_kv_file(names[0])) if names else 0
+    loaded = _load_each(names[first:])
+    files = [file for _, some in loaded for file in some]
+    again = tuple((name, some) for name, some in loaded if _is_kv_file(name))
+    return Documents(Path(names[0]) if first else None, files, again)
+
+
+def _is_kv_file(name: str) -> bool:
+    return name != STDIN and reader.is_kv_file(name)
 
 
 def texts_of(files: Sequence[TextFile]) -> list[str]:
@@ -193,8 +203,8 @@ def start(
     """A conversation over the documents, and how far the latest reading went; None where nothing was to be read."""
     files, document = found.files, llm.document
     reading = None
-    for name in found.again:
-        note_again(output, llm, name)
+    for name, read_again in found.again:
+        note_again(output, llm, name, read_again)
     if document is None and files:
         names = ", ".join(file.name for file in files)
         reading = read_with_progress(
@@ -217,9 +227,10 @@ def start(
     return chat, reading
 
 
-def note_again(output: Output, llm: Llama, name: str) -> None:
-    """Say that a KV file is read and not opened, and how many tokens that are: the progress shows the time left."""
-    n_tokens = sum(llm.count_tokens(file.text) for file in load_document(name))
+def note_again(output: Output, llm: Llama, name: str, files: Sequence[TextFile]) -> None:
+    """Say that documents of a KV file are read and it is not opened, and how many tokens that are: the progress shows
+    the time left."""
+    n_tokens = sum(llm.count_tokens(file.text) for file in files)
     output.note(
         f"{name}: its {n_tokens:,} tokens are read again, as keys and values hold only after the text that they were "
         "read after; given as the first -d it opens at once"

@@ -1,6 +1,7 @@
 #include "gpu_chunks.h"
 
 #include "../error.h"
+#include "gpu_memory.h"
 
 #include <utility>
 
@@ -9,17 +10,7 @@ namespace actqkv {
 gpu_chunks::gpu_chunks(const actqkv_cuda & cuda, int32_t device, actqkv_cuda_stream * compute, int n_layer,
                        int32_t n_slots, uint64_t chunk_bytes, finder find)
     : cuda(cuda), compute(compute), n_slots((uint64_t) n_slots), chunk_bytes(chunk_bytes), find(std::move(find)) {
-    constexpr double MIB = 1024.0 * 1024.0;
-    const uint64_t bytes = (uint64_t) n_layer * this->n_slots * chunk_bytes;
-    void * taken = nullptr;
-    const int32_t status = cuda.take(device, bytes, &taken);
-    if (status != 0) {
-        actqkv_cuda_device found = {};
-        cuda.device(device, &found);
-        throw error(ACTQKV_ERR_MEMORY, format("%.0f MiB for chunks on GPU %d, which has %.0f MiB free: %s", bytes / MIB,
-                                              device, found.free_bytes / MIB, cuda.error_text(status)));
-    }
-    slots = (uint8_t *) taken;
+    slots = take_gpu_memory(cuda, device, (uint64_t) n_layer * this->n_slots * chunk_bytes, "chunks");
     const int32_t opened = cuda.open(device, &copies);
     if (opened != 0) {
         cuda.give_back(slots);

@@ -49,8 +49,7 @@ void pinned_chunks::reach(int64_t n) {
 
 void pinned_chunks::leave() {
     for (size_t i = 1; i < ends.size(); i++) {
-        const size_t n = i + 1 < ends.size() ? arrays.size() : n_last_arrays;
-        for (size_t a = 0; a < n; a++) {
+        for (size_t a = 0; a < n_arrays(i); a++) {
             cuda.unpin(arrays[a] + ends[i - 1] * chunk_bytes);
         }
     }
@@ -61,8 +60,7 @@ void pinned_chunks::leave() {
 uint64_t pinned_chunks::bytes() const {
     uint64_t total = 0;
     for (size_t i = 1; i < ends.size(); i++) {
-        const size_t n = i + 1 < ends.size() ? arrays.size() : n_last_arrays;
-        total += (uint64_t) (ends[i] - ends[i - 1]) * chunk_bytes * n;
+        total += (uint64_t) (ends[i] - ends[i - 1]) * chunk_bytes * n_arrays(i);
     }
     return total;
 }

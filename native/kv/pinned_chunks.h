@@ -26,6 +26,9 @@ public:
     const std::string & problem() const { return why; }
 
 private:
+    // how many of the arrays are pinned from ends[i - 1] to ends[i]
+    size_t n_arrays(size_t i) const { return i + 1 < ends.size() ? arrays.size() : n_last_arrays; }
+
     const actqkv_cuda & cuda;
     std::vector<uint8_t *> arrays; // of each layer: keys, values
     uint64_t chunk_bytes;          // in one of them

@@ -1,6 +1,7 @@
 #include "gpu.h"
 
 #include "../error.h"
+#include "../kv/gpu_memory.h"
 
 #include <algorithm>
 #include <chrono>
@@ -83,16 +84,8 @@ gpu_attention::gpu_attention(const actqkv_cuda & cuda, int32_t device, uint64_t 
 void gpu_attention::take_memory(int32_t device, uint64_t chunks_limit, const hparams & hp,
                                 const actqkv_params & params) {
     const auto take = [&](uint64_t bytes, const char * what) {
-        void * taken = nullptr;
-        const int32_t status = cuda.take(device, bytes, &taken);
-        if (status != 0) {
-            actqkv_cuda_device found = {};
-            cuda.device(device, &found);
-            throw error(ACTQKV_ERR_MEMORY, format("%.0f MiB for %s on GPU %d, which has %.0f MiB free: %s", bytes / MIB,
-                                                  what, device, found.free_bytes / MIB, cuda.error_text(status)));
-        }
         memory_bytes += bytes;
-        return (uint8_t *) taken;
+        return take_gpu_memory(cuda, device, bytes, what);
     };
     const kv_layout & layout = store.layout();
     const uint64_t chunk_bytes = 2 * (uint64_t) layout.chunk_bytes();

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cuda_library import build_emulated
 
-SOURCES = ("kv/gpu_chunks.cpp", "kv/hot_chunks.cpp", "kernels/cuda/load.cpp")
+SOURCES = ("kv/gpu_chunks.cpp", "kv/gpu_memory.cpp", "kv/hot_chunks.cpp", "kernels/cuda/load.cpp")
 
 
 @pytest.fixture(scope="module")
