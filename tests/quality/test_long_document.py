@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,17 @@ def test_a_document_beyond_the_window_is_answered(document: Document) -> None:
     right = [str(answer).strip() == q["answer"] for answer, q in zip(answers, QUESTIONS, strict=True)]
     assert sum(right) >= LEAST_RIGHT, f"{sum(right)} of {len(right)}"
     assert all(answer.usage.attended_tokens < 2600 for answer in answers)  # budget, remainder and question
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
+def test_answers_are_as_the_page_says(document: Document, page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    command = re.search(r"actqkv (ask -d examples/harbour.txt .*)", text)
+    answers = re.search(r"The answers are `(.*)` and `(.*)`\.", text)
+    assert command
+    assert answers
+    *_, first, second = shlex.split(command[1])
+    assert [str(document.ask(question)).strip() for question in (first, second)] == list(answers.groups())
 
 
 def test_a_passage_holds_its_answer(document: Document) -> None:
