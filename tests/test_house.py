@@ -25,8 +25,6 @@ MAY_SEE_LLAMA_CPP = {"graph", "model", "retrieval/method.cpp", "session"}  # met
 
 LONG_FILES = {
     "actqkv_cpp/llama.py": "one class: the base's whole face, over a session",
-    "tests/reference.py": "the method and the model in one text, in the order of the paper",
-    "tests/test_reference.py": "its tests, section by section",
 }
 NAMES_WITH_A_SUFFIX = {
     "actqkv_session_new": "makes one, as ggml's _new functions do",
@@ -49,7 +47,8 @@ def text_of(path: Path) -> str:
 
 def files(*suffixes: str, under: str | None = None) -> Iterator[tuple[str, Path]]:
     """Files of the repository by suffix, with their names from its root; what builds and tools leave is not in it."""
-    tops = [ROOT / under] if under else [path for path in ROOT.iterdir() if path.is_file()]
+    # A second worktree has a file named .git.
+    tops = [ROOT / under] if under else [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     tops += [] if under else [ROOT / folder for folder in FOLDERS]
     for top in tops:
         for path in [top] if top.is_file() else sorted(top.rglob("*")):

@@ -17,6 +17,8 @@ import reference as ref
 import tiny_gguf as tiny
 from engine_support import BOUNDS, TIE, Pieces, check, loaded, nmse, one_by_one, open_session, random_tokens, small
 from numpy.typing import NDArray
+from reference_model import ReferenceModel
+from reference_session import LayerResult, ReferenceSession
 
 from actqkv_cpp._native import Session
 
@@ -170,10 +172,10 @@ class Step:
     phase: str
     layer: int
     found: Arrays
-    expected: ref.LayerResult
+    expected: LayerResult
 
 
-def check_plan(plan: ref.Ints, result: ref.LayerResult, where: str) -> int:
+def check_plan(plan: ref.Ints, result: LayerResult, where: str) -> int:
     """The engine's plan is the reference's, but for chunks whose scores tie. Returns how many differ."""
     assert plan.shape == result["plan"].shape, where
     stages = (result[name] for name in ("refined", "sketched", "scores"))
@@ -201,7 +203,7 @@ DECIDES = {"top": {"layer": "scores", "kv_head": "votes"}, "oracle": {"layer": "
 
 
 def check_layer(
-    found: Arrays, result: ref.LayerResult, phase: str, decides: str | None, where: str, *, kv_type: str
+    found: Arrays, result: LayerResult, phase: str, decides: str | None, where: str, *, kv_type: str
 ) -> int:
     """Every observed array equals the reference's. Returns how many chunks of the plan differ, by ties.
 
@@ -244,7 +246,7 @@ def compare(session: Session, rope: ref.Rope, pieces: Pieces = PIECES) -> list[S
     ours = reference_params(session, "top")
     first = recorder.windows[0][0]
     n_head, d_head = first["q"].shape[1:]
-    replay = ref.ReferenceSession(ours, N_LAYER, n_head, first["k"].shape[1], d_head, rope)
+    replay = ReferenceSession(ours, N_LAYER, n_head, first["k"].shape[1], d_head, rope)
     question = Question()
     steps: list[Step] = []
     n_swapped = n_planned = 0
@@ -292,7 +294,7 @@ class Model:
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     path = tiny.make_tiny_gguf(tmp_path_factory.mktemp("model") / "model.gguf", **MODELS[request.param])
     with loaded(path) as opened:
-        yield Model(opened, ref.ReferenceModel(path).rope)
+        yield Model(opened, ReferenceModel(path).rope)
 
 
 @pytest.mark.parametrize("name", METHODS)

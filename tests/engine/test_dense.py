@@ -48,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-yarn": {"arch": "qwen3", "rope_scaling": ("yarn", 4.0, 64)},
 }
 
-# Keys of other architectures, which libllama 0.3.36 does not read for ours (test_reference.py has it from libllama).
+# Keys of other architectures, which libllama 0.3.36 does not read for ours (test_reference_model.py asks libllama).
 IGNORED_KEYS = {
     "attention.scale": 0.5,
     "attention.sliding_window": 32,
