@@ -3,7 +3,7 @@
 measure.py   what is run, in which order, and how a figure is made of samples
 engines.py   our session and a llama.cpp context as two things that read, answer and go back
 results.py   what came out: rows, as `bench --json` prints them
-kernels.py   each kernel by itself: `actqkv bench --kernels`
+kernels.py   each kernel by itself, `actqkv bench --kernels`; kernel_jobs.py has the calls
 report.py    the same as tables and words
 """
 

@@ -22,7 +22,8 @@ from actqkv_cpp.errors import ModelError, ParameterError, unknown_name
 if TYPE_CHECKING:
     from actqkv_cpp import Llama
     from actqkv_cpp.bench import Result
-    from actqkv_cpp.bench.kernels import Kernel, Shape
+    from actqkv_cpp.bench.kernel_jobs import Shape
+    from actqkv_cpp.bench.kernels import Kernel
 
 _DECODE_TOKENS, _QUICK_DECODE_TOKENS = 32, 8  # of one sample
 _KERNELS_OF = "actqkv"  # the method whose answering step --kernels takes apart
@@ -155,7 +156,7 @@ def _shape(output: Output, engine: o.EngineOptions, depth: int) -> Shape:
     import llama_cpp  # noqa: PLC0415 (heavy)
 
     from actqkv_cpp.bench.engines import head_dimension  # noqa: PLC0415 (heavy)
-    from actqkv_cpp.bench.kernels import Shape  # noqa: PLC0415 (heavy)
+    from actqkv_cpp.bench.kernel_jobs import Shape  # noqa: PLC0415 (heavy)
 
     method = actqkv_cpp.methods()[_KERNELS_OF]
     chunk = engine.chunk or method["chunk"]
