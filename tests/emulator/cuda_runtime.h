@@ -62,6 +62,16 @@ template <typename T> T __shfl_xor_sync(unsigned, T x, int step) {
     return x;
 }
 
+template <typename T> T __shfl_up_sync(unsigned, T x, int step) {
+    static_assert(sizeof(T) <= 8, "one register or two");
+    uint64_t bits = 0;
+    __builtin_memcpy(&bits, &x, sizeof(T));
+    const uint64_t * all = emulator::exchange(bits);
+    bits = all[emulator::lane() >= step ? emulator::lane() - step : emulator::lane()];
+    __builtin_memcpy(&x, &bits, sizeof(T));
+    return x;
+}
+
 inline unsigned __ballot_sync(unsigned, bool yes) {
     const uint64_t * all = emulator::exchange(yes);
     unsigned votes = 0;
@@ -103,7 +113,13 @@ enum cudaError_t {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDefault = 4 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum { cudaHostAllocPortable = 1, cudaHostRegisterPortable = 1, cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+enum {
+    cudaHostAllocPortable = 1,
+    cudaHostRegisterPortable = 1,
+    cudaHostRegisterMapped = 2,
+    cudaStreamNonBlocking = 1,
+    cudaEventDisableTiming = 2
+};
 
 typedef struct emulated_stream * cudaStream_t;
 typedef struct emulated_event * cudaEvent_t;
@@ -132,6 +148,7 @@ cudaError_t cudaHostAlloc(void ** memory, size_t bytes, unsigned flags);
 cudaError_t cudaFreeHost(void * memory);
 cudaError_t cudaHostRegister(void * memory, size_t bytes, unsigned flags);
 cudaError_t cudaHostUnregister(void * memory);
+cudaError_t cudaHostGetDevicePointer(void ** there, void * memory, unsigned flags);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t * stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);

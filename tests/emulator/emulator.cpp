@@ -326,6 +326,7 @@ cudaError_t cudaHostRegister(void * memory, size_t bytes, unsigned) {
 cudaError_t cudaHostUnregister(void * memory) {
     return pinned.erase(memory) == 1 ? cudaSuccess : cudaErrorInvalidValue;
 }
+cudaError_t cudaHostGetDevicePointer(void ** there, void * memory, unsigned) { return *there = memory, cudaSuccess; }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t * stream, unsigned) {
     return *stream = new emulated_stream, cudaSuccess;
 }

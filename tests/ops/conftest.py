@@ -11,12 +11,12 @@ from ops_support import EMULATED, NAMES, impls
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A GPU knows no n_threads: one number of them is enough there. It has no spreads yet."""
+    """A GPU knows no n_threads: one number of them is enough there."""
     given = [getattr(getattr(item, "callspec", None), "params", {}) for item in items]
     items[:] = [
         item
         for item, params in zip(items, given, strict=True)
-        if params.get("impl", 0) < EMULATED or (params.get("n_threads", 1) == 1 and item.path.stem != "test_spread")
+        if params.get("impl", 0) < EMULATED or params.get("n_threads", 1) == 1
     ]
 
 

@@ -2,22 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import ops_reference as reference
 import pytest
-from ops_support import Guarded, check, ffi, half, lib, pointer
+from ops_support import ALONE, ARRAYS, EMULATED, ON_GPU, Guarded, check, ffi, gpu, half, lib, pointer
 
 Bytes = reference.Bytes
 WIDER = 1.5  # what a stretch's spread is multiplied by
+EXACT = (0, EMULATED, ON_GPU)  # impls that do not round the query
 
 
-def spreads_of(keys: np.ndarray, centre: np.ndarray) -> Bytes:
+def bytes_of(n_head_kv: int, d: int) -> int:
+    """Of a spread (../../native/kernels/cpu/spread.cpp)."""
+    return n_head_kv * (-(-d // 32) * 18 + 2)
+
+
+def call(name: str, maker: int, *arguments: Any) -> None:
+    """The CPU's function, which is the same in every impl, or the GPU's."""
+    if maker >= EMULATED:
+        gpu(maker).call(name, arguments, ARRAYS)
+    else:
+        getattr(lib, f"actqkv_{name}")(*arguments)
+
+
+@pytest.fixture(params=[0, EMULATED, pytest.param(ON_GPU, marks=pytest.mark.cuda)], ids=["cpu", "emulated", "cuda"])
+def maker(request: pytest.FixtureRequest) -> int:
+    if ALONE and request.param != ON_GPU:
+        pytest.skip("the GPU's kernels alone are here")
+    return int(request.param)
+
+
+def spreads_of(maker: int, keys: np.ndarray, centre: np.ndarray) -> Bytes:
     """Of all chunks: f16 keys [n, G, c, d] -> bytes [n, bytes]."""
     n, n_head_kv, c, d = keys.shape
-    found = Guarded((n, lib.actqkv_spread_bytes(n_head_kv, d)), np.uint8)
-    for chunk, spread in zip(keys, found.array, strict=True):
-        contiguous = np.ascontiguousarray(chunk)
-        lib.actqkv_spread(pointer(contiguous), c * d, pointer(centre), n_head_kv, d, c, pointer(spread))
+    found = np.zeros((n, bytes_of(n_head_kv, d)), np.uint8)
+    for chunk, spread in zip(keys, found, strict=True):
+        contiguous, own = np.ascontiguousarray(chunk), Guarded(spread.shape, np.uint8)
+        call("spread", maker, pointer(contiguous), c * d, pointer(centre), n_head_kv, d, c, pointer(own))
+        own.check()
+        spread[:] = own.array
+    return found
+
+
+def joined(maker: int, spreads: Bytes, n: int, n_head_kv: int, d: int) -> Bytes:
+    """Every n spreads as a stretch."""
+    found = Guarded((len(spreads) // n, spreads.shape[1]), np.uint8)
+    if maker >= EMULATED:
+        call("spread_join", maker, pointer(spreads), n, len(found.array), n_head_kv, d, pointer(found))
+    else:
+        for i, stretch in enumerate(found.array):
+            lib.actqkv_spread_join(pointer(np.ascontiguousarray(spreads[i * n :])), n, n_head_kv, d, pointer(stretch))
     found.check()
     return found.array
 
@@ -53,8 +89,8 @@ def scores_of(
     impl: int, query: np.ndarray, spreads: Bytes, chunks: np.ndarray | None, *, n_head_kv: int, n: int
 ) -> np.ndarray:
     n_head, d = query.shape
-    folded, scores = Guarded(lib.actqkv_spread_query_size(n_head_kv, d)), Guarded(n)
-    lib.actqkv_spread_query(pointer(query), n_head, n_head_kv, d, pointer(folded))
+    folded, scores = Guarded(n_head_kv * (-(-d // 32) * 32 + 1)), Guarded(n)
+    call("spread_query", impl, pointer(query), n_head, n_head_kv, d, pointer(folded))
     folded.check()
     arguments = (pointer(spreads), pointer(chunks), n, n_head_kv, d)
     lib.actqkv_spread_scores(impl, pointer(folded), *arguments, pointer(scores), 2 if n % 2 else 1)
@@ -64,29 +100,27 @@ def scores_of(
 
 @pytest.mark.parametrize("n_head_kv", [1, 3])
 @pytest.mark.parametrize(("d", "c"), [(64, 32), (80, 16), (96, 5), (256, 8), (20, 1), (1024, 3), (25, 4)])
-def test_spreads_are_the_definition(rng: np.random.Generator, *, n_head_kv: int, d: int, c: int) -> None:
+def test_spreads_are_the_definition(maker: int, rng: np.random.Generator, *, n_head_kv: int, d: int, c: int) -> None:
     keys = half(rng.normal(size=(20, n_head_kv, c, d)) + 5 * rng.normal(size=(n_head_kv, 1, d)))
     centre = Guarded((n_head_kv, d))
-    lib.actqkv_mean(pointer(np.ascontiguousarray(keys[0])), c * d, n_head_kv, d, c, pointer(centre))
+    call("mean", maker, pointer(np.ascontiguousarray(keys[0])), c * d, n_head_kv, d, c, pointer(centre))
     centre.check()
     np.testing.assert_allclose(centre.array, keys[0].astype(np.float64).mean(axis=1), atol=1e-5)
-    means, spreads = parts(spreads_of(keys, centre.array), n_head_kv, d)
+    means, spreads = parts(spreads_of(maker, keys, centre.array.copy()), n_head_kv, d)
     expected, expected_spreads = reference.spread(keys.astype(np.float64), centre.array.astype(np.float64))
     almost_equal(means[1:], rounded(expected[1:]))
     np.testing.assert_allclose(spreads, expected_spreads, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("d", "n"), [(64, 8), (80, 8), (96, 3), (256, 1), (20, 8)])
-def test_a_stretch_is_as_wide_as_its_chunks(rng: np.random.Generator, *, d: int, n: int) -> None:
-    keys = half(rng.normal(size=(n, 2, 4, d)) + 2 * rng.normal(size=(n, 2, 1, d)))
-    spreads = spreads_of(keys, np.zeros((2, d), np.float32))
-    joined = Guarded((1, spreads.shape[1]), np.uint8)
-    lib.actqkv_spread_join(pointer(spreads), n, 2, d, pointer(joined))
-    joined.check()
-    mean, spread = parts(joined.array, 2, d)
-    expected, expected_spread = reference.joined_spread(*parts(spreads, 2, d), WIDER)
-    almost_equal(mean[0], rounded(expected))
-    np.testing.assert_allclose(spread[0], expected_spread, rtol=1e-3)
+def test_a_stretch_is_as_wide_as_its_chunks(maker: int, rng: np.random.Generator, *, d: int, n: int) -> None:
+    keys = half(rng.normal(size=(3 * n, 2, 4, d)) + 2 * rng.normal(size=(3 * n, 2, 1, d)))
+    spreads = spreads_of(maker, keys, np.zeros((2, d), np.float32))
+    means, wide = parts(joined(maker, spreads, n, 2, d), 2, d)
+    for i in range(3):
+        expected, expected_wide = reference.joined_spread(*parts(spreads[i * n : (i + 1) * n], 2, d), WIDER)
+        almost_equal(means[i], rounded(expected))
+        np.testing.assert_allclose(wide[i], expected_wide, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 2), (7, 1), (9, 3), (1, 1), (64, 8)])
@@ -98,22 +132,22 @@ def test_scores_follow_the_formula(
 ) -> None:
     query = (rng.normal(size=(n_head, d)) * rng.uniform(0.1, 10, size=(n_head, 1))).astype(np.float32)
     keys = half(rng.normal(size=(n + 4, n_head_kv, 4, d)))
-    spreads = spreads_of(keys, np.zeros((n_head_kv, d), np.float32))
+    spreads = spreads_of(impl if ALONE else 0, keys, np.zeros((n_head_kv, d), np.float32))
     chunks = np.sort(rng.choice(n + 4, n, replace=False)).astype(np.int32) if listed else None
     scores = scores_of(impl, query, spreads, chunks, n_head_kv=n_head_kv, n=n)
     means, wide = (part[np.arange(n) if chunks is None else chunks] for part in parts(spreads, n_head_kv, d))
     expected = reference.spread_scores(query.astype(np.float64), means, wide)
     r = n_head // n_head_kv
     most = np.repeat(np.linalg.norm(means, axis=2) + wide * np.sqrt(d), r, axis=1) @ np.linalg.norm(query, axis=1)
-    check("spread", scores, expected, most, bound="spread rounded" if impl else "spread")
+    check("spread", scores, expected, most, bound="spread" if impl in EXACT else "spread rounded")
 
 
 def test_a_long_row_is_scored_in_parts(impl: int, rng: np.random.Generator) -> None:
-    """32 heads of 256: more than a query packed on the stack has room for."""
-    query, keys = rng.normal(size=(32, 256)).astype(np.float32), half(rng.normal(size=(5, 32, 2, 256)))
-    spreads = spreads_of(keys, np.zeros((32, 256), np.float32))
-    scores = scores_of(impl, query, spreads, None, n_head_kv=32, n=5)
-    np.testing.assert_allclose(scores, scores_of(0, query, spreads, None, n_head_kv=32, n=5), rtol=1e-4)
+    """40 heads of 256: more than a query packed on the stack, or in a GPU's shared memory, has room for."""
+    query, keys = rng.normal(size=(40, 256)).astype(np.float32), half(rng.normal(size=(5, 40, 2, 256)))
+    spreads = spreads_of(impl if ALONE else 0, keys, np.zeros((40, 256), np.float32))
+    expected = reference.spread_scores(query.astype(np.float64), *parts(spreads, 40, 256))
+    np.testing.assert_allclose(scores_of(impl, query, spreads, None, n_head_kv=40, n=5), expected, rtol=1e-4)
 
 
 def test_spreads_find_the_key(impl: int, rng: np.random.Generator) -> None:
@@ -123,26 +157,24 @@ def test_spreads_find_the_key(impl: int, rng: np.random.Generator) -> None:
     keys[123] += 0.7 * query[0]
     keys += 30 * rng.normal(size=64)
     centre = keys[0, :, 0].astype(np.float32)
-    spreads = spreads_of(half(keys), centre)
+    spreads = spreads_of(impl, half(keys), centre)
     assert scores_of(impl, query, spreads, None, n_head_kv=1, n=200).argmax() == 123
-    stretches = np.zeros((25, spreads.shape[1]), np.uint8)
-    for i, stretch in enumerate(stretches):
-        lib.actqkv_spread_join(pointer(spreads[8 * i :]), 8, 1, 64, pointer(stretch))
+    stretches = joined(impl, spreads, 8, 1, 64)
     assert scores_of(impl, query, stretches, None, n_head_kv=1, n=25).argmax() == 123 // 8
 
 
 def test_odd_inputs(impl: int) -> None:
     """Nothing to score; keys that are all alike; a query of zeros; a head too large; keys that are not finite."""
-    assert lib.actqkv_spread_bytes(1, 2048) == 0
-    assert lib.actqkv_spread_bytes(4, 64) == 4 * (2 * 18 + 2)
+    assert ALONE or lib.actqkv_spread_bytes(1, 2048) == 0
+    assert ALONE or lib.actqkv_spread_bytes(4, 64) == bytes_of(4, 64) == 4 * (2 * 18 + 2)
     alike, none = half(np.ones((3, 1, 4, 16))), np.zeros((1, 16), np.float32)
-    lib.actqkv_mean(ffi.NULL, 0, 1, 16, 0, pointer(none))
+    call("mean", impl, ffi.NULL, 0, 1, 16, 0, pointer(none))
     assert (none == 0).all()
-    spreads = spreads_of(alike, none)
+    spreads = spreads_of(impl, alike, none)
     query = np.ones((2, 16), np.float32)
     assert scores_of(impl, query, spreads, None, n_head_kv=1, n=0).size == 0
     np.testing.assert_allclose(scores_of(impl, query, spreads, None, n_head_kv=1, n=3), 32, rtol=1e-3)
     assert (scores_of(impl, 0 * query, spreads, None, n_head_kv=1, n=3) == 0).all()
     alike[1] = np.nan
-    found = scores_of(impl, query, spreads_of(alike, none), None, n_head_kv=1, n=3)
+    found = scores_of(impl, query, spreads_of(impl, alike, none), None, n_head_kv=1, n=3)
     np.testing.assert_allclose(found[[0, 2]], 32, rtol=1e-3)

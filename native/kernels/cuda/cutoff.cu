@@ -77,11 +77,26 @@ __device__ uint32_t threshold_of(const float * scores, int64_t n, int k, int * n
             }
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            above = 0;
-            digit = N_DIGITS - 1;
-            while (above + n_with[digit] < wanted) {
-                above += n_with[digit--];
+        if (threadIdx.x < WARP) { // each lane the digits of one range, the highest range first
+            constexpr int N_MINE = N_DIGITS / WARP;
+            const int top = N_DIGITS - 1 - (int) threadIdx.x * N_MINE;
+            int mine = 0;
+            for (int i = 0; i < N_MINE; i++) {
+                mine += n_with[top - i];
+            }
+            int before = mine; // of the ranges up to this one, then before it
+            for (int step = 1; step < WARP; step *= 2) {
+                const int lower = __shfl_up_sync(ALL, before, step);
+                before += (int) threadIdx.x >= step ? lower : 0;
+            }
+            before -= mine;
+            if (before < wanted && wanted <= before + mine) { // of one lane
+                int i = top;
+                while (before + n_with[i] < wanted) {
+                    before += n_with[i--];
+                }
+                digit = i;
+                above = before;
             }
         }
         __syncthreads();

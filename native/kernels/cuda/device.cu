@@ -83,7 +83,7 @@ int32_t take_pinned(uint64_t bytes, void ** memory) {
 int32_t give_back_pinned(void * memory) { return cudaFreeHost(memory); }
 
 int32_t pin(void * memory, uint64_t bytes) {
-    const cudaError_t status = cudaHostRegister(memory, bytes, cudaHostRegisterPortable);
+    const cudaError_t status = cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
     if (status != cudaSuccess) {
         cudaGetLastError();
     }
@@ -91,6 +91,21 @@ int32_t pin(void * memory, uint64_t bytes) {
 }
 
 int32_t unpin(void * memory) { return cudaHostUnregister(memory); }
+
+int32_t reaches(int32_t device, const void * pinned, int32_t * same) {
+    *same = 0;
+    cudaError_t status = cudaSetDevice(device);
+    void * there = nullptr;
+    if (status == cudaSuccess) {
+        status = cudaHostGetDevicePointer(&there, const_cast<void *>(pinned), 0);
+    }
+    if (status != cudaSuccess) {
+        cudaGetLastError();
+        return status;
+    }
+    *same = there == pinned;
+    return 0;
+}
 
 void close(actqkv_cuda_stream * s) {
     if (s == nullptr) {
@@ -230,6 +245,7 @@ extern "C" const actqkv_cuda * actqkv_cuda_table(void) {
         give_back_pinned,
         pin,
         unpin,
+        reaches,
         open,
         close,
         copy,
@@ -244,6 +260,11 @@ extern "C" const actqkv_cuda * actqkv_cuda_table(void) {
         probe_mix,
         summarize,
         score,
+        mean,
+        spread,
+        spread_join,
+        spread_query,
+        spread_scores,
         head_scores,
         vote,
         sketch,
@@ -251,6 +272,9 @@ extern "C" const actqkv_cuda * actqkv_cuda_table(void) {
         refine,
         entropy,
         top_k,
+        members,
+        pick,
+        gather,
         attend_scratch,
         attend,
     };

@@ -21,7 +21,7 @@ extern "C" {
 
 // [cdef begin]
 
-enum actqkv_cuda_limits { ACTQKV_CUDA_INTERFACE = 2, ACTQKV_CUDA_MAX_D_HEAD = 256 };
+enum actqkv_cuda_limits { ACTQKV_CUDA_INTERFACE = 3, ACTQKV_CUDA_MAX_D_HEAD = 256 };
 
 struct actqkv_cuda_stream;
 
@@ -55,6 +55,8 @@ struct actqkv_cuda {
     // Pins memory that is there already; bytes and start are rounded to the host's granularity by the driver.
     int32_t (*pin)(void * memory, uint64_t bytes);
     int32_t (*unpin)(void * memory);
+    // same: whether kernels read the pinned memory at the address that it has on the host.
+    int32_t (*reaches)(int32_t device, const void * pinned, int32_t * same);
 
     // ---- streams: what is queued on one runs in order
 
@@ -72,7 +74,7 @@ struct actqkv_cuda {
     int32_t (*start_clock)(struct actqkv_cuda_stream * stream);
     int32_t (*stop_clock)(struct actqkv_cuda_stream * stream, float * ms);
 
-    // ---- kernels, in the order of kernels.h, without spreads
+    // ---- kernels, in the order of kernels.h
 
     int32_t (*to_f16)(struct actqkv_cuda_stream * stream, const float * src, actqkv_f16 * dst, int64_t n);
 
@@ -91,6 +93,19 @@ struct actqkv_cuda {
     int32_t (*score)(struct actqkv_cuda_stream * stream, const float * probe, float probe_norm, const actqkv_f16 * reps,
                      const float * norms, int64_t n, int64_t width, float scale, float * scores);
 
+    int32_t (*mean)(struct actqkv_cuda_stream * stream, const actqkv_f16 * keys, int64_t key_stride, int32_t n_head_kv,
+                    int32_t d_head, int32_t c, float * mean);
+    int32_t (*spread)(struct actqkv_cuda_stream * stream, const actqkv_f16 * keys, int64_t key_stride,
+                      const float * centre, int32_t n_head_kv, int32_t d_head, int32_t c, uint8_t * spread);
+    // n_joined stretches, of n spreads each. Spreads lie at a multiple of 2 bytes, here and below.
+    int32_t (*spread_join)(struct actqkv_cuda_stream * stream, const uint8_t * spreads, int32_t n, int32_t n_joined,
+                           int32_t n_head_kv, int32_t d_head, uint8_t * joined);
+    int32_t (*spread_query)(struct actqkv_cuda_stream * stream, const float * query, int32_t n_head, int32_t n_head_kv,
+                            int32_t d_head, float * folded);
+    // The query is not rounded.
+    int32_t (*spread_scores)(struct actqkv_cuda_stream * stream, const float * folded, const uint8_t * spreads,
+                             const int32_t * chunks, int64_t n, int32_t n_head_kv, int32_t d_head, float * scores);
+
     int32_t (*head_scores)(struct actqkv_cuda_stream * stream, const float * queries, const actqkv_f16 * reps,
                            int64_t block_stride, int32_t n_blocks, int64_t n, int64_t width, int32_t n_head,
                            float * scores);
@@ -104,6 +119,7 @@ struct actqkv_cuda {
                              const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head,
                              int32_t c, float scale, float * scores);
 
+    // chunks may be NULL: those that lie one behind the other.
     int32_t (*refine)(struct actqkv_cuda_stream * stream, const float * query, int32_t type, const uint8_t * keys,
                       const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t c,
                       float scale, float * scores);
@@ -113,6 +129,24 @@ struct actqkv_cuda {
                        float * entropy);
     // chosen [min(k, n)]. Needs no scratch.
     int32_t (*top_k)(struct actqkv_cuda_stream * stream, const float * scores, int64_t n, int32_t k, int32_t * chosen);
+
+    // ---- lists of chunks on the GPU, from their scores to their attention
+
+    // chunks [n*per + n_all % per]: the members of n stretches of `per` chunks, in their order, then those of n_all chunks
+    // that are in no stretch.
+    int32_t (*members)(struct actqkv_cuda_stream * stream, const int32_t * stretches, int64_t n, int32_t per,
+                       int64_t n_all, int32_t * chunks);
+    // to[i] = from[at[i]], i < n
+    int32_t (*pick)(struct actqkv_cuda_stream * stream, const int32_t * from, const int32_t * at, int32_t n,
+                    int32_t * to);
+    // `bytes` each of the n listed chunks, one behind the other: of chunk b at slots + slot_of[b] * slot_stride, or, where
+    // slot_of[b] is negative, at rest + b * bytes, which may be pinned memory of the host. slot_of NULL: slot b. All lie at
+    // multiples of 2 bytes, and `bytes` is one.
+    int32_t (*gather)(struct actqkv_cuda_stream * stream, const uint8_t * slots, int64_t slot_stride,
+                      const int32_t * slot_of, const uint8_t * rest, const int32_t * chunks, int32_t n, int64_t bytes,
+                      uint8_t * to);
+
+    // ---- attend
 
     // Bytes of scratch on the GPU for at most so many keys and queries, in n_lists lists of at most n_spans spans.
     uint64_t (*attend_scratch)(int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t m, int64_t n_keys,

@@ -61,7 +61,8 @@ template <int T> __device__ void best_keys(const candidates & a, const uint8_t *
 
 template <int T> __global__ void __launch_bounds__(N_WARPS * WARP) refine_kernel(candidates a) {
     __shared__ float part[WARP];
-    const uint8_t * chunk = a.keys + a.chunks[blockIdx.x] * a.chunk_bytes;
+    const int64_t number = a.chunks != nullptr ? a.chunks[blockIdx.x] : (int64_t) blockIdx.x;
+    const uint8_t * chunk = a.keys + number * a.chunk_bytes;
     for (int h = 0, n; h < a.n_head; h += n) {
         const int g = h / a.r, rest = a.r - h % a.r; // of this group
         n = rest < N_QUERIES ? rest : N_QUERIES;

@@ -1,0 +1,55 @@
+"""When this fails, a plan made on a GPU attends other chunks than it chose. The GPU alone has these kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ops_support import ALONE, ARRAYS, EMULATED, ON_GPU, Guarded, gpu, pointer
+
+
+@pytest.fixture(params=[EMULATED, pytest.param(ON_GPU, marks=pytest.mark.cuda)], ids=["emulated", "cuda"])
+def impl(request: pytest.FixtureRequest) -> int:
+    if ALONE and request.param != ON_GPU:
+        pytest.skip("the GPU's kernels alone are here")
+    return int(request.param)
+
+
+@pytest.mark.parametrize(("n", "n_all"), [(3, 40), (2, 47), (1, 8), (0, 5), (100, 8003)])
+def test_members_of_stretches(impl: int, rng: np.random.Generator, *, n: int, n_all: int) -> None:
+    stretches = np.sort(rng.choice(n_all // 8, n, replace=False)).astype(np.int32)
+    expected = [8 * s + i for s in stretches for i in range(8)] + list(range(n_all // 8 * 8, n_all))
+    found = Guarded(len(expected), np.int32)
+    gpu(impl).call("members", (pointer(stretches), n, 8, n_all, pointer(found)), ARRAYS)
+    found.check()
+    assert found.array.tolist() == expected
+
+
+@pytest.mark.parametrize("n", [0, 1, 300])
+def test_picking(impl: int, rng: np.random.Generator, n: int) -> None:
+    numbers, at = rng.permutation(500).astype(np.int32), rng.choice(500, n).astype(np.int32)
+    found = Guarded(n, np.int32)
+    gpu(impl).call("pick", (pointer(numbers), pointer(at), n, pointer(found)), ARRAYS)
+    found.check()
+    assert (found.array == numbers[at]).all()
+
+
+@pytest.mark.parametrize("n_bytes", [2, 34, 48, 16_400, 18_002])
+@pytest.mark.parametrize("hot", [True, False], ids=["some hot", "all there"])
+def test_gathered_chunks(impl: int, rng: np.random.Generator, *, n_bytes: int, hot: bool) -> None:
+    """Each from its slot, or from the rest of memory where it has none."""
+    everywhere = rng.integers(0, 256, (9, n_bytes), np.uint8)
+    chunks = np.array([7, 0, 3, 4], np.int32)
+    slot_of = np.full(9, -1, np.int32)
+    slot_of[[3, 7]] = [0, 2]
+    slots = rng.integers(0, 256, (3, n_bytes + 16), np.uint8)  # what else a slot holds lies behind
+    slots[0, :n_bytes], slots[2, :n_bytes] = everywhere[3], everywhere[7]
+    rest = everywhere.copy()
+    rest[[3, 7]] = 0
+    found = Guarded((4, n_bytes), np.uint8)
+    if hot:
+        source = (pointer(slots), n_bytes + 16, pointer(slot_of), pointer(rest))
+    else:
+        source = (pointer(everywhere), n_bytes, pointer(None), pointer(None))
+    gpu(impl).call("gather", (*source, pointer(chunks), 4, n_bytes, pointer(found)), ARRAYS)
+    found.check()
+    assert (found.array == everywhere[chunks]).all()
