@@ -52,7 +52,7 @@ def describe_model(llm: Llama) -> dict[str, Any]:
     llama_cpp.llama_model_desc(model, description, len(description))
     return {
         "name": Path(llm.model_path).name,
-        "description": description.value.decode("utf-8", "replace"),
+        "description": description.value.decode("utf-8", "replace").replace(" ?B", ""),  # no size that it names
         "bytes": int(llama_cpp.llama_model_size(model)),
         "parameters": int(llama_cpp.llama_model_n_params(model)),
         "layers": int(llama_cpp.llama_model_n_layer(model)),
