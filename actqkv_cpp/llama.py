@@ -112,7 +112,7 @@ class Llama(llama_cpp.Llama):
         self._rows_wanted: Literal["last", "sampled", "all"] = "last"
         given["n_ctx"] = parse_size(given.get("n_ctx", compat.base_defaults()["n_ctx"]))
         path = modelfile.check(model_path if model_path is not None else default_model_path())
-        self.gpu_layers = self._placement.layers(path, given.get("n_gpu_layers", 0))
+        self.gpu_layers = self._placement.layers(path, 0 if given.get("vocab_only") else given.get("n_gpu_layers", 0))
         if given.get("n_gpu_layers", 0) is None or self.gpu_layers.n:
             given["n_gpu_layers"] = self.gpu_layers.n
 

@@ -134,8 +134,12 @@ def open_model(
     reserve += info.n_tokens if info is not None else 0
     _say_plan(output, path, options)
     with output.waiting(f"loading {path.name}"):
-        llm = load(options.ctx) if options.ctx is not None else _load_with_room(load, texts, reserve, exact=exact)
-        n_in_file = info.n_tokens if info is not None else _count(llm, texts) if llm.kv_file is not None else 0
+        if options.ctx is None:
+            llm, n_tokens = _load_with_room(load, texts, reserve, exact=exact)
+        else:
+            llm = load(options.ctx)
+            n_tokens = _count(llm, texts) if options.kv_file is not None else 0
+    n_in_file = info.n_tokens if info is not None else n_tokens if options.kv_file is not None else 0
     if opened is not None:
         _open(output, llm, opened)
     if options.audit or options.min_recall is not None:
@@ -261,17 +265,24 @@ def _open(output: Output, llm: Llama, opened: Path) -> None:
     output.note(f"opened {opened}: {part}{document.tokens_total:,} tokens of {', '.join(document.names)}")
 
 
-def _load_with_room(load: Callable[..., Llama], texts: Sequence[str], reserve: int, *, exact: bool) -> Llama:
-    """exact: the method's positions end at the trained length, so the room to spare does too."""
+def _load_with_room(
+    load: Callable[..., Llama], texts: Sequence[str], reserve: int, *, exact: bool
+) -> tuple[Llama, int]:
+    """The model with room for texts and reserve, and the tokens of the texts.
+
+    Args:
+        exact: the method's positions end at the trained length, so the room to spare does too.
+    """
     vocabulary = load(1, vocab_only=True)
-    needed = _count(vocabulary, texts) + TEMPLATE_TOKENS + reserve  # another template around the question
+    n_tokens = _count(vocabulary, texts)
+    needed = n_tokens + TEMPLATE_TOKENS + reserve  # another template around the question
     trained = vocabulary.n_ctx_train
     vocabulary.close()
     roomy = needed + _SPARE_TOKENS
     try:
-        return load(min(roomy, max(needed, trained)) if exact else roomy)
+        return load(min(roomy, max(needed, trained)) if exact else roomy), n_tokens
     except MemoryPlanError:
-        return load(needed)
+        return load(needed), n_tokens
 
 
 def _count(llm: Llama, texts: Sequence[str]) -> int:
