@@ -173,8 +173,10 @@ def make_params(retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_type: st
 def set_number(struct: Any, name: str, value: float) -> None:
     try:
         setattr(struct, name, value)
-    except (OverflowError, TypeError) as cause:
-        raise ParameterError(f"{name} is out of range: {value}") from cause
+    except OverflowError as cause:
+        raise ParameterError(f"{name} is {value}, expected at most {2**31 - 1} either way") from cause
+    except TypeError as cause:
+        raise ParameterError(f"{name} is {value!r}, expected a whole number") from cause
 
 
 def found_params(found: Any) -> Params:

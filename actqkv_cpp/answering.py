@@ -13,6 +13,7 @@ import numpy as np
 from llama_cpp import LogitsProcessorList
 from numpy.typing import NDArray
 
+from actqkv_cpp.config import MAX_SEED
 from actqkv_cpp.errors import ParameterError, unknown_name
 from actqkv_cpp.results import FinishReason
 
@@ -71,8 +72,10 @@ class Sampling:
             raise ParameterError(f"max_tokens is at least 1, not {self.max_tokens}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ParameterError(f"min_tokens is 0 to max_tokens ({self.max_tokens}), not {self.min_tokens}")
-        if self.temperature < 0.0:
+        if not self.temperature >= 0.0:
             raise ParameterError(f"temperature is at least 0, not {self.temperature}")
+        if self.seed is not None and not -1 <= self.seed <= MAX_SEED:
+            raise ParameterError(f"seed is 0 to {MAX_SEED}, or -1 for a new one each time, not {self.seed}")
 
 
 @dataclass(kw_only=True)

@@ -37,6 +37,7 @@ _SIZES = ("budget", "n_sink", "n_local", "chunk", "window")
 _COUNTS = ("representatives", "probe_warmup", "statistics_cap", "sketch", "refine", "dense_layers")
 _NUMBERS = ("cutoff_temperature", "question_weight")
 LLAMA_CPP = "llama.cpp"  # the method that is not ours: dense attention by llama.cpp itself, for comparison
+MAX_SEED = 2**32 - 1  # llama.cpp has 32 bits for it
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
 _BYTE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", re.IGNORECASE)

@@ -382,7 +382,7 @@ class Document(Conversation):
                 full n_ctx.
             temperature: 0.0 (default) takes the likeliest token.
             top_p, min_p, top_k: as in llama_cpp (0.95, 0.05, 40), where temperature is above 0.
-            seed: of the sampling; None: the Llama's own.
+            seed: of the sampling, 0 to 4294967295; -1: a new one each time; None: the Llama's own.
             stop: texts that end the answer; not part of it.
             on_text: called with pieces of the answer as they come; returning False ends it ("cancelled").
             retrieval: answers by another method or budget, as `Llama.answering` has it.

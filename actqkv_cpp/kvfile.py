@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from actqkv_cpp import _native
 from actqkv_cpp._native import Session, call, found_params, model_pointer, native_plan, set_number, token_array
-from actqkv_cpp.errors import ParameterError
+from actqkv_cpp.errors import ParameterError, StateError
 from actqkv_cpp.figures import FileInfo, MemoryPlan
 
 ffi, lib = _native.ffi, _native.lib  # type: ignore[attr-defined]  # not its own, but it alone may import them
@@ -119,7 +119,10 @@ def leave(session: Session) -> None:
 
 def _info(path: str | Path) -> Any:
     found = ffi.new("struct actqkv_file_info *")
-    call(lib.actqkv_file_info, _name(path), found)
+    try:
+        call(lib.actqkv_file_info, _name(path), found)
+    except StateError as error:
+        raise StateError(str(error), "name another file, or index the document again") from None
     return found
 
 

@@ -59,7 +59,7 @@ def check(model_path: str | Path) -> str:
     except FileNotFoundError:
         raise ModelError(f"Model path does not exist: {path}", "leave it out for the bundled model") from None
     except IsADirectoryError:
-        raise ModelError(f"{path} is a directory", "name the .gguf file in it") from None
+        raise ModelError(f"{path} is a folder", "name the .gguf file in it") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ModelError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if magic != b"GGUF":

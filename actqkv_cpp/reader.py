@@ -33,8 +33,8 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     ),
     (b"{\\rtf", "an RTF file", "save it as DOCX or as plain text first"),
     (b"\x1f\x8b", "a gzip file", "unpack it first with gunzip"),
-    (b"\xff\xfe", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 book.txt > book.utf8.txt"),
-    (b"\xfe\xff", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 book.txt > book.utf8.txt"),
+    (b"\xff\xfe", "in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 book.txt > book.utf8.txt"),
+    (b"\xfe\xff", "in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 book.txt > book.utf8.txt"),
 )
 
 
@@ -137,7 +137,7 @@ def load(path: str | Path) -> TextFile:
         path: a file, a named pipe or a process substitution; its name is what sources are reported under.
 
     Raises:
-        DocumentError: it is missing, a directory, not readable, empty, binary, damaged, protected, or not in its
+        DocumentError: it is missing, a folder, not readable, empty, binary, damaged, protected, or not in its
             encoding (with the byte offset); or the extra that reads its format is not installed.
 
     Example:
@@ -174,7 +174,7 @@ def _bytes(path: str | Path) -> bytes:
     except FileNotFoundError:
         raise DocumentError(f"no such document: {name}", "check the path") from None
     except IsADirectoryError:
-        raise DocumentError(f"{name} is a directory, not a document", "name its files one by one") from None
+        raise DocumentError(f"{name} is a folder, not a document", "name its files one by one") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise DocumentError(f"cannot read {name}: {reason}", "check its permissions") from None
@@ -222,7 +222,7 @@ def _zipped(name: str, data: bytes) -> Extract:
 def _plain(name: str, data: bytes) -> str:
     for magic, what, hint in _SIGNATURES:
         if data.startswith(magic):
-            raise DocumentError(f"{name} is {what}, not text", hint)
+            raise DocumentError(f"{name} is {what}, not text in UTF-8", hint)
     if (at := data.find(0)) >= 0:
         raise DocumentError(
             f"{name} is binary: byte 0 at offset {at:,}",

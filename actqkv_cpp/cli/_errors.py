@@ -40,6 +40,7 @@ _OPTIONS = {
     "n_sink": "--sink",
     "n_local": "--local",
     "n_chunk_tokens": "--chunk",
+    "n_threads": "--threads",
     "kv_type": "--kv-type",
     "max_tokens": "--max-tokens",
     "vram": "--vram",

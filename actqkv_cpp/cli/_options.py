@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from actqkv_cpp import parse_size
-from actqkv_cpp.config import parse_bytes
+from actqkv_cpp.config import MAX_SEED, parse_bytes
 from actqkv_cpp.errors import ParameterError
 
 DEFAULT_MAX_TOKENS = 1024
@@ -147,7 +147,8 @@ MaxTokens = Annotated[
     ),
 ]
 Seed = Annotated[
-    int | None, _option("--seed", help="Seed of the sampling.", metavar="N", default="a new one each time", min=0)
+    int | None,
+    _option("--seed", help="Seed of the sampling.", metavar="N", default="a new one each time", min=0, max=MAX_SEED),
 ]
 Audit = Annotated[
     int,

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from actqkv_cpp.errors import StateError
+from actqkv_cpp.errors import ParameterError, StateError
 from actqkv_cpp.evaluation.results import FORMAT, FORMAT_VERSION, Cell, Record
 from actqkv_cpp.files import written_atomically
 
@@ -36,7 +36,8 @@ class Journal:
         facts: of the run's start.
 
     Raises:
-        StateError: the folder holds a run of other parameters, of another version, or a damaged journal.
+        ParameterError: the folder is a file.
+        StateError: it holds a run of other parameters, of another version, or a damaged journal.
         OSError: the folder cannot be written.
     """
 
@@ -48,6 +49,8 @@ class Journal:
         self._header = {"format": f"{FORMAT}-journal", "format_version": FORMAT_VERSION, "header": header}
         if folder is None:
             return
+        if folder.exists() and not folder.is_dir():
+            raise ParameterError(f"{folder} is a file", "give --out a folder")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / JOURNAL
         if not path.exists() and (folder / RESULT).exists():

@@ -38,13 +38,16 @@ class Plan:
 
     Attributes:
         suites: of `SUITES` or from files.
-        lengths: tokens; suites from files have lengths of their own.
+        lengths: tokens, at least 1; suites from files have lengths of their own.
         methods: in the order of the results.
         n_samples: samples of each suite and length; None: each suite's own number.
         longest: tokens to which longer documents of files are cut in the middle; None: they are not cut.
         text: for perplexity.
         recalls: what is recorded while answering.
         files: names and SHA-256 of the files that samples come from.
+
+    Raises:
+        ParameterError: a length of no tokens.
     """
 
     suites: tuple[Suite, ...]
@@ -56,6 +59,10 @@ class Plan:
     text: str | None = None
     recalls: Recalls = "none"
     files: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if min(self.lengths, default=1) < 1:
+            raise ParameterError("a length of 0 tokens has no room for anything", "use lengths of 1k or more")
 
     def lengths_of(self, suite: Suite) -> tuple[int | None, ...]:
         return (None,) if suite.from_file else self.lengths

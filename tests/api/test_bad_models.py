@@ -16,7 +16,7 @@ from actqkv_cpp import ActqkvError, Llama, MemoryPlanError, ModelError, Retrieva
 
 BAD: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
-    "directory": lambda path: path.mkdir(),
+    "folder": lambda path: path.mkdir(),
     "empty": tiny_gguf.make_empty_file,
     "text": tiny_gguf.make_not_gguf,
     "four bytes": lambda path: path.write_bytes(b"GGUF"),

@@ -216,7 +216,13 @@ def test_wrong_use(tiny_sparse: Llama, tmp_path: Path) -> None:
     doc = tiny_sparse.read(text="the key")
     with pytest.raises(ParameterError, match="system"):
         tiny_sparse.chat(doc, system="the book")
-    for options in ({"max_tokens": 0}, {"temperature": -1.0}, {"temprature": 1.0}):
+    for options in (
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"seed": 1 << 32},
+        {"temprature": 1.0},
+    ):
         for ask in (doc.ask, tiny_sparse.chat(doc).ask, tiny_sparse.chat(doc).say):
             with pytest.raises(ParameterError):
                 ask("where", **options)  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ def _assert_failed(found: Result, *words: str) -> None:
         (b"caf\xe9", ["byte 0xe9 at offset 3", "iconv"]),
         (b"%PDF-1.4", ["damaged PDF", "qpdf"]),
         (b"GGUF\x03\x00\x00\x00", ["GGUF model"]),
+        (b"\xff\xfeM\x00", ["in UTF-16, not text in UTF-8", "iconv"]),
     ],
 )
 @pytest.mark.parametrize("command", ["ask", "chat"])
@@ -45,7 +46,7 @@ def test_document_that_is_not_there(actqkv: Actqkv, tmp_path: Path) -> None:
     """A typing error in a name ends in a traceback."""
     _assert_failed(actqkv("ask", "-d", "bok.txt", QUESTION), "bok.txt", "no such document")
     (tmp_path / "books").mkdir()
-    _assert_failed(actqkv("ask", "-d", "books", QUESTION), "books", "directory")
+    _assert_failed(actqkv("ask", "-d", "books", QUESTION), "books", "folder")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_document_that_is_not_there(actqkv: Actqkv, tmp_path: Path) -> None:
         (lambda path: make_absurd_gguf(path, "n_kv"), "model.gguf"),
         (lambda path: path.parent, ""),
     ],
-    ids=["missing", "empty", "not gguf", "truncated", "vocabulary only", "absurd", "directory"],
+    ids=["missing", "empty", "not gguf", "truncated", "vocabulary only", "absurd", "folder"],
 )
 def test_model(actqkv: Actqkv, tmp_path: Path, book: Path, make: Callable[[Path], Path], word: str) -> None:
     """A broken model file ends in an abort of ggml, or in a page of its log."""
@@ -98,7 +99,8 @@ def test_ctx_larger_than_ram(actqkv: Actqkv, book: Path) -> None:
         ("--local 0", ""),
         ("--method actqk", "did you mean 'actqkv'?"),
         ("--kv-type f64", "did you mean 'f16'?"),
-        ("--ctx 1000000m", "--ctx"),
+        ("--ctx 1000000m", "--ctx is 1048576000000, expected at most"),
+        ("--threads 1000", "--threads is 1000, expected 1 to 512"),
     ],
 )
 def test_values_that_contradict(actqkv: Actqkv, book: Path, options: str, word: str) -> None:
@@ -131,6 +133,7 @@ def test_questions_that_are_no_names(actqkv: Actqkv, book: Path, question: str) 
         ["ask", "-d", "book.txt", "Who?", "--ctx", "many"],
         ["ask", "-d", "book.txt", "Who?", "--max-tokens", "0"],
         ["ask", "-d", "book.txt", "Who?", "--top-p", "2"],
+        ["ask", "-d", "book.txt", "Who?", "--seed", "4294967296"],
         ["chat", "--threads", "0"],
         ["chat", "--gpu-layers", "some"],
         ["chatt"],

@@ -229,4 +229,4 @@ def test_files_that_cannot_be(actqkv: Actqkv, babbler: Path, book: Path, indexed
     assert_failed(actqkv("index", babbler, other, "-o", indexed, *READ), "is of another text")
     assert_failed(actqkv("index", babbler, book, "-o", indexed, *READ[:-1], 300), "--budget is 300, in the file 256")
     assert_failed(actqkv("ask", "-d", "none.akv", "Who?"), "none.akv", "No such file")
-    assert_failed(actqkv("ask", "-d", "text.akv", "Who?"), "text.akv is not a KV file")
+    assert_failed(actqkv("ask", "-d", "text.akv", "Who?"), "text.akv is not a KV file", "index the document again")

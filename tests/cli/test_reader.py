@@ -249,7 +249,7 @@ def test_refused_paths(tmp_path: Path) -> None:
     """A wrong path ends in a traceback."""
     with pytest.raises(DocumentError, match="no such document"):
         reader.load(tmp_path / "missing.txt")
-    with pytest.raises(DocumentError, match="is a directory"):
+    with pytest.raises(DocumentError, match="is a folder"):
         reader.load(tmp_path)
     with pytest.raises(DocumentError, match="cannot read"):
         reader.load("nul\0name.txt")

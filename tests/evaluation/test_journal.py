@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actqkv_cpp.errors import StateError
+from actqkv_cpp.errors import ParameterError, StateError
 from actqkv_cpp.evaluation.journal import JOURNAL, RESULT, Journal
 from actqkv_cpp.evaluation.results import Cell, Record
 from actqkv_cpp.evaluation.samples import Finding
@@ -40,6 +40,14 @@ def test_records_come_back(tmp_path: Path) -> None:
         journal.add(record(3))
     with Journal(tmp_path / "out", HEADER, {}) as journal:
         assert len(journal.records) == 4
+
+
+def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    """A file in the folder's place is told without what to do, or is written over."""
+    (tmp_path / "out").write_text("text")
+    with pytest.raises(ParameterError, match="out is a file"):
+        Journal(tmp_path / "out", HEADER, {})
+    assert (tmp_path / "out").read_text() == "text"
 
 
 def test_killed_at_any_byte(tmp_path: Path) -> None:

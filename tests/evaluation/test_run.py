@@ -310,3 +310,9 @@ def test_recalls_are_kept_where_asked_for() -> None:
     assert streaming.depths[0.5].recalls["needle_selected"] in (0.0, 1.0)
     assert peer.total.recalls == {}
     assert "attention_mass" not in ours.total.recalls
+
+
+def test_length_of_nothing() -> None:
+    """A length of 0 is refused only when the model is loaded, in the words of another option."""
+    with pytest.raises(ParameterError, match="a length of 0 tokens"):
+        plan("kv", lengths=(2048, 0))
