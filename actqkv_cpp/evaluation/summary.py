@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -11,11 +12,11 @@ from rich.table import Table
 from actqkv_cpp import tables
 from actqkv_cpp.evaluation.results import Result, Row, Score
 
+_T = TypeVar("_T")
 _Columns = dict[str, Callable[[Row], str]]
 _Method = tuple[str, int | None]  # and its budget
 _PADDING = 3  # of a column, with its share of the margins
 _N_TASK_COLUMNS = 2  # task and length
-_N_SCORES = 4  # columns of scores beside which what they cost fits a terminal
 
 
 def render(result: Result, *, width: int) -> str:
@@ -47,7 +48,7 @@ def _parts(result: Result, width: int) -> Iterator[RenderableType]:
     )
     for suite in dict.fromkeys(row.cell.suite for row in result.rows):
         rows = [row for row in result.rows if row.cell.suite == suite]
-        yield from _suite(suite, rows)
+        yield from _suite(suite, rows, width)
         if any(len(row.tasks) > 1 for row in rows):
             yield from _tasks(suite, rows, width)
     yield (
@@ -57,8 +58,8 @@ def _parts(result: Result, width: int) -> Iterator[RenderableType]:
     yield from _reasons(result.rows)
 
 
-def _suite(suite: str, rows: Sequence[Row]) -> Iterator[Table]:
-    """A row per method and length: scores, and what they cost, as one table where that is narrow enough."""
+def _suite(suite: str, rows: Sequence[Row], width: int) -> Iterator[Table]:
+    """A row per method and length: scores, and what they cost; as many tables as it takes for figures to be whole."""
     measures = dict.fromkeys(name for row in rows for name in row.total.measures if name != "nll")
     recalls = dict.fromkeys(name for row in rows for name in row.total.recalls)
     cells: _Columns = {
@@ -66,33 +67,27 @@ def _suite(suite: str, rows: Sequence[Row]) -> Iterator[Table]:
         "budget": lambda row: size(row.cell.budget),
         "length": lambda row: size(row.cell.length),
     }
-    scores: _Columns = {
+    figures: _Columns = {
         "score": lambda row: percent(row.total.score),
         "95 %": lambda row: _interval(row.total),
         "n": lambda row: f"{row.total.n:,}",
         **{name: partial(_measure, name) for name in measures},
         **{name: partial(_recall, name) for name in recalls},
-    }
-    costs: _Columns = {
         "attended": lambda row: _figure(row.attended_mean, 0),
         "dense layers": lambda row: _figure(row.dense_max, 0),
         "read tok/s": lambda row: _figure(row.prefill_tokens_per_s, 0),
         "answer tok/s": lambda row: _figure(row.decode_tokens_per_s, 0),
     }
-    if len(scores) > _N_SCORES:
-        yield _table(suite, rows, cells | scores)
-        yield _table(f"{suite}, cost", rows, cells | costs)
-    else:
-        yield _table(suite, rows, cells | scores | costs)
-
-
-def _table(title: str, rows: Sequence[Row], columns: _Columns) -> Table:
-    """Columns that nothing fills are left out."""
-    filled = [name for name, cell in columns.items() if any(cell(row) for row in rows)]
-    table = tables.table(title, (name.replace("_", " ") for name in filled))
-    for row in rows:
-        table.add_row(*(columns[name](row) for name in filled))
-    return table
+    widths = {name: max(len(name), *(len(cell(row)) for row in rows)) for name, cell in (cells | figures).items()}
+    filled = {name: widths[name] for name, cell in figures.items() if any(cell(row) for row in rows)}
+    room = width - sum(widths[name] + _PADDING for name in cells)
+    title = suite
+    for names in _side_by_side(filled, room):
+        table = tables.table(title, (name.replace("_", " ") for name in (*cells, *names)))
+        for row in rows:
+            table.add_row(*(cell(row) for cell in cells.values()), *(figures[name](row) for name in names))
+        yield table
+        title = f"{suite}, continued"
 
 
 def _tasks(suite: str, rows: Sequence[Row], width: int) -> Iterator[Table]:
@@ -100,7 +95,8 @@ def _tasks(suite: str, rows: Sequence[Row], width: int) -> Iterator[Table]:
     tasks = dict.fromkeys(task for row in rows for task in row.tasks)
     lengths = dict.fromkeys(row.cell.length for row in rows)
     room = width - max(map(len, tasks)) - _N_TASK_COLUMNS * _PADDING - len("length")
-    for methods in _side_by_side(dict.fromkeys((row.cell.method, row.cell.budget) for row in rows), room):
+    columns = {(row.cell.method, row.cell.budget): len(_column((row.cell.method, row.cell.budget))) for row in rows}
+    for methods in _side_by_side(columns, room):
         names = map(_column, methods)
         table = tables.table(f"{suite}, by task (samples)", ("task", "length", *names))
         for task in tasks:
@@ -115,14 +111,14 @@ def _tasks(suite: str, rows: Sequence[Row], width: int) -> Iterator[Table]:
         yield table
 
 
-def _side_by_side(methods: Iterable[_Method], room: int) -> Iterator[list[_Method]]:
-    """`methods` in groups whose columns take at most `room` characters, or of one."""
-    group: list[_Method] = []
-    for method in methods:
-        if group and sum(len(_column(one)) + _PADDING for one in (*group, method)) > room:
+def _side_by_side(widths: Mapping[_T, int], room: int) -> Iterator[list[_T]]:
+    """Columns of these widths in groups that take at most `room` characters, or of one."""
+    group: list[_T] = []
+    for column in widths:
+        if group and sum(widths[one] + _PADDING for one in (*group, column)) > room:
             yield group
             group = []
-        group.append(method)
+        group.append(column)
     yield group
 
 

@@ -22,3 +22,15 @@ def test_methods_with_many_columns_are_told_apart_by_task() -> None:
     by_task = text[text.index("by task") :]
     assert [by_task.count(f"{method} 2k") for method in METHODS] == [1] * len(METHODS)
     assert by_task.count("50.0 (2)") == by_task.count("100.0 (1)") == len(METHODS)
+
+
+def test_figures_of_many_recalls_are_whole() -> None:
+    """Breaks when a table wider than the terminal cuts its figures."""
+    cell = Cell(suite="facts", method="actqkv", budget=2048, length=1024)
+    recalls = {f"recall number {i}": 0.125 + i / 1000 for i in range(9)}
+    records = [Record(cell=cell, sample=0, findings=(Finding(score=1.0, recalls=recalls),))]
+    text = render(make_result(rows=rows([cell], records)), width=WIDTH)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "…" not in text
+    assert [text.count(f"recall number {i}") for i in range(9)] == [1] * 9
+    assert [text.count(f"{12.5 + i / 10:.1f}") for i in range(9)] == [1] * 9
