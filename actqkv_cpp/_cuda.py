@@ -41,7 +41,7 @@ def plan(model: Any, retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_typ
     params = make_params(retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
     found = ffi.new("struct actqkv_gpu_memory *")
     call(lib.actqkv_gpu_memory_plan, model_pointer(model), params, load(), found)
-    return GpuPlan(found.window_bytes, found.least_bytes, found.useful_bytes)
+    return GpuPlan(found.window_bytes, found.least_bytes, found.useful_bytes, found.planning_bytes)
 
 
 def find_cuda(library: Path | None = None) -> Cuda:

@@ -80,8 +80,9 @@ class Stage:
 @dataclass(frozen=True)
 class GpuStats:
     """Attention on a GPU since the last reset (struct actqkv_gpu_stats): planned chunks that were there (`n_hits`) or
-    not, how often those had to be waited for (`n_stalls`), bytes over the bus, ms that the host waited. As things
-    stand: chunks of a layer with room there, bytes taken of the GPU's memory and pinned of the CPU's."""
+    not, how often those had to be waited for (`n_stalls`), bytes over the bus, ms that the host waited; of the
+    `n_calls`, those whose chunks were chosen there as well (`n_planned`). As things stand: chunks of a layer with room
+    there, bytes taken of the GPU's memory and pinned of the CPU's."""
 
     n_calls: int
     n_hits: int
@@ -95,6 +96,7 @@ class GpuStats:
     n_slots: int
     memory_bytes: int
     pinned_bytes: int
+    n_planned: int = 0
 
     @property
     def hit_rate(self) -> float | None:
@@ -107,7 +109,8 @@ class GpuStats:
         mib = 1 << 20
         return (
             f"{rate}, {self.n_stalls:,} stalls, {self.to_bytes / mib:,.1f} MiB sent, {self.from_bytes / mib:,.1f} MiB "
-            f"back, {self.wait_ms:,.0f} ms waited; {self.memory_bytes / mib:,.0f} MiB of its memory taken, "
+            f"back, {self.wait_ms:,.0f} ms waited, {self.n_planned:,} of {self.n_calls:,} plans made there; "
+            f"{self.memory_bytes / mib:,.0f} MiB of its memory taken, "
             f"{self.pinned_bytes / mib:,.0f} MiB of RAM pinned"
         )
 
@@ -115,11 +118,13 @@ class GpuStats:
 @dataclass(frozen=True)
 class GpuPlan:
     """Bytes of a GPU's memory that a session's attention takes (struct actqkv_gpu_memory): of every window, the least
-    that it runs with, and the most that are of use."""
+    that it runs with, the most that are of use, and from how many on answering steps are planned there
+    too (0: never)."""
 
     window_bytes: int
     least_bytes: int
     useful_bytes: int
+    planning_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ struct actqkv_gpu_stats {
     int64_t  n_slots;      // chunks of a layer that have room there
     uint64_t memory_bytes; // taken of the GPU's
     uint64_t pinned_bytes; // of the CPU's
+    uint64_t n_planned;    // of the attentions, those whose plan was made there
 };
 struct actqkv_stats {
     uint64_t n_prefill_tokens, n_decode_tokens, n_windows, n_replayed_tokens;
@@ -279,14 +280,16 @@ struct actqkv_gpu_memory {
     uint64_t window_bytes; // graphs, queries, results, open blocks of all layers
     uint64_t least_bytes;  // with as many chunks as a step attends
     uint64_t useful_bytes; // with all chunks of n_ctx tokens: more is of no use
+    uint64_t planning_bytes; // from so many on, answering steps are planned there too; 0: not by this method
 };
 
 ACTQKV_API int32_t actqkv_gpu_memory_plan(const struct llama_model * model, const struct actqkv_params * params,
                                    const struct actqkv_cuda * cuda, struct actqkv_gpu_memory * plan,
                                    struct actqkv_error * err);
 
-// From now on attention runs on that GPU, by the functions of the table, within limit_bytes of its memory; store and
-// planner stay on the CPU, and so does attention with a list of chunks per KV head, or to everything. Results are the
+// From now on attention runs on that GPU, by the functions of the table, within limit_bytes of its memory, and answering
+// steps are planned there where the limit has room for what plans are made of, unless they are watched, recorded or
+// audited. The store stays on the CPU, and so does attention with a list of chunks per KV head, or to everything. Results are the
 // CPU's but for rounding. ACTQKV_ERR_MEMORY names what is needed where the limit or the GPU is too small, and the session
 // goes on without. Where the GPU fails later, the session goes on without it too: nothing is lost, and
 // actqkv_gpu_problem says why. Memory of closed chunks is pinned as it fills, unless a KV file stands for it. The table

@@ -37,6 +37,9 @@ public:
     void start(int il, int32_t chunk, int32_t slot) override;
     double join() override;
 
+    // Waits until all copies have ended: before the memory that they read is written, or no longer pinned.
+    void settle();
+
     // Copies started from now on come after all that `compute` has queued so far.
     void finished_reading();
 

@@ -81,6 +81,8 @@ std::vector<int32_t> hot_chunks::coldest(const layer & l, uint64_t n) const {
 void hot_chunks::empty(layer & l, slot & s) {
     if (s.chunk >= 0) {
         l.slot_of[s.chunk] = -1;
+        l.n_changes++;
+        l.n_taken--;
         counts.n_wasted += s.guessed;
     }
     s = {};
@@ -95,6 +97,8 @@ void hot_chunks::bring(int il, int32_t chunk, int32_t at, bool guessed) {
     }
     copies.start(il, chunk, at); // where it throws, the slot is free
     l.slot_of[chunk] = at;
+    l.n_changes++;
+    l.n_taken++;
     s.chunk = chunk;
     s.named = l.number;
     s.warmed = l.n_plans;
@@ -157,6 +161,20 @@ void hot_chunks::prefetch(int il, const int32_t * chunks, int32_t n) {
     for (size_t i = 0; i < room.size(); i++) {
         bring(il, missing[i], room[i], true);
         counts.n_prefetched++;
+    }
+}
+
+void hot_chunks::fill(int il, int32_t first, int32_t last) {
+    layer & l = layers[il];
+    int32_t at = 0;
+    for (int32_t chunk = first; chunk < last && l.n_taken < slots_per_layer; chunk++) {
+        if (slot_of(l, chunk) >= 0) {
+            continue;
+        }
+        while (l.slots[at].chunk >= 0) {
+            at++;
+        }
+        bring(il, chunk, at, false);
     }
 }
 

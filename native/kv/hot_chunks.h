@@ -48,11 +48,18 @@ public:
     // A guess at the layer's next plan, best first: brings in what is missing, as far as slots are free of the current
     // plan and of chunks that the guess names.
     void prefetch(int il, const int32_t * chunks, int32_t n);
+    // Brings chunks [first, last) into free slots, as far as there are any.
+    void fill(int il, int32_t first, int32_t last);
     // Softmax mass that chunks of the layer received: those with more of it stay longer. Chunks without a slot are passed
     // over.
     void add_mass(int il, const int32_t * chunks, const double * mass, int32_t n);
     // Chunks from n_closed on are no longer what was copied, as after a rewind.
     void forget_from(int32_t n_closed);
+
+    // Slots by chunk, -1: none; chunks behind the end have none. changes: how often the layer's have changed.
+    bool is_hot(int il, int32_t chunk) const { return slot_of(layers[il], chunk) >= 0; }
+    const std::vector<int32_t> & slots_of(int il) const { return layers[il].slot_of; }
+    uint64_t changes(int il) const { return layers[il].n_changes; }
 
     const hot_stats & stats() const { return counts; }
     void reset_stats() { counts = {}; }
@@ -71,6 +78,8 @@ private:
         uint64_t number = 0;          // of the last plan or guess
         uint64_t planned = 0;         // number of the current plan: slots named since stay
         uint64_t n_plans = 0;
+        uint64_t n_changes = 0;
+        int32_t n_taken = 0; // slots that hold a chunk
     };
 
     int32_t slot_of(const layer & l, int32_t chunk) const;

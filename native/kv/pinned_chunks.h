@@ -22,6 +22,9 @@ public:
     // Unpins all, for good: before other memory is mapped in its place.
     void leave();
 
+    // Whether the first n chunks are pinned, so that kernels may read them.
+    bool has(int64_t n) const { return !left && why.empty() && n <= ends.back(); }
+
     uint64_t bytes() const;
     const std::string & problem() const { return why; }
 

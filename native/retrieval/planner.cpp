@@ -171,14 +171,11 @@ void planner::make_scores(int il, const layer_memory & memory, const kv_store & 
     }
 }
 
-// An answering step scores the chunks of the best stretches, and those that are in no stretch yet, where that is less than
-// to score all.
 void planner::make_spread_scores(int il, const kv_store & store) {
-    const actqkv_method & method = now().method;
     const int impl = actqkv_impl_best(), threads = reading.n_threads;
+    const choice sizes = choice_of(il);
+    const int32_t n_best = sizes.n_stretches;
     const int64_t n_stretches = n_chunks / N_STRETCH;
-    const int64_t n_wanted = n_retrieved(now()) * std::max({N_SCORED, 2 * method.sketch, 2 * method.refine});
-    const int32_t n_best = (int32_t) ((n_wanted + N_STRETCH - 1) / N_STRETCH);
     folded.resize(actqkv_spread_query_size(hp.n_head_kv, hp.d_head));
     actqkv_spread_query(probe.data(), hp.n_head, hp.n_head_kv, hp.d_head, folded.data());
     const auto against = [&](const uint8_t * spreads, const int32_t * chunks, int64_t n) {
@@ -186,7 +183,7 @@ void planner::make_spread_scores(int il, const kv_store & store) {
         actqkv_spread_scores(impl, folded.data(), spreads, chunks, n, hp.n_head_kv, hp.d_head, scores.data(), threads);
         score_stage.bytes += (uint64_t) n * store.summary_bytes();
     };
-    if (!is_decode || n_stretches + (n_best + 1) * N_STRETCH > n_chunks) {
+    if (n_best == 0) {
         against(store.spreads(il), nullptr, n_chunks);
         return;
     }
@@ -218,37 +215,51 @@ void planner::make_votes(int il, const kv_store & store) {
     score_stage.bytes += (uint64_t) n_chunks * store.width() * sizeof(actqkv_f16);
 }
 
-int64_t planner::n_granted(int il, layer_memory & memory, const observer & observe) {
-    const actqkv_method & method = now().method;
-    if (n_chunks > 1 && method.cutoff != ACTQKV_CUTOFF_NONE) {
-        const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_scored(), method.cutoff_temperature);
-        traced.entropy = h;
-        memory.entropies.push_back(h);
-        if (memory.entropies.size() > N_ENTROPIES) {
-            memory.entropies.erase(memory.entropies.begin());
-        }
-        if (observe) {
-            observe("entropy", &h, 1, 1, 1);
-        }
-    }
+int64_t planner::share_of(int il) const {
     const int64_t k = n_retrieved(now());
-    if (equal_shares) {
-        return std::min(k, n_chunks);
-    }
-    const int64_t share = cutoff_share(pool, mean_entropy.data() + il, hp.n_layer - il, k, n_chunks,
-                                       method.cutoff == ACTQKV_CUTOFF_PUBLISHED);
-    pool = std::max<int64_t>(0, pool - share);
+    return equal_shares ? k
+                        : cutoff_share(pool, mean_entropy.data() + il, hp.n_layer - il, k, n_chunks,
+                                       now().method.cutoff == ACTQKV_CUTOFF_PUBLISHED);
+}
+
+int64_t planner::grant(int il) {
+    const int64_t share = share_of(il);
+    pool = equal_shares ? pool : std::max<int64_t>(0, pool - share);
     return std::min(share, n_chunks);
+}
+
+bool planner::counts_entropy() const { return n_chunks > 1 && now().method.cutoff != ACTQKV_CUTOFF_NONE; }
+
+void planner::note_entropy(layer_memory & memory, float entropy) {
+    traced.entropy = entropy;
+    memory.entropies.push_back(entropy);
+    if (memory.entropies.size() > N_ENTROPIES) {
+        memory.entropies.erase(memory.entropies.begin());
+    }
+}
+
+// An answering step scores the chunks of the best stretches, and those that are in no stretch yet, where that is less than
+// to score all.
+choice planner::choice_of(int il) const {
+    const actqkv_method & method = now().method;
+    choice c = {std::min(share_of(il), n_chunks), n_chunks, 0, n_chunks, 0, 0};
+    const int64_t n_wanted = n_retrieved(now()) * std::max({N_SCORED, 2 * method.sketch, 2 * method.refine});
+    const int64_t n_best = (n_wanted + N_STRETCH - 1) / N_STRETCH, n_stretches = n_chunks / N_STRETCH;
+    if (is_decode && method.summary == ACTQKV_SUMMARY_SPREAD && n_stretches + (n_best + 1) * N_STRETCH <= n_chunks) {
+        c.n_stretches = (int32_t) n_best;
+        c.n_scored = n_best * N_STRETCH + n_chunks % N_STRETCH;
+    }
+    c.n_refined = is_decode ? std::min(c.n_scored, c.k * method.refine) : c.k;
+    c.n_sketched = is_decode && method.sketch > 1 ? std::min(c.n_scored, c.k * method.sketch) : c.n_refined;
+    return c;
 }
 
 // The k best chunks by score. Answering, sketches of the best sketch * k of them decide which refine * k remain, and
 // the keys of those decide; query is the step's as it meets keys, stored_query as it meets keys in the store.
-void planner::choose(int il, int64_t k, const kv_store & store, const float * query, const float * stored_query) {
+void planner::choose(int il, const choice & sizes, const kv_store & store, const float * query,
+                     const float * stored_query) {
     const stopwatch watch(refine_stage);
-    const actqkv_method & method = now().method;
-    const int64_t n_refined = is_decode ? std::min<int64_t>(n_scored(), k * method.refine) : k;
-    const int64_t n_sketched =
-        is_decode && method.sketch > 1 ? std::min<int64_t>(n_scored(), k * method.sketch) : n_refined;
+    const int64_t k = sizes.k, n_sketched = sizes.n_sketched, n_refined = sizes.n_refined;
     const int32_t c = reading.method.n_chunk_tokens;
     const float scale = hp.attn_scale;
     candidates.resize(n_sketched);
@@ -310,11 +321,19 @@ void planner::plan_by_score(int il, layer_memory & memory, const kv_store & stor
     } else {
         make_scores(il, memory, store);
     }
-    const int64_t k = n_granted(il, memory, observe);
+    const choice sizes = choice_of(il);
+    if (counts_entropy()) {
+        const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_scored(), now().method.cutoff_temperature);
+        note_entropy(memory, h);
+        if (observe) {
+            observe("entropy", &h, 1, 1, 1);
+        }
+    }
+    const int64_t k = grant(il);
     if (per_head) {
         choose_each(votes.data(), k, hp.n_head_kv);
     } else {
-        choose(il, k, store, query, stored_query);
+        choose(il, sizes, store, query, stored_query);
     }
     if (observe) {
         const float share = (float) k;
@@ -347,24 +366,49 @@ void planner::plan_by_mass(const mass_source & true_mass, const observer & obser
     }
 }
 
+bool planner::is_open(int il, const kv_store & store) const {
+    const actqkv_method & method = now().method;
+    return is_decode && n_chunks > 0 && retrieval_of(il) == ACTQKV_RETRIEVE_TOP && store.summarises() &&
+           method.summary == ACTQKV_SUMMARY_SPREAD && method.granularity == ACTQKV_GRANULARITY_LAYER;
+}
+
+const chunk_plan & planner::take(int il, layer_memory & memory, std::vector<int32_t> chunks, float entropy) {
+    traced = {nullptr, nullptr, NAN};
+    if (counts_entropy()) {
+        note_entropy(memory, entropy);
+    }
+    grant(il);
+    chosen.n = (int32_t) chunks.size();
+    chosen.n_lists = 1;
+    chosen.chunks = std::move(chunks);
+    return chosen;
+}
+
+const float * planner::met_by_summaries(const float * q_far, const float * q_near) const {
+    const bool rotated = now().method.summary_keys == ACTQKV_KEYS_ATTENDED;
+    return rotated ? met_by_keys(q_far, q_near) : q_far;
+}
+
+const float * planner::met_by_keys(const float * q_far, const float * q_near) const {
+    return reading.method.positions == ACTQKV_POSITIONS_EXACT ? q_near : q_far;
+}
+
 const chunk_plan & planner::plan(int il, layer_memory & memory, const kv_store & store, const float * q_far,
                                  const float * q_near, const float * q_stored, int m, const mass_source & true_mass,
                                  const observer & observe) {
     const int32_t retrieval = retrieval_of(il);
-    const bool exact = reading.method.positions == ACTQKV_POSITIONS_EXACT;
-    const bool rotated = exact && now().method.summary_keys == ACTQKV_KEYS_ATTENDED;
     chosen.n = 0;
     chosen.n_lists = 1;
     traced = {nullptr, nullptr, NAN};
     if (store.summarises() && il >= now().method.n_dense_layers) {
-        make_probe(memory, q_far, rotated ? q_near : q_far, m, observe);
+        make_probe(memory, q_far, met_by_summaries(q_far, q_near), m, observe);
     }
     if (retrieval == ACTQKV_RETRIEVE_ALL) {
         chosen.n = (int32_t) n_chunks;
         chosen.chunks.resize(n_chunks);
         std::iota(chosen.chunks.begin(), chosen.chunks.end(), 0);
     } else if (retrieval == ACTQKV_RETRIEVE_TOP && n_chunks > 0) {
-        plan_by_score(il, memory, store, exact ? q_near : q_far, q_stored, observe);
+        plan_by_score(il, memory, store, met_by_keys(q_far, q_near), q_stored, observe);
     } else if (retrieval == ACTQKV_RETRIEVE_ORACLE && n_chunks > 0) {
         plan_by_mass(true_mass, observe);
     }

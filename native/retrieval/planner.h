@@ -39,6 +39,16 @@ struct chunk_plan {
     int32_t n_lists = 1; // 1: one list for all heads; else a list per KV head
 };
 
+// How many candidates are left after each stage of choosing k chunks in an answering step.
+struct choice {
+    int64_t k;           // granted
+    int64_t n_chunks;    // in all
+    int32_t n_stretches; // best ones, whose chunks are scored; 0: all chunks are
+    int64_t n_scored;
+    int64_t n_sketched; // of the best scores; n_refined of them where sketches are not looked at
+    int64_t n_refined;  // k where keys are not
+};
+
 // The true attention mass of the current window in the layer that is planned, [n_chunks], or per KV head [G][n_chunks].
 using mass_source = std::function<const std::vector<double> &(bool per_head)>;
 
@@ -61,6 +71,16 @@ public:
                             const float * q_near, const float * q_stored, int m, const mass_source & true_mass,
                             const observer & observe);
 
+    // Whether another may plan the layer in plan()'s place: an answering step, one list, by spreads.
+    bool is_open(int il, const kv_store & store) const;
+    // By these numbers; before plan(), or ...
+    choice choice_of(int il) const;
+    // ... in its place, with the plan that was made so, and the entropy of its scores.
+    const chunk_plan & take(int il, layer_memory & memory, std::vector<int32_t> chunks, float entropy);
+    // What summaries, and keys, are met by.
+    const float * met_by_summaries(const float * q_far, const float * q_near) const;
+    const float * met_by_keys(const float * q_far, const float * q_near) const;
+
     // Of the layer that was planned last, for recording; NULL and NaN where there is no such thing.
     struct trace {
         const float * bias;    // [m]
@@ -79,13 +99,16 @@ private:
     void make_spread_scores(int il, const kv_store & store);
     int64_t n_scored() const { return (int64_t) scores.size(); }
     void make_votes(int il, const kv_store & store);
-    void choose(int il, int64_t k, const kv_store & store, const float * query, const float * stored_query);
+    void choose(int il, const choice & c, const kv_store & store, const float * query, const float * stored_query);
     void keep_candidates(int64_t k);
     void choose_each(const float * list_scores, int64_t k, int32_t n_lists);
     void plan_by_score(int il, layer_memory & memory, const kv_store & store, const float * query,
                        const float * stored_query, const observer & observe);
     void plan_by_mass(const mass_source & true_mass, const observer & observe);
-    int64_t n_granted(int il, layer_memory & memory, const observer & observe);
+    int64_t share_of(int il) const;
+    bool counts_entropy() const;
+    void note_entropy(layer_memory & memory, float entropy);
+    int64_t grant(int il);
 
     const hparams & hp;
     const actqkv_params &reading, &answering;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 namespace actqkv {
 namespace {
@@ -39,9 +40,11 @@ uint64_t gpu_attention::sent_bytes(const shape & w) {
     return 3 * q + 2 * padded(m * w.n_head_kv * w.d_head * sizeof(actqkv_f16)) + padded(w.n_summed * sizeof(float));
 }
 
+uint64_t gpu_attention::mass_bytes(const shape & w) { return padded(w.n_spans * sizeof(double)); }
+
 uint64_t gpu_attention::work_bytes(const actqkv_cuda & cuda, const shape & w) {
     const uint64_t out = padded((uint64_t) w.n_window * w.n_head * w.d_head * sizeof(float));
-    return sent_bytes(w) + out + padded(w.n_spans * sizeof(double)) +
+    return sent_bytes(w) + out + mass_bytes(w) +
            padded(cuda.attend_scratch(w.n_head, w.n_head_kv, w.d_head, w.n_window, w.n_keys, (int32_t) w.n_spans, 1));
 }
 
@@ -52,14 +55,17 @@ actqkv_gpu_memory gpu_attention::memory_plan(const actqkv_cuda & cuda, const hpa
     const int64_t n_useful = std::max<int64_t>({layout.n_chunks_max(params.n_ctx), n_most, 1});
     actqkv_gpu_memory p = {};
     p.window_bytes = work_bytes(cuda, widest_of(hp, params, n_most)) + padded(gpu_ring::bytes(layout, hp.n_layer));
+    const uint64_t plans = gpu_planner::bytes(hp, params, n_most);
     p.least_bytes = p.window_bytes + hot_chunks::least_bytes(hp.n_layer, chunk_bytes, n_most);
-    p.useful_bytes = p.window_bytes + hot_chunks::least_bytes(hp.n_layer, chunk_bytes, (int32_t) n_useful);
+    p.planning_bytes = plans > 0 ? p.least_bytes + plans : 0;
+    p.useful_bytes = p.window_bytes + plans + hot_chunks::least_bytes(hp.n_layer, chunk_bytes, (int32_t) n_useful);
     return p;
 }
 
 gpu_attention::gpu_attention(const actqkv_cuda & cuda, int32_t device, uint64_t limit_bytes, const hparams & hp,
                              const actqkv_params & params, const kv_store & store, int32_t n_most)
-    : cuda(cuda), store(store), widest(widest_of(hp, params, n_most)), n_most(n_most), last_plans(hp.n_layer) {
+    : cuda(cuda), store(store), widest(widest_of(hp, params, n_most)), n_most(n_most), device(device), told(hp.n_layer),
+      last_plans(hp.n_layer) {
     const actqkv_gpu_memory p = memory_plan(cuda, hp, params, n_most);
     if (limit_bytes < p.least_bytes) {
         throw error(
@@ -70,9 +76,13 @@ gpu_attention::gpu_attention(const actqkv_cuda & cuda, int32_t device, uint64_t 
                    (p.least_bytes - p.window_bytes) / MIB + 1));
     }
     try {
-        take_memory(device, std::min<uint64_t>(limit_bytes, p.useful_bytes) - p.window_bytes, hp, params);
+        const uint64_t plans_bytes = p.planning_bytes > 0 ? p.planning_bytes - p.least_bytes : 0;
+        const bool with_plans = plans_bytes > 0 && limit_bytes >= p.planning_bytes;
+        const uint64_t for_chunks = std::min<uint64_t>(limit_bytes, p.useful_bytes) - p.window_bytes;
+        take_memory(with_plans ? plans_bytes : 0, for_chunks - (with_plans ? plans_bytes : 0), hp, params);
     } catch (...) {
         chunks.reset();
+        cuda.give_back(plans_memory);
         cuda.give_back_pinned(ordinary.empty() ? staged : nullptr);
         cuda.give_back(ring_memory);
         cuda.give_back(work);
@@ -81,7 +91,7 @@ gpu_attention::gpu_attention(const actqkv_cuda & cuda, int32_t device, uint64_t 
     }
 }
 
-void gpu_attention::take_memory(int32_t device, uint64_t chunks_limit, const hparams & hp,
+void gpu_attention::take_memory(uint64_t plans_bytes, uint64_t chunks_limit, const hparams & hp,
                                 const actqkv_params & params) {
     const auto take = [&](uint64_t bytes, const char * what) {
         memory_bytes += bytes;
@@ -103,18 +113,25 @@ void gpu_attention::take_memory(int32_t device, uint64_t chunks_limit, const hpa
     hot = std::make_unique<hot_chunks>(hp.n_layer, chunk_bytes, chunks_limit, n_most, *chunks);
     ring = std::make_unique<gpu_ring>(cuda, compute, store, hp.n_layer, ring_memory);
     pinned = std::make_unique<pinned_chunks>(cuda, store, hp.n_layer, layout.n_chunks_max(params.n_ctx));
+    staged_bytes = sent_bytes(widest) + mass_bytes(widest);
+    if (plans_bytes > 0) {
+        plans_memory = take(plans_bytes, "plans");
+        plans = std::make_unique<gpu_planner>(cuda, compute, store, hp, params, n_most, plans_memory);
+        staged_bytes += plans->report_bytes();
+    }
     void * pinned_memory = nullptr;
-    if (cuda.take_pinned(sent_bytes(widest), &pinned_memory) == 0) {
+    if (cuda.take_pinned(staged_bytes, &pinned_memory) == 0) {
         staged = (uint8_t *) pinned_memory;
     } else { // copied through the driver's own memory
-        ordinary.resize(sent_bytes(widest));
+        ordinary.resize(staged_bytes);
         staged = ordinary.data();
     }
 }
 
 gpu_attention::~gpu_attention() {
     cuda.wait(compute);
-    chunks.reset();
+    chunks.reset(); // waits for its copies, which read pinned memory
+    cuda.give_back(plans_memory);
     pinned.reset();
     cuda.give_back_pinned(ordinary.empty() ? staged : nullptr);
     cuda.give_back(ring_memory);
@@ -154,19 +171,68 @@ bool gpu_attention::fits(const actqkv_attend_args & args, int32_t n_chunks) cons
            (args.weight_sums == nullptr || args.n_head * args.sum_stride <= widest.n_summed);
 }
 
-void gpu_attention::make_spans(int il, const actqkv_attend_args & args, const std::vector<int32_t> & slots,
-                               int32_t first_chunk) {
+// place_of(i): keys and values of planned chunk i, on the GPU.
+template <typename F> void gpu_attention::make_spans(int il, const actqkv_attend_args & args, int32_t first_chunk,
+                                                     int32_t n_chunks, F && place_of) {
     spans.assign(args.spans, args.spans + args.n_spans);
     for (int32_t i = 0; i < args.n_spans; i++) {
         actqkv_span & s = spans[i];
-        if (i >= first_chunk && i < first_chunk + (int32_t) slots.size()) {
-            const int32_t slot = slots[i - first_chunk];
-            (s.far != nullptr ? s.far : s.near) = chunks->keys(il, slot);
-            s.v = chunks->values(il, slot);
+        if (i >= first_chunk && i < first_chunk + n_chunks) {
+            const auto [keys, values] = place_of(i - first_chunk);
+            (s.far != nullptr ? s.far : s.near) = keys;
+            s.v = values;
         } else {
             counts.to_bytes += ring->bring(il, s);
         }
     }
+}
+
+// Queues the copy of what attention reads beside spans. Weight sums come last, where the results follow.
+actqkv_attend_args gpu_attention::send_all(const actqkv_attend_args & args) {
+    used = 0;
+    actqkv_attend_args on_gpu = args;
+    const uint64_t q = (uint64_t) args.m * args.n_head * args.d_head * sizeof(float);
+    const uint64_t own = args.n_head_kv * args.window_stride * sizeof(actqkv_f16);
+    on_gpu.q_near = send(args.q_near, q);
+    on_gpu.q_far = send(args.q_far, q);
+    on_gpu.q_turned = send(args.q_turned, q);
+    on_gpu.k_window = send(args.k_window, own);
+    on_gpu.v_window = send(args.v_window, own);
+    results = used;
+    on_gpu.weight_sums = send(args.weight_sums, args.n_head * args.sum_stride * sizeof(float));
+    check(cuda.copy(compute, work, staged, used));
+    counts.to_bytes += used;
+    on_gpu.out = (float *) (work + place(q));
+    on_gpu.span_mass = args.span_mass != nullptr ? (double *) (work + place(args.n_spans * sizeof(double))) : nullptr;
+    return on_gpu;
+}
+
+// Attention over `spans`, and the host's only wait.
+void gpu_attention::run(const actqkv_attend_args & args, actqkv_attend_args & on_gpu, const void * report,
+                        uint64_t report_bytes) {
+    on_gpu.spans = spans.data();
+    on_gpu.scratch = work + used;
+    check(cuda.attend(compute, &on_gpu));
+    chunks->finished_reading();
+    // What comes back takes the place of what was sent, which has been read by then.
+    const uint64_t n = used - results;
+    check(cuda.copy(compute, staged, work + results, n));
+    if (report != nullptr) {
+        check(cuda.copy(compute, staged + n, report, report_bytes));
+    }
+    const double before = now_ms();
+    check(cuda.wait(compute));
+    counts.wait_ms += now_ms() - before;
+    const auto result = [&](const void * there) { return staged + ((const uint8_t *) there - (work + results)); };
+    memcpy(args.out, result(on_gpu.out), (uint64_t) args.m * args.n_head * args.d_head * sizeof(float));
+    if (args.weight_sums != nullptr) {
+        memcpy(args.weight_sums, result(on_gpu.weight_sums), args.n_head * args.sum_stride * sizeof(float));
+    }
+    if (args.span_mass != nullptr) {
+        memcpy(args.span_mass, result(on_gpu.span_mass), args.n_spans * sizeof(double));
+    }
+    counts.n_calls++;
+    counts.from_bytes += n + report_bytes;
 }
 
 void gpu_attention::attend(int il, const actqkv_attend_args & args, const int32_t * planned, int32_t n_chunks,
@@ -178,51 +244,82 @@ void gpu_attention::attend(int il, const actqkv_attend_args & args, const int32_
     const int next = (il + 1) % (int) last_plans.size();
     hot->prefetch(next, last_plans[next].data(), (int32_t) last_plans[next].size());
 
-    used = 0;
-    actqkv_attend_args on_gpu = args;
-    const uint64_t q = (uint64_t) args.m * args.n_head * args.d_head * sizeof(float);
-    const uint64_t own = args.n_head_kv * args.window_stride * sizeof(actqkv_f16);
-    const uint64_t sums = args.n_head * args.sum_stride * sizeof(float);
-    on_gpu.q_near = send(args.q_near, q);
-    on_gpu.q_far = send(args.q_far, q);
-    on_gpu.q_turned = send(args.q_turned, q);
-    on_gpu.k_window = send(args.k_window, own);
-    on_gpu.v_window = send(args.v_window, own);
-    on_gpu.weight_sums = send(args.weight_sums, sums);
-    const uint64_t sent = used;
-    check(cuda.copy(compute, work, staged, sent));
-    const uint64_t out_at = place(q), mass_at = place(args.n_spans * sizeof(double));
-    on_gpu.out = (float *) (work + out_at);
-    on_gpu.span_mass = args.span_mass != nullptr ? (double *) (work + mass_at) : nullptr;
-    on_gpu.scratch = work + place(0);
-    make_spans(il, args, slots, first_chunk);
-    on_gpu.spans = spans.data();
-    check(cuda.attend(compute, &on_gpu));
-    chunks->finished_reading();
-
-    // What comes back takes the place of what was sent, which has been read by then.
-    check(cuda.copy(compute, staged, on_gpu.out, q));
-    if (args.weight_sums != nullptr) {
-        check(cuda.copy(compute, args.weight_sums, on_gpu.weight_sums, sums));
-    }
-    if (args.span_mass != nullptr) {
-        check(cuda.copy(compute, args.span_mass, on_gpu.span_mass, args.n_spans * sizeof(double)));
-    }
-    const double before = now_ms();
-    check(cuda.wait(compute));
-    counts.wait_ms += now_ms() - before;
-    memcpy(args.out, staged, q);
+    actqkv_attend_args on_gpu = send_all(args);
+    make_spans(il, args, first_chunk, n_chunks,
+               [&](int32_t i) { return std::pair(chunks->keys(il, slots[i]), chunks->values(il, slots[i])); });
+    run(args, on_gpu, nullptr, 0);
     if (args.span_mass != nullptr) {
         hot->add_mass(il, planned, args.span_mass + first_chunk, n_chunks);
     }
-    counts.n_calls++;
-    counts.to_bytes += sent;
-    counts.from_bytes +=
-        q + (args.weight_sums != nullptr ? sums : 0) + (args.span_mass != nullptr ? args.n_spans * sizeof(double) : 0);
+}
+
+gpu_planner::result gpu_attention::answer(int il, const actqkv_attend_args & args, int32_t first_chunk,
+                                          const choice & c, float temperature, const gpu_queries & q) {
+    const uint64_t key_bytes = (uint64_t) store.layout().chunk_bytes();
+    chunks->join(); // slots are read where the table has them, whoever filled them
+    counts.to_bytes += plans->bring(il);
+    if (told[il] != hot->changes(il)) {
+        plans->set_slots(il, hot->slots_of(il));
+        counts.to_bytes += hot->slots_of(il).size() * sizeof(int32_t);
+        told[il] = hot->changes(il);
+    }
+    actqkv_attend_args on_gpu = send_all(args);
+    const auto there = [&](const float * query) {
+        return query == args.q_near ? on_gpu.q_near : query == args.q_far ? on_gpu.q_far : on_gpu.q_turned;
+    };
+    plans->make(il, c, temperature, {there(q.q_summaries), there(q.q_keys), there(q.q_chunks)}, chunks->keys(il, 0));
+    make_spans(il, args, first_chunk, (int32_t) c.k,
+               [&](int32_t i) { return std::pair(plans->keys() + i * key_bytes, plans->values() + i * key_bytes); });
+    run(args, on_gpu, plans->report(), plans->report_bytes());
+    gpu_planner::result found = plans->read_report(c, staged + (used - results));
+
+    // What was not hot came over the bus: keys of all that were refined, values of what was chosen of them.
+    const auto n_cold = [&](const std::vector<int32_t> & list) {
+        return (uint64_t) std::count_if(list.begin(), list.end(), [&](int32_t b) { return !hot->is_hot(il, b); });
+    };
+    counts.to_bytes +=
+        (n_cold(found.chunks) + n_cold(found.refined.empty() ? found.chunks : found.refined)) * key_bytes;
+    const uint64_t n_missed = hot->stats().n_misses;
+    hot->plan(il, found.chunks.data(), (int32_t) found.chunks.size()); // for the next step
+    counts.n_stalls += hot->stats().n_misses > n_missed;
+    last_plans[il] = found.chunks;
+    counts.n_planned++;
+    return found;
+}
+
+// ---- closed chunks
+
+void gpu_attention::closed(int64_t n_closed) {
+    pinned->reach(n_closed);
+    see_chunks();
+    for (int il = 0; il < (int) last_plans.size() && pinned->has(n_closed) && n_filled < n_closed; il++) {
+        hot->fill(il, (int32_t) n_filled, (int32_t) n_closed);
+    }
+    n_filled = n_closed;
+}
+
+// Whether kernels read chunks where they lie in the host's memory.
+void gpu_attention::see_chunks() {
+    if (!looked && pinned->bytes() > 0) {
+        looked = true;
+        int32_t same = 0;
+        cuda.reaches(device, store.chunk_keys(0), &same);
+        sees_chunks = same != 0;
+    }
+}
+
+void gpu_attention::unpin() {
+    chunks->settle();
+    pinned->leave();
 }
 
 void gpu_attention::forget_from(int64_t n_closed) {
+    chunks->settle(); // they are about to be written again
     hot->forget_from((int32_t) n_closed);
+    n_filled = std::min(n_filled, n_closed);
+    if (plans != nullptr) {
+        plans->forget_from(n_closed);
+    }
     ring->all_changed();
     for (std::vector<int32_t> & plan : last_plans) {
         plan.clear(); // it may name chunks that are open again

@@ -224,25 +224,12 @@ void session::run_layer(const window & w, int il) {
     convert_window(w.m);
     const float * q_stored = stored_queries(w.m);
     counts.attend.ms += now_ms() - t0;
-    const auto mass = [&](bool per_head) -> const std::vector<double> & {
-        const double start = now_ms();
-        const std::vector<double> & found = true_mass(w, il, per_head);
-        counts.attend.ms += now_ms() - start;
-        return found;
-    };
-    const chunk_plan & plan = plans.plan(il, memory[il], store, io.q_far, io.q_near, q_stored, w.m, mass, observe);
-
-    if (recorder != nullptr) {
-        record(w, il, plan);
-    }
-    if (il == audit_layer) {
-        audit(w, il, plan);
-    }
-
     t0 = now_ms();
-    make_spans(w, il, plan);
-    attend(w, il, plan);
-    counts.attend.ms += now_ms() - t0;
+    if (answer_on_gpu(w, il, q_stored)) {
+        counts.attend.ms += now_ms() - t0;
+    } else {
+        plan_and_attend(w, il, q_stored, observe);
+    }
     if (observe) {
         observe("out", io.attn, hp.n_channels(), w.m, 1);
     }
@@ -266,6 +253,29 @@ void session::run_layer(const window & w, int il) {
     }
     counts.append.ms += now_ms() - t0;
     counts.append.bytes += 3 * (uint64_t) w.m * hp.n_kv_channels() * sizeof(actqkv_f16);
+}
+
+void session::plan_and_attend(const window & w, int il, const float * q_stored, const observer & observe) {
+    const window_tensors & io = graph.io();
+    const auto mass = [&](bool per_head) -> const std::vector<double> & {
+        const double start = now_ms();
+        const std::vector<double> & found = true_mass(w, il, per_head);
+        counts.attend.ms += now_ms() - start;
+        return found;
+    };
+    const chunk_plan & plan = plans.plan(il, memory[il], store, io.q_far, io.q_near, q_stored, w.m, mass, observe);
+
+    if (recorder != nullptr) {
+        record(w, il, plan);
+    }
+    if (il == audit_layer) {
+        audit(w, il, plan);
+    }
+
+    const double start = now_ms();
+    make_spans(w, il, plan);
+    attend(w, il, plan);
+    counts.attend.ms += now_ms() - start;
 }
 
 // The window's keys and values as the store holds them: f16, [G][m][d].
@@ -370,17 +380,26 @@ actqkv_attend_args session::attend_args(const window & w) {
     return args;
 }
 
-void session::attend(const window & w, int il, const chunk_plan & plan) {
+// With the sums of weights that summaries and sources need.
+actqkv_attend_args session::summing_args(const window & w) {
     actqkv_attend_args args = attend_args(w);
     args.weight_sums = store.sums_attention() ? sums.data() : nullptr;
-    const bool watched = recording && w.decode;
-    if (watched) {
+    if (recording && w.decode) {
         keep_weights(args);
     }
+    return args;
+}
+
+void session::attend(const window & w, int il, const chunk_plan & plan) {
+    const actqkv_attend_args args = summing_args(w);
     if (!attend_on_gpu(w, il, args, plan)) {
         actqkv_attend(actqkv_impl_best(), &args);
     }
-    if (watched) {
+    finish_attention(w, il, args);
+}
+
+void session::finish_attention(const window & w, int il, const actqkv_attend_args & args) {
+    if (recording && w.decode) {
         add_sources(w, args);
     }
     count_attended(w, il);

@@ -81,11 +81,16 @@ private:
     void close_chunks(int64_t first);
     void run_window(const window & w);
     void run_layer(const window & w, int il);
+    void plan_and_attend(const window & w, int il, const float * q_stored, const observer & observe);
     void make_spans(const window & w, int il, const chunk_plan & plan);
     void add_list(const window & w, int il, const int32_t * chunks, int32_t n_chunks);
     actqkv_attend_args attend_args(const window & w);
     void attend(const window & w, int il, const chunk_plan & plan);
     bool attend_on_gpu(const window & w, int il, const actqkv_attend_args & args, const chunk_plan & plan);
+    bool answer_on_gpu(const window & w, int il, const float * q_stored);
+    int32_t first_chunk_span(const window & w) const;
+    actqkv_attend_args summing_args(const window & w);
+    void finish_attention(const window & w, int il, const actqkv_attend_args & args);
     int32_t most_chunks() const;
     void leave_gpu(const char * why);
     void reserve_scratch();

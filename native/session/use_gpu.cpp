@@ -4,6 +4,7 @@
 #include "../error.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace actqkv {
 
@@ -26,8 +27,8 @@ actqkv_gpu_memory session::gpu_plan(const llama_model * model, const actqkv_para
     const actqkv_params params = resolve_params(wanted, hp);
     actqkv_gpu_memory plan = gpu_attention::memory_plan(cuda, hp, params, most_chunks_of(params));
     const uint64_t graphs = graph_bytes(hp, read_weights(model, hp), params);
-    for (uint64_t * bytes : {&plan.window_bytes, &plan.least_bytes, &plan.useful_bytes}) {
-        *bytes += graphs;
+    for (uint64_t * bytes : {&plan.window_bytes, &plan.least_bytes, &plan.useful_bytes, &plan.planning_bytes}) {
+        *bytes += *bytes > 0 ? graphs : 0;
     }
     return plan;
 }
@@ -54,7 +55,7 @@ bool session::attend_on_gpu(const window & w, int il, const actqkv_attend_args &
         return false;
     }
     try {
-        gpu->attend(il, args, plan.chunks.data(), plan.n, std::min<int64_t>(w.first, params.n_sink) > 0 ? 1 : 0);
+        gpu->attend(il, args, plan.chunks.data(), plan.n, first_chunk_span(w));
         return true;
     } catch (const error & e) {
         if (e.status != ACTQKV_ERR_COMPUTE) { // not the GPU's
@@ -63,6 +64,44 @@ bool session::attend_on_gpu(const window & w, int il, const actqkv_attend_args &
         leave_gpu(e.what());
         return false;
     }
+}
+
+// Where the spans of planned chunks begin: behind the sinks'.
+int32_t session::first_chunk_span(const window & w) const { return std::min<int64_t>(w.first, params.n_sink) > 0; }
+
+// An answering step's plan and attention in one go, with one wait. Whether it was done: else nothing has changed.
+bool session::answer_on_gpu(const window & w, int il, const float * q_stored) {
+    const bool watched = watcher != nullptr || recorder != nullptr || il == audit_layer;
+    if (gpu == nullptr || watched || !plans.is_open(il, store)) {
+        return false;
+    }
+    const choice c = plans.choice_of(il);
+    all_chunks.n = (int32_t) c.k; // whichever: planned chunks are alike in all but their place
+    all_chunks.n_lists = 1;
+    all_chunks.chunks.resize(c.k);
+    std::iota(all_chunks.chunks.begin(), all_chunks.chunks.end(), 0);
+    make_spans(w, il, all_chunks);
+    actqkv_attend_args args = summing_args(w);
+    if (!gpu->plans_too(c) || !gpu->fits(args, (int32_t) c.k)) {
+        return false;
+    }
+    const bool has_cutoff = answering.method.cutoff != ACTQKV_CUTOFF_NONE;
+    const float *q_far = graph.io().q_far, *q_near = graph.io().q_near;
+    const gpu_queries q = {plans.met_by_summaries(q_far, q_near), plans.met_by_keys(q_far, q_near), q_stored};
+    try {
+        gpu_planner::result found =
+            gpu->answer(il, args, first_chunk_span(w), c, has_cutoff ? answering.method.cutoff_temperature : 0.0f, q);
+        make_spans(w, il, plans.take(il, memory[il], std::move(found.chunks), found.entropy));
+    } catch (const error & e) {
+        if (e.status != ACTQKV_ERR_COMPUTE) { // not the GPU's
+            throw;
+        }
+        leave_gpu(e.what());
+        return false;
+    }
+    args.spans = spans.data();
+    finish_attention(w, il, args);
+    return true;
 }
 
 } // namespace actqkv

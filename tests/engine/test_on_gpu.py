@@ -14,11 +14,14 @@ import pytest
 from engine_support import F32Array, Session, check, nmse, one_by_one, open_session, random_tokens, read, small
 from llama_cpp._internals import LlamaModel
 
+from actqkv_cpp import Retrieval
+from actqkv_cpp._native import make_params, model_pointer
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 from ops_support import EMULATED, ON_GPU, ffi, gpu
 from ops_support import cpu as lib
 
-N_READ, N_ANSWER, SEVERAL = 170, 8, 4  # SEVERAL: tokens answered before a rewind
+N_READ, N_ANSWER, SEVERAL, N_LONG = 170, 8, 4, 590  # SEVERAL: tokens answered before a rewind; N_LONG: with stretches
 PLENTY = 64 << 20
 
 
@@ -84,11 +87,70 @@ def test_logits_are_those_of_the_cpu(tiny_llama: LlamaModel, table: Any, columns
             logits.append(read(session, tokens, pieces, n_logits=1))  # type: ignore[arg-type]
             found = counts(session)
     assert found.n_calls == 3 * (N_ANSWER + -(-N_READ // 16))
-    assert found.n_hits > found.n_misses > 0
+    assert found.n_hits > found.n_misses == 0  # there is room for every chunk that closes
+    assert found.n_planned == 0  # who watches wants scores, which the CPU has
     expected, actual = (np.concatenate(outs) for outs in firsts)
     assert nmse(actual, expected) < (1e-10 if kv_type == "f16" else 1e-6)  # BOUNDS of tests/ops
     if kv_type == "f16":
         check("windows", logits[1], logits[0])
+
+
+def planning_bytes(model: LlamaModel, retrieval: Retrieval, kv_type: str, table: Any) -> int:
+    """The least limit with which steps are planned there."""
+    plan, error = ffi.new("struct actqkv_gpu_memory *"), ffi.new("struct actqkv_error *")
+    params = make_params(retrieval, n_ctx=1024, n_threads=1, kv_type=kv_type)
+    assert lib.actqkv_gpu_memory_plan(model_pointer(model), params, table, plan, error) == 0
+    assert plan.least_bytes < plan.planning_bytes < plan.useful_bytes
+    return int(plan.planning_bytes)
+
+
+@pytest.mark.parametrize("roomy", [True, False], ids=["all hot", "few hot"])
+@pytest.mark.parametrize(
+    ("columns", "kv_type"),
+    [
+        ({}, "f16"),
+        ({"positions": "exact", "summary_keys": "attended"}, "q8_0"),
+        ({"sketch": 1, "refine": 1}, "q4_0"),
+        ({"sketch": 1, "refine": 2, "cutoff": "none"}, "f16"),
+        ({"chunk": 4, "budget": 4 + 32 + 4, "sketch": 4, "refine": 2}, "f16"),  # stretches first
+        ({"refine": 1}, "f16"),
+    ],
+    ids=["default", "exact", "spreads alone", "keys", "stretches", "sketches"],
+)
+def test_steps_are_planned_there(
+    tiny_llama: LlamaModel, table: Any, columns: dict[str, Any], kv_type: str, *, roomy: bool
+) -> None:
+    """With the same plans as the CPU's: another one would change logits by far more than rounding does."""
+    retrieval = small(**columns)
+    tokens = random_tokens(N_LONG + SEVERAL)
+    limit = PLENTY if roomy else planning_bytes(tiny_llama, retrieval, kv_type, table)
+    logits, sources, attended = [], [], []
+    for on_gpu in (False, True):
+        with open_session(tiny_llama, retrieval, kv_type=kv_type) as session:
+            session.decode(tokens[:N_LONG])
+            assert not on_gpu or use_gpu(session, table, limit) == ""
+            session.sources_begin()
+            logits.append(read(session, tokens[N_LONG:], one_by_one(SEVERAL), n_logits=1))
+            sources.append(session.sources_end())
+            found = counts(session)
+            attended.append(session.stats().attended_tokens_mean)
+    assert found.n_planned == found.n_calls == 3 * SEVERAL
+    assert (found.n_misses == 0) == roomy
+    assert found.memory_bytes <= limit
+    check("windows", logits[1], logits[0])
+    np.testing.assert_allclose(sources[1], sources[0], rtol=1e-3, atol=1e-7)
+    assert attended[1] == attended[0]
+
+
+def test_with_less_memory_steps_are_planned_on_the_cpu(tiny_llama: LlamaModel, table: Any) -> None:
+    tokens = random_tokens(N_READ + SEVERAL)
+    with open_session(tiny_llama) as session:
+        session.decode(tokens[:N_READ])
+        assert use_gpu(session, table, planning_bytes(tiny_llama, small(), "f16", table) - 1) == ""
+        read(session, tokens[N_READ:], one_by_one(SEVERAL), n_logits=1)
+        found = counts(session)
+    assert found.n_calls == 3 * SEVERAL
+    assert found.n_planned == 0
 
 
 def test_few_slots_change_nothing(tiny_llama: LlamaModel, table: Any) -> None:

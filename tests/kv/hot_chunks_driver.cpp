@@ -60,6 +60,8 @@ int main() {
                 }
             } else if (command == "prefetch") {
                 hot->prefetch((int) first, chunks.data(), n);
+            } else if (command == "fill") {
+                hot->fill((int) first, chunks.at(0), chunks.at(1));
             } else if (command == "mass") {
                 hot->add_mass((int) first, chunks.data(), masses.data(), n);
             } else if (command == "forget") {

@@ -154,6 +154,16 @@ def test_a_plan_above_the_most_is_refused(run: Run) -> None:
     assert "the most are 2" in run("plan 0 1 2 3")[0].error
 
 
+def test_free_slots_are_filled(run: Run) -> None:
+    """What closes is brought in while there is room, in nobody's place, and is not copied when it is planned."""
+    planned, filled, again, other = run("plan 0 7", "fill 0 5 9", "fill 0 8 20", "plan 0 5 8")
+    assert planned.started == [(0, 7, 0)]
+    assert filled.started == [(0, 5, 1), (0, 6, 2), (0, 8, 3)]
+    assert again.started == []
+    assert (other.started, other.slots, other.joined) == ([], [1, 3], True)
+    assert (other.hits, other.misses) == (2, 1)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_every_planned_chunk_is_where_it_is_said_to_be(run: Run, seed: int) -> None:
     """Random plans, guesses, masses and rewinds, against a recount of what lies in every slot."""
@@ -165,6 +175,8 @@ def test_every_planned_chunk_is_where_it_is_said_to_be(run: Run, seed: int) -> N
         chunks = rng.sample(range(rng.choice([8, 40, 200])), rng.randint(0, most))
         if kind < 0.1:
             commands.append(f"forget {rng.randint(0, 40)}")
+        elif kind < 0.15:
+            commands.append(f"fill {layer} {(n := rng.randint(0, 40))} {n + rng.randint(0, 9)}")
         elif kind < 0.3:
             commands.append(f"mass {layer} " + " ".join(f"{c} {rng.random():.3f}" for c in chunks))
         else:
@@ -178,6 +190,7 @@ def test_every_planned_chunk_is_where_it_is_said_to_be(run: Run, seed: int) -> N
         before = dict(lies)
         for layer, chunk, slot in step.started:
             assert kind != "prefetch" or slot not in current[layer], "a guess overwrote the current plan"
+            assert kind != "fill" or (layer, slot) not in lies, "a chunk lost its slot to one that nobody asked for"
             assert chunk not in {c for (il, _), c in lies.items() if il == layer}, "copied though it was there"
             lies[layer, slot] = chunk
             copied += 1

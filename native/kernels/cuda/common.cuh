@@ -47,6 +47,12 @@ int32_t launch(actqkv_cuda_stream * s, void (*kernel)(Parameters...), dim3 grid,
     return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
+// Queues a run of zeros.
+inline int32_t clear(actqkv_cuda_stream * s, void * memory, size_t bytes) {
+    const cudaError_t status = cudaSetDevice(s->device);
+    return status != cudaSuccess ? status : cudaMemsetAsync(memory, 0, bytes, s->stream);
+}
+
 __host__ __device__ inline int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 #ifdef __CUDACC__

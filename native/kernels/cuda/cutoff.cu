@@ -1,14 +1,14 @@
 // cutoff - how spread out a layer's scores are, and its k best chunks; formulas: ../cpu/cutoff.cpp.
 //
-// One block each: there are 4,096 scores at 128K tokens and 32,768 at 1M, 4 to 32 per thread.
+// One block each: there are 4,096 scores at 128K tokens and 32,768 at 1M, 4 to 32 per thread. Few scores have few threads.
 #include "common.cuh"
 
 namespace actqkv::cuda {
 namespace {
 
-constexpr int THREADS = 1024, N_DIGITS = 256;
+constexpr int MANY = 1024, FEW = 128, MOST_OF_FEW = 512, N_DIGITS = 256;
 
-__global__ void __launch_bounds__(THREADS)
+template <int THREADS> __global__ void __launch_bounds__(THREADS)
     entropy_kernel(const float * scores, int64_t n, float factor, float * entropy) {
     __shared__ float part[WARP];
     __shared__ double wide_part[WARP];
@@ -42,7 +42,7 @@ __host__ __device__ inline uint32_t sortable(float score) {
 }
 
 // How many threads before this one say yes; *total: how many do. counts: shared, WARP ints. Ends with a barrier.
-__device__ int count_before(bool yes, int * counts, int * total) {
+template <int THREADS> __device__ int count_before(bool yes, int * counts, int * total) {
     const unsigned votes = __ballot_sync(ALL, yes);
     const int lane = (int) threadIdx.x % WARP, warp = (int) threadIdx.x / WARP;
     if (lane == 0) {
@@ -60,7 +60,7 @@ __device__ int count_before(bool yes, int * counts, int * total) {
 }
 
 // The k-th greatest of the sortable scores, 8 bits at a time from the top; *n_above: how many are greater.
-__device__ uint32_t threshold_of(const float * scores, int64_t n, int k, int * n_above) {
+template <int THREADS> __device__ uint32_t threshold_of(const float * scores, int64_t n, int k, int * n_above) {
     __shared__ int n_with[N_DIGITS];
     __shared__ int digit, above;
     uint32_t prefix = 0, mask = 0;
@@ -110,19 +110,20 @@ __device__ uint32_t threshold_of(const float * scores, int64_t n, int k, int * n
 }
 
 // All above the k-th best, and of its equals the first ones, in order of the index.
-__global__ void __launch_bounds__(THREADS) top_k_kernel(const float * scores, int64_t n, int k, int32_t * chosen) {
+template <int THREADS> __global__ void __launch_bounds__(THREADS)
+    top_k_kernel(const float * scores, int64_t n, int k, int32_t * chosen) {
     __shared__ int counts[WARP];
     int n_above;
-    const uint32_t threshold = threshold_of(scores, n, k, &n_above);
+    const uint32_t threshold = threshold_of<THREADS>(scores, n, k, &n_above);
     int n_equal_left = k - n_above, n_written = 0;
     for (int64_t first = 0; first < n; first += THREADS) {
         const int64_t b = first + threadIdx.x;
         const uint32_t key = b < n ? sortable(scores[b]) : 0;
         int n_equal, n_chosen;
         const bool equal = b < n && key == threshold;
-        const bool first_equals = count_before(equal, counts, &n_equal) < n_equal_left;
+        const bool first_equals = count_before<THREADS>(equal, counts, &n_equal) < n_equal_left;
         const bool mine = b < n && (key > threshold || (equal && first_equals));
-        const int at = n_written + count_before(mine, counts, &n_chosen);
+        const int at = n_written + count_before<THREADS>(mine, counts, &n_chosen);
         if (mine) {
             chosen[at] = (int32_t) b;
         }
@@ -142,16 +143,21 @@ __global__ void all_kernel(int32_t n, int32_t * chosen) {
 
 int32_t entropy(actqkv_cuda_stream * s, const float * scores, int64_t n, float temperature, float * entropy) {
     if (n <= 1 || !(temperature > 0)) {
-        return cudaMemsetAsync(entropy, 0, sizeof(float), s->stream);
+        return clear(s, entropy, sizeof(float));
     }
-    return launch(s, entropy_kernel, dim3(1), dim3(THREADS), 0, scores, n, 1 / temperature, entropy);
+    const bool few = n <= MOST_OF_FEW;
+    return launch(s, few ? entropy_kernel<FEW> : entropy_kernel<MANY>, dim3(1), dim3(few ? FEW : MANY), 0, scores, n,
+                  1 / temperature, entropy);
 }
 
 int32_t top_k(actqkv_cuda_stream * s, const float * scores, int64_t n, int32_t k, int32_t * chosen) {
     if (k >= n) {
         return launch(s, all_kernel, dim3((unsigned) divided_up(n, 256)), dim3(256), 0, (int32_t) n, chosen);
     }
-    return k <= 0 ? 0 : launch(s, top_k_kernel, dim3(1), dim3(THREADS), 0, scores, n, k, chosen);
+    const bool few = n <= MOST_OF_FEW;
+    return k <= 0 ? 0
+                  : launch(s, few ? top_k_kernel<FEW> : top_k_kernel<MANY>, dim3(1), dim3(few ? FEW : MANY), 0, scores,
+                           n, k, chosen);
 }
 
 } // namespace actqkv::cuda

@@ -99,7 +99,7 @@ int32_t summarize(actqkv_cuda_stream * s, int32_t kind, int32_t n_representative
     if (kind == KIND_BOUNDS) {
         status = launch(s, bounds_kernel, dim3(n_rows), dim3(THREADS), 0, key_stride, d_head, c, keys, rep,
                         rep + (int64_t) n_head_kv * d_head);
-        return status != 0 ? status : cudaMemsetAsync(norm, 0, sizeof(float), s->stream);
+        return status != 0 ? status : clear(s, norm, sizeof(float));
     }
     const int n_sums = sums == nullptr || kind == KIND_MEAN ? 0 : kind == KIND_HEAD ? 1 : r;
     const shape a = {n_representatives, n_sums, r, d_head, c, key_stride, sum_stride, kind == KIND_HEAD};

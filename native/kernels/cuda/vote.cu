@@ -8,7 +8,7 @@
 namespace actqkv::cuda {
 namespace {
 
-constexpr int THREADS = 1024, N_WARPS = THREADS / WARP;
+constexpr int MANY = 1024, FEW = 128, MOST_OF_FEW = 512; // threads; numbers that few of them take
 
 __device__ float join_votes(float vote, float x, bool sum) {
     const float most = fmaxf(vote, x);
@@ -16,6 +16,7 @@ __device__ float join_votes(float vote, float x, bool sum) {
 }
 
 // shifts [r]: ln sum_b e^s_hb, in shared memory; n_parts warps to a head, N_WARPS / n_parts heads at a time.
+template <int N_WARPS>
 __device__ void make_shifts(const float * scores, int64_t n, int r, int n_parts, float * shifts) {
     __shared__ float mosts[N_WARPS];
     __shared__ double sums[N_WARPS];
@@ -56,11 +57,11 @@ __device__ void make_shifts(const float * scores, int64_t n, int r, int n_parts,
     }
 }
 
-__global__ void __launch_bounds__(THREADS)
+template <int THREADS> __global__ void __launch_bounds__(THREADS)
     vote_kernel(const float * scores, int64_t n, int r, int n_parts, bool sum, float * votes) {
     float * shifts = reinterpret_cast<float *>(dynamic_shared()); // [r]
     const float * of_group = scores + (int64_t) blockIdx.x * r * n;
-    make_shifts(of_group, n, r, n_parts, shifts);
+    make_shifts<THREADS / WARP>(of_group, n, r, n_parts, shifts);
     for (int64_t b = threadIdx.x; b < n; b += THREADS) {
         float vote = of_group[b] - shifts[0];
         for (int h = 1; h < r; h++) {
@@ -75,12 +76,14 @@ __global__ void __launch_bounds__(THREADS)
 int32_t vote(actqkv_cuda_stream * s, const float * scores, int64_t n, int32_t n_head, int32_t n_head_kv, int32_t sum,
              float * votes) {
     const int r = n_head / n_head_kv;
+    const bool few = n * r <= MOST_OF_FEW;
+    const int n_threads = few ? FEW : MANY;
     int n_parts = 1;
-    while (2 * n_parts * r <= N_WARPS) {
+    while (2 * n_parts * r <= n_threads / WARP) {
         n_parts *= 2;
     }
-    return launch(s, vote_kernel, dim3(n > 0 ? (unsigned) n_head_kv : 0), dim3(THREADS), r * sizeof(float), scores, n,
-                  r, n_parts, sum != 0, votes);
+    return launch(s, few ? vote_kernel<FEW> : vote_kernel<MANY>, dim3(n > 0 ? (unsigned) n_head_kv : 0),
+                  dim3((unsigned) n_threads), r * sizeof(float), scores, n, r, n_parts, sum != 0, votes);
 }
 
 } // namespace actqkv::cuda
