@@ -1,4 +1,4 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def named(name: str | Path, *, instead_of: str | Path | None = None) -> Iterator[None]:
+    """Errors of the system within the block name this file where they name none, or `instead_of`."""
+    try:
+        yield
+    except OSError as error:
+        nameless = error.filename is None or str(error.filename) == str(instead_of)
+        if error.errno is None or not nameless:
+            raise
+        raise OSError(error.errno, error.strerror, str(name)) from error
 
 
 @contextmanager
@@ -18,9 +30,10 @@ def written_atomically(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with named(path, instead_of=temporary):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from actqkv_cpp.files import named
 from actqkv_cpp.results import Answer, Source
 
 _PLAIN_PROGRESS_S = 10.0  # between two lines of progress where standard error is not a terminal
@@ -57,8 +58,7 @@ class Output:
 
     def data(self, text: str) -> None:
         """A piece of an answer, shown at once."""
-        sys.stdout.write(text.translate(_NO_CONTROL) if sys.stdout.isatty() else text)
-        sys.stdout.flush()
+        self._write(text.translate(_NO_CONTROL) if sys.stdout.isatty() else text)
 
     def line(self, text: str = "") -> None:
         self.data(text + "\n")
@@ -66,8 +66,12 @@ class Output:
     def json(self, value: Any) -> None:
         """One JSON object; in a locale that is not UTF-8 other characters are escaped, which is JSON all the same."""
         unicode = _is_utf8(sys.stdout)
-        sys.stdout.write(json.dumps(value, ensure_ascii=not unicode, indent=2) + "\n")
-        sys.stdout.flush()
+        self._write(json.dumps(value, ensure_ascii=not unicode, indent=2) + "\n")
+
+    def _write(self, text: str) -> None:
+        with named("standard output"):
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[str], None]]:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from actqkv_cpp.errors import ParameterError, StateError
 from actqkv_cpp.evaluation.results import FORMAT, FORMAT_VERSION, Cell, Record
-from actqkv_cpp.files import written_atomically
+from actqkv_cpp.files import named, written_atomically
 
 JOURNAL, RESULT = "journal.jsonl", "result.json"
 
@@ -103,9 +103,10 @@ class Journal:
 
     def _write(self, value: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(value) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with named(self._file.name):
+            self._file.write(json.dumps(value) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _take_back(self, path: Path) -> None:
         """Records of the runs before; what a kill left of a last line is cut off the file."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from actqkv_cpp import Answer, Audit, Memory, ParameterError, Source, Timing, Us
 from actqkv_cpp.cli import _errors
 from actqkv_cpp.cli._output import Meter, Output, answer_figures, clock, human_bytes, shorten
 from actqkv_cpp.cli._transcript import Transcript, Turn
+from actqkv_cpp.files import written_atomically
 
 _SOURCE = Source(document="book.txt", start=10, end=20, text="ten  words\n", score=0.5)
 
@@ -98,6 +101,29 @@ def test_every_error_is_a_line_and_a_hint(error: Exception, message: tuple[str, 
     assert text == message[0]
     assert message[1] in hint
     assert "\n" not in hint
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_what_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A full disk is told without the file that did not fit, or by a temporary name."""
+    with suppress(OSError), Path("/dev/full").open("w", encoding="utf-8") as full:  # closing it fails once more
+        monkeypatch.setattr(sys, "stdout", full)
+        output = Output()
+        with pytest.raises(OSError, match="standard output") as caught:
+            output.line("text")
+        monkeypatch.undo()
+    assert _errors.explain(caught.value)[0] == "standard output: No space left on device"
+
+    def write(path: Path) -> None:
+        with written_atomically(path) as temporary:
+            if path.parent.exists():
+                temporary.symlink_to("/dev/full")
+            temporary.write_text("text")
+
+    for path in (tmp_path / "none" / "a.json", tmp_path / "a.json"):
+        with pytest.raises(OSError, match="No ") as caught:
+            write(path)
+        assert _errors.explain(caught.value)[0].startswith(f"{path}: No ")
 
 
 def test_transcript(tmp_path: Path) -> None:
