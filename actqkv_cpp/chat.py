@@ -214,7 +214,7 @@ class Chat(Conversation):
         """
         n = len(self._turns) if n_turns is None else n_turns
         if not 0 <= n <= len(self._turns):
-            raise ParameterError(f"there are {len(self._turns)} turns, {n} are wanted", "count the turns from 1")
+            raise ParameterError(f"there is no turn {n}, the last is {len(self._turns)}", "count the turns from 1")
         other = copy.copy(self)
         other._place = [*self._turns, self._place][n]
         other._turns, other._said, other.messages = self._turns[:n], self._said[:n], self.messages[: 2 * n]

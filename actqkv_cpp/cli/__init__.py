@@ -62,8 +62,3 @@ app.command("eval")(evaluate)
 app.command()(report)
 app.command()(doctor)
 app.command()(text)
-
-
-def main() -> None:
-    """Entry point of the `actqkv` script. Exit status: 0, 1 failed, 2 usage, 130 interrupted."""
-    app(prog_name="actqkv")

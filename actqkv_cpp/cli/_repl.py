@@ -241,9 +241,11 @@ class Repl:
         self._output.note(f"branch {self._at + 1}; {self._where()}; /switch {self._branches.index(here) + 1} goes back")
 
     def switch(self, number: str) -> None:
-        if not number.isdecimal() or not 1 <= int(number) <= len(self._branches):
+        if not number.isdecimal():
+            raise ParameterError(f"/switch needs the number of a branch, not {number!r}", "/branch lists them")
+        if not 1 <= int(number) <= len(self._branches):
             raise ParameterError(
-                f"there is no branch {number!r}, there are 1 to {len(self._branches)}", "/branch lists them"
+                f"there is no branch {number}, the last is {len(self._branches)}", "/branch lists them"
             )
         self._at = int(number) - 1
         self._output.note(f"branch {number}; {self._where()}")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from cli_support import ANSWER, LONG, OTHER_ANSWER, OTHER_QUESTION, QUESTION, Actqkv, command, environment
+
+from actqkv_cpp.__main__ import main
 
 pytestmark = pytest.mark.model
 
@@ -119,6 +124,19 @@ def test_ctrl_c_while_reading(tmp_path: Path) -> None:
     assert (status, out) == (130, "")
     assert "stopped: read the first" in err
     assert "Traceback" not in err
+
+
+def test_ctrl_c_while_modules_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C right after the start ends in a traceback out of an import."""
+
+    class Loading(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "actqkv_cpp.cli", Loading("actqkv_cpp.cli"))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
 
 
 def test_ctrl_c_while_answering_keeps_answers(babbler: Path, book: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 from cli_support import Actqkv
 
 from actqkv_cpp import doctor
-from actqkv_cpp.cli import main
+from actqkv_cpp.__main__ import main
 from actqkv_cpp.doctor import Finding
 
 

@@ -44,7 +44,7 @@ def test_undo_and_edit(actqkv: Actqkv, home: dict[str, str], book: Path) -> None
 def test_branches(actqkv: Actqkv, home: dict[str, str], book: Path) -> None:
     """A branch does not begin where it should, cannot be left, or reads the document again."""
     lines = [QUESTION, OTHER_QUESTION, "/branch 1", OTHER_QUESTION, "/undo", "/switch 1", QUESTION, "/branch"]
-    wrong = ["/branch 9", "/branch x", "/switch 3"]
+    wrong = ["/branch 9", "/branch x", "/switch 3", "/switch"]
     out, err = chat(actqkv, home, "-d", book, lines=[*lines, "/save a.json", *wrong])
     assert out[0] == ANSWER
     assert out[1] == out[2]
@@ -54,9 +54,10 @@ def test_branches(actqkv: Actqkv, home: dict[str, str], book: Path) -> None:
     assert "branch 2: 1 turn\n" in err
     assert "saved 3 answers to a.json" in err
     assert err.count("tokens of") == 1
-    assert "there are 3 turns, 9 are wanted" in err
+    assert "there is no turn 9, the last is 3" in err
     assert "needs the number of a turn, not 'x'" in err
-    assert "there is no branch '3', there are 1 to 2" in err
+    assert "there is no branch 3, the last is 2" in err
+    assert "needs the number of a branch, not ''" in err
 
 
 @pytest.mark.model
