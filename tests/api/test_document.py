@@ -470,7 +470,7 @@ def test_branches(tiny_sparse: Llama) -> None:
     assert (said, [said[0], *others]) == expected
     assert [turn.question for turn in one.turns] == list(questions[:3])
     assert one.branch(0).messages == []
-    with pytest.raises(ParameterError, match="there is no turn 4, 4"):
+    with pytest.raises(ParameterError, match="there is no turn 4, the last is 3"):
         one.branch(4)
 
 
