@@ -108,10 +108,8 @@ extern "C" void actqkv_sketch(const actqkv_f16 * keys, int64_t key_stride, int32
     const int64_t n = actqkv::padded(c), bytes = actqkv_sketch_bytes(d_head, c);
     for (int32_t g = 0; g < n_head_kv; g++, sketches += bytes) {
         const actqkv_f16 * from = keys + g * key_stride;
-        float mean[actqkv::MAX_D] = {0};
-        for (int64_t i = 0; i < (int64_t) c * d_head; i++) {
-            mean[i % d_head] += half_to_float(from[i]) / (float) c;
-        }
+        float mean[actqkv::MAX_D];
+        actqkv_mean(from, 0, 1, d_head, c, mean);
         for (int32_t e = 0; e < d_head; e++) {
             store_half(mean[e], sketches + 2 * e);
         }
