@@ -257,7 +257,7 @@ class Jobs:
 
             def run() -> None:
                 lib.actqkv_entropy(self.impl, *given, _TEMPERATURE)
-                lib.actqkv_top_k(*given, k, *out)
+                lib.actqkv_top_k(self.impl, *given, k, *out)
 
             return run
 

@@ -167,7 +167,7 @@ void actqkv_refine(int32_t impl, const float * query, int32_t type, const uint8_
 float actqkv_entropy(int32_t impl, const float * scores, int64_t n, float temperature);
 
 // The min(k, n) best of n scores, ties to the lower index, indices ascending. NaN is worse than all. scratch: n int32.
-void actqkv_top_k(const float * scores, int64_t n, int32_t k, int32_t * chosen, int32_t * scratch);
+void actqkv_top_k(int32_t impl, const float * scores, int64_t n, int32_t k, int32_t * chosen, int32_t * scratch);
 
 // ---- attend (section 1 and 2)
 

@@ -190,7 +190,7 @@ void planner::make_spread_scores(int il, const kv_store & store) {
     against(store.stretches(il), nullptr, n_stretches);
     candidates.resize(n_best);
     scratch.resize(n_stretches);
-    actqkv_top_k(scores.data(), n_stretches, n_best, candidates.data(), scratch.data());
+    actqkv_top_k(impl, scores.data(), n_stretches, n_best, candidates.data(), scratch.data());
     for (int32_t stretch : candidates) {
         for (int32_t i = 0; i < N_STRETCH; i++) {
             scored.push_back(stretch * N_STRETCH + i);
@@ -264,7 +264,8 @@ void planner::choose(int il, const choice & sizes, const kv_store & store, const
     const float scale = hp.attn_scale;
     candidates.resize(n_sketched);
     scratch.resize(n_scored());
-    actqkv_top_k(scores.data(), n_scored(), (int32_t) n_sketched, candidates.data(), scratch.data());
+    actqkv_top_k(actqkv_impl_best(), scores.data(), n_scored(), (int32_t) n_sketched, candidates.data(),
+                 scratch.data());
     for (size_t i = 0; !scored.empty() && i < candidates.size(); i++) {
         candidates[i] = scored[candidates[i]];
     }
@@ -295,7 +296,7 @@ void planner::keep_candidates(int64_t k) {
     votes.resize(n);
     actqkv_vote(actqkv_impl_best(), head_scores.data(), n, hp.n_head, 1, 1, votes.data(), reading.n_threads);
     kept.resize(k);
-    actqkv_top_k(votes.data(), n, (int32_t) k, kept.data(), scratch.data());
+    actqkv_top_k(actqkv_impl_best(), votes.data(), n, (int32_t) k, kept.data(), scratch.data());
     for (int32_t & chunk : kept) {
         chunk = candidates[chunk];
     }
@@ -309,7 +310,8 @@ void planner::choose_each(const float * list_scores, int64_t k, int32_t n_lists)
     chosen.chunks.resize(n_lists * k);
     scratch.resize(n_chunks);
     for (int32_t i = 0; i < n_lists; i++) {
-        actqkv_top_k(list_scores + i * n_chunks, n_chunks, chosen.n, chosen.chunks.data() + i * k, scratch.data());
+        actqkv_top_k(actqkv_impl_best(), list_scores + i * n_chunks, n_chunks, chosen.n, chosen.chunks.data() + i * k,
+                     scratch.data());
     }
 }
 

@@ -85,7 +85,7 @@ WITHOUT_IMPL = (
 
 
 class Kernels:
-    """The functions of kernels.h by their names. impl comes first where there are several, and of actqkv_top_k too."""
+    """The functions of kernels.h by their names. impl comes first where there are several."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(impl: int, *arguments: Any) -> Any:
@@ -93,8 +93,7 @@ class Kernels:
                 return gpu(impl).call(name.removeprefix("actqkv_"), arguments, ARRAYS)
             if ALONE:
                 pytest.skip("compares with the CPU's kernels, which are not here")
-            function = getattr(cpu, name)
-            return function(*arguments) if name == "actqkv_top_k" else function(impl, *arguments)
+            return getattr(cpu, name)(impl, *arguments)
 
         if name in WITHOUT_IMPL:
             return (lambda *arguments: 0) if ALONE else getattr(cpu, name)

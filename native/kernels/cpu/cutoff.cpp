@@ -20,6 +20,18 @@ static void exp_moments_scalar(const float * scores, int64_t n, float shift, flo
     }
 }
 
+static bool limits_scalar(const float * x, int64_t n, float * least, float * greatest) {
+    bool numbers = true;
+    *least = INFINITY;
+    *greatest = -INFINITY;
+    for (int64_t i = 0; i < n; i++) {
+        *least = std::min(*least, x[i]);
+        *greatest = std::max(*greatest, x[i]);
+        numbers = numbers && x[i] == x[i];
+    }
+    return numbers;
+}
+
 // Unsigned numbers in the order of the scores: -0 equals 0, NaN is 0 and below all.
 static uint32_t sortable(float score) {
     score += 0.0f;
@@ -28,62 +40,49 @@ static uint32_t sortable(float score) {
     return score != score ? 0 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-} // namespace actqkv
-
-extern "C" float actqkv_entropy(int32_t impl, const float * scores, int64_t n, float temperature) {
-    if (n <= 1 || !(temperature > 0)) {
-        return 0;
-    }
-    float max = -INFINITY;
-    bool finite = true;
-    for (int64_t b = 0; b < n; b++) {
-        max = scores[b] > max ? scores[b] : max;
-        finite = finite && isfinite(scores[b]);
-    }
-    if (!finite) {
-        return 0;
-    }
-    const actqkv::ops * ops = actqkv::ops_for(impl);
-    double z, zx;
-    (ops ? ops->exp_moments : actqkv::exp_moments_scalar)(scores, n, max, 1 / temperature, &z, &zx);
-    const double h = (log(z) - zx / z) / log((double) n);
-    return (float) std::min(std::max(h, 0.0), 1.0);
+static float score_of(uint32_t key) {
+    const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+    float score;
+    memcpy(&score, &bits, 4);
+    return score;
 }
 
-// The k-th best value: scores are counted by the range they fall into, and only those of the range that holds it are
-// compared (a selection among all takes five times as long). Then one pass in order of the index: all above it, and of
-// its equals the first ones.
-extern "C" void actqkv_top_k(const float * scores, int64_t n, int32_t k, int32_t * chosen, int32_t * scratch) {
-    if (k >= n) {
-        for (int64_t b = 0; b < n; b++) {
-            chosen[b] = (int32_t) b;
-        }
-        return;
-    }
-    if (k <= 0) {
-        return;
-    }
-    constexpr uint32_t N_RANGES = 1024;
-    uint32_t * keys = (uint32_t *) scratch; // the unsigned twin of int32_t may alias it
-    uint32_t least = UINT32_MAX, greatest = 0;
-    for (int64_t b = 0; b < n; b++) {
-        keys[b] = actqkv::sortable(scores[b]);
-        least = std::min(least, keys[b]);
-        greatest = std::max(greatest, keys[b]);
-    }
+// Scores that fall into each of so many ranges of their sortable numbers, 1 << shift of these in each, are counted.
+constexpr uint32_t N_RANGES = 1024;
+
+static int shift_of(uint32_t least, uint32_t greatest) {
     int shift = 0;
     while ((greatest - least) >> shift >= N_RANGES) {
         shift++;
     }
+    return shift;
+}
+
+// The range that holds the k-th best; k less those above it.
+static uint32_t range_of(const int32_t * counts, int32_t & k) {
+    uint32_t range = N_RANGES - 1;
+    while (counts[range] < k) {
+        k -= counts[range--];
+    }
+    return range;
+}
+
+// One pass in order of the index: all above the k-th best value, and of its equals the first ones.
+static void top_k_scalar(const float * scores, int64_t n, int32_t k, int32_t * chosen, int32_t * scratch) {
+    uint32_t * keys = (uint32_t *) scratch; // the unsigned twin of int32_t may alias it
+    uint32_t least = UINT32_MAX, greatest = 0;
+    for (int64_t b = 0; b < n; b++) {
+        keys[b] = sortable(scores[b]);
+        least = std::min(least, keys[b]);
+        greatest = std::max(greatest, keys[b]);
+    }
+    const int shift = shift_of(least, greatest);
     int32_t counts[N_RANGES] = {0};
     for (int64_t b = 0; b < n; b++) {
         counts[(keys[b] - least) >> shift]++;
     }
-    uint32_t range = N_RANGES - 1;
     int32_t n_left = k; // to be found in `range` and below
-    while (counts[range] < n_left) {
-        n_left -= counts[range--];
-    }
+    const uint32_t range = range_of(counts, n_left);
     int64_t n_within = 0;
     for (int64_t b = 0; b < n; b++) {
         keys[n_within] = keys[b];
@@ -94,10 +93,74 @@ extern "C" void actqkv_top_k(const float * scores, int64_t n, int32_t k, int32_t
     int64_t n_equal = n_left - std::count_if(keys + (n_within - n_left), keys + n_within,
                                              [=](uint32_t key) { return key > threshold; });
     for (int64_t b = 0, i = 0; i < k; b++) { // without branches, which could not be foreseen
-        const uint32_t key = actqkv::sortable(scores[b]);
+        const uint32_t key = sortable(scores[b]);
         const bool equal = key == threshold;
         chosen[i] = (int32_t) b;
         i += (key > threshold) | (equal & (n_equal > 0));
         n_equal -= equal;
+    }
+}
+
+// The same of numbers between least and greatest, none of them NaN.
+static void top_k_vectors(const ops & op, const float * scores, int64_t n, float least, float greatest, int32_t k,
+                          int32_t * chosen, int32_t * scratch) {
+    const uint32_t first = sortable(least), last = sortable(greatest);
+    const int shift = shift_of(first, last);
+    int32_t counts[N_RANGES] = {0};
+    for (int64_t b = 0; b < n; b++) {
+        counts[(sortable(scores[b]) - first) >> shift]++;
+    }
+    int32_t n_left = k;
+    const uint32_t range = range_of(counts, n_left), from = first + (range << shift);
+    uint32_t to = std::min(last - from, (1u << shift) - 1) + from;
+    to -= to == sortable(0) - 1; // -0, which no score has there, would take in 0
+    const int64_t n_within = op.find(scores, n, score_of(from), score_of(to), scratch);
+    std::nth_element(scratch, scratch + (n_left - 1), scratch + n_within,
+                     [=](int32_t a, int32_t b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); });
+    const int32_t worst = scratch[n_left - 1];
+    const int64_t n_found = op.find(scores, n, scores[worst], INFINITY, scratch);
+    for (int64_t i = 0, n_chosen = 0; i < n_found && n_chosen < k; i++) {
+        chosen[n_chosen] = scratch[i];
+        n_chosen += scores[scratch[i]] > scores[worst] || scratch[i] <= worst;
+    }
+}
+
+} // namespace actqkv
+
+extern "C" float actqkv_entropy(int32_t impl, const float * scores, int64_t n, float temperature) {
+    if (n <= 1 || !(temperature > 0)) {
+        return 0;
+    }
+    const actqkv::ops * ops = actqkv::ops_for(impl);
+    float least, max;
+    const bool numbers = (ops ? ops->limits : actqkv::limits_scalar)(scores, n, &least, &max);
+    if (!numbers || !isfinite(least) || !isfinite(max)) {
+        return 0;
+    }
+    double z, zx;
+    (ops ? ops->exp_moments : actqkv::exp_moments_scalar)(scores, n, max, 1 / temperature, &z, &zx);
+    const double h = (log(z) - zx / z) / log((double) n);
+    return (float) std::min(std::max(h, 0.0), 1.0);
+}
+
+// The k-th best value: scores are counted by the range they fall into, and only those of the range that holds it are
+// compared (a selection among all takes five times as long). Then all that are as good, in order of the index.
+extern "C" void actqkv_top_k(int32_t impl, const float * scores, int64_t n, int32_t k, int32_t * chosen,
+                             int32_t * scratch) {
+    if (k >= n) {
+        for (int64_t b = 0; b < n; b++) {
+            chosen[b] = (int32_t) b;
+        }
+        return;
+    }
+    if (k <= 0) {
+        return;
+    }
+    const actqkv::ops * ops = actqkv::ops_for(impl);
+    float least, greatest;
+    if (ops && ops->limits(scores, n, &least, &greatest)) {
+        actqkv::top_k_vectors(*ops, scores, n, least, greatest, k, chosen, scratch);
+    } else {
+        actqkv::top_k_scalar(scores, n, k, chosen, scratch);
     }
 }

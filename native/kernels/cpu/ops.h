@@ -105,6 +105,12 @@ struct ops {
 
     float (*max)(const float * x, int64_t n);
 
+    // The least and the greatest of n > 0 numbers; false where one of them is NaN.
+    bool (*limits)(const float * x, int64_t n, float * least, float * greatest);
+
+    // found = all i with low <= x[i] <= high, ascending; returns how many
+    int64_t (*find)(const float * x, int64_t n, float low, float high, int32_t * found);
+
     // x[i] = 2^(x[i] - shift), 0 for -infinity; returns the sum
     float (*exp2_sum)(float * x, int64_t n, float shift);
 

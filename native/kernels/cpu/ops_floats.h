@@ -80,6 +80,34 @@ static void simd_join_exps(const float * scores, int64_t lds, int n_vec, const f
     }
 }
 
+static bool simd_limits(const float * x, int64_t n, float * least, float * greatest) {
+    const vf infinite = v_set1(__builtin_inff()), minus = v_set1(-__builtin_inff());
+    constexpr uint32_t ALL = (1u << W) - 1;
+    vf low = infinite, high = minus;
+    uint32_t numbers = ALL;
+    for (int64_t i = 0; i < n; i += W) {
+        const vf y = v_load_end(x + i, n - i, x[0]);
+        low = v_min(low, y);
+        high = v_max(high, y);
+        numbers &= v_within(y, minus, infinite);
+    }
+    *least = -v_greatest(v_sub(v_zero(), low));
+    *greatest = v_greatest(high);
+    return numbers == ALL;
+}
+
+static int64_t simd_find(const float * x, int64_t n, float low, float high, int32_t * found) {
+    const vf from = v_set1(low), to = v_set1(high);
+    int64_t n_found = 0;
+    for (int64_t i = 0; i < n; i += W) {
+        uint32_t within = v_within(v_load_end(x + i, n - i, __builtin_nanf("")), from, to);
+        for (; within != 0; within &= within - 1) {
+            found[n_found++] = (int32_t) i + __builtin_ctz(within);
+        }
+    }
+    return n_found;
+}
+
 static float simd_sum(const float * x, int64_t n) {
     vf a = v_zero();
     int64_t i = 0;
@@ -152,15 +180,23 @@ static float simd_weighted_distance(const float * z, const float * mean, const f
     return sum;
 }
 
+// Lanes are added up every few vectors, so that sums in float stay short.
 static void simd_exp_moments(const float * scores, int64_t n, float shift, float factor, double * z, double * zx) {
-    const vf log2_e = v_set1(LOG2_E);
+    constexpr int64_t STEP = 16 * W;
+    const vf log2_e = v_set1(LOG2_E), none = v_zero();
     *z = *zx = 0;
-    for (int64_t i = 0; i < n; i += W) {
-        const int left = n - i < W ? (int) (n - i) : W;
-        const vf s = left == W ? v_load(scores + i) : v_load_n(scores + i, left, shift);
-        const vf x = v_mul(v_sub(s, v_set1(shift)), v_set1(factor));
-        const vf y = v_exp2(v_mul(x, log2_e));
-        *z += v_sum(y) - (float) (W - left); // the lanes beyond the end hold x = 0: e^x = 1, x e^x = 0
-        *zx += v_sum(v_mul(x, y));
+    for (int64_t from = 0; from < n; from += STEP) {
+        vf sum = none, weighted = none;
+        int64_t missing = 0; // lanes beyond the end: x = 0 there, e^x = 1, x e^x = 0
+        for (int64_t i = from; i < n && i < from + STEP; i += W) {
+            const vf s = v_load_end(scores + i, n - i, shift);
+            const vf x = v_mul(v_sub(s, v_set1(shift)), v_set1(factor));
+            const vf y = v_exp2(v_mul(x, log2_e));
+            sum = v_add(sum, y);
+            weighted = v_fma(x, y, weighted);
+            missing = n - i < W ? W - (n - i) : 0;
+        }
+        *z += v_sum(sum) - (float) missing;
+        *zx += v_sum(weighted);
     }
 }

@@ -28,6 +28,8 @@
      SKETCH_ROWS,                                                                                                      \
      simd_spread_scores,                                                                                               \
      simd_max,                                                                                                         \
+     simd_limits,                                                                                                      \
+     simd_find,                                                                                                        \
      simd_exp2_sum,                                                                                                    \
      simd_exp_sum,                                                                                                     \
      simd_join_exps,                                                                                                   \

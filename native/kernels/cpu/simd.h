@@ -18,6 +18,7 @@
 #include <arm_neon.h>
 #endif
 
+// v_within: bit i is set where low <= x <= high in lane i, which NaN is not.
 // v_half: a half as float; v_load_i8: W signed bytes; v_load_i4: the low or high halves of W bytes, less 8.
 
 #if defined(__AVX2__)
@@ -58,7 +59,11 @@ static inline vf v_load_i4(const uint8_t * p, bool high) {
 static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 static inline vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline uint32_t v_within(vf x, vf low, vf high) {
+    return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(x, low, _CMP_GE_OQ), x, high, _CMP_LE_OQ);
+}
 static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); } // a*b + c
 static inline vf v_round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2^n, n whole in [-127, 127]; n = -127 gives 0
@@ -167,7 +172,12 @@ static inline vf v_load_i4(const uint8_t * p, bool high) {
 static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 static inline vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 static inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static inline vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 static inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline uint32_t v_within(vf x, vf low, vf high) {
+    const __m256 in = _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), _mm256_cmp_ps(x, high, _CMP_LE_OQ));
+    return (uint32_t) _mm256_movemask_ps(in);
+}
 static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vf v_round(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline vf v_ldexp(vf x, vf n) {
@@ -247,7 +257,12 @@ static inline vf v_load_i4(const uint8_t * p, bool high) {
 static inline vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
 static inline vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }
 static inline vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
+static inline vf v_min(vf a, vf b) { return vminq_f32(a, b); }
 static inline vf v_max(vf a, vf b) { return vmaxq_f32(a, b); }
+static inline uint32_t v_within(vf x, vf low, vf high) {
+    const uint32_t bits[] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vandq_u32(vcgeq_f32(x, low), vcleq_f32(x, high)), vld1q_u32(bits)));
+}
 static inline vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline vf v_round(vf x) { return vrndnq_f32(x); }
 static inline vf v_ldexp(vf x, vf n) {
