@@ -108,6 +108,5 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ParameterError:
     """ParameterError for an unknown `what` called `name`, with the nearest known name as the hint."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
-    return ParameterError(
-        f"unknown {what} {name!r}", f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-    )
+    all_names = f"known: {', '.join(names)}" if names else "there is none yet"
+    return ParameterError(f"unknown {what} {name!r}", f"did you mean {near[0]!r}?" if near else all_names)

@@ -172,9 +172,9 @@ def _bytes(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise DocumentError(f"no such document: {name}", "check the path") from None
+        raise DocumentError(f"no such file: {name}", "check the path") from None
     except IsADirectoryError:
-        raise DocumentError(f"{name} is a folder, not a document", "name its files one by one") from None
+        raise DocumentError(f"{name} is a folder, not a file", "name its files one by one") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise DocumentError(f"cannot read {name}: {reason}", "check its permissions") from None
@@ -236,5 +236,5 @@ def _plain(name: str, data: bytes) -> str:
             "convert it, for example: iconv -f WINDOWS-1252 -t UTF-8 book.txt > book.utf8.txt",
         ) from None
     if not text.strip("\ufeff \t\r\n\f\v"):
-        raise DocumentError(f"{name} is empty", "a document needs at least a word")
+        raise DocumentError(f"{name} is empty", "it needs at least a word")
     return text

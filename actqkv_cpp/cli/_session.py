@@ -153,7 +153,8 @@ def open_model(
 
 @dataclass(frozen=True)
 class Reading:
-    """How far a reading went. `done` is less than `total` where Ctrl-C stopped it; `rate` is in tokens per second."""
+    """How far a reading went. `done` is less than `total` where Ctrl-C stopped it, both are 0 where a KV file held all;
+    `rate` is in tokens per second."""
 
     names: str
     done: int
@@ -166,6 +167,8 @@ class Reading:
         return self.done >= self.total
 
     def __str__(self) -> str:
+        if not self.total:
+            return f"nothing is left to read of {self.names}"
         what = f"{self.done:,}" if self.complete else f"the first {self.done:,} of {self.total:,}"
         return f"read {what} tokens of {self.names} in {clock(self.seconds)} ({self.rate:,.0f}/s)"
 

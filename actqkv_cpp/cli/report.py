@@ -18,7 +18,9 @@ _PAGES = (".html", ".htm")
 
 def report(
     *,
-    files: Annotated[list[Path], typer.Argument(metavar="RESULT", help="Results of actqkv eval, of one model.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="RESULT", help="Results of actqkv eval: files, or --out folders.")
+    ],
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="FILE", help="A page (.html) or a picture (.png, .svg) to write.")
     ],

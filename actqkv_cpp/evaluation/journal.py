@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from actqkv_cpp.errors import ParameterError, StateError
-from actqkv_cpp.evaluation.results import FORMAT, FORMAT_VERSION, Cell, Record
+from actqkv_cpp.evaluation.results import FORMAT, FORMAT_VERSION, RESULT, Cell, Record
 from actqkv_cpp.files import named, written_atomically
 
-JOURNAL, RESULT = "journal.jsonl", "result.json"
+JOURNAL = "journal.jsonl"
 
 
 class Journal:

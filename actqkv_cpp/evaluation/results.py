@@ -18,6 +18,7 @@ from actqkv_cpp.evaluation.samples import Finding
 
 FORMAT = "actqkv-eval"
 FORMAT_VERSION = 1
+RESULT = "result.json"  # in the folder of --out
 _Z_95 = 1.959964  # of a two-sided interval of 95 %
 _N_DEPTHS = 10  # depths are reported in tenths of the document
 
@@ -187,12 +188,14 @@ class Result:
 
 
 def read(path: Path) -> Result:
-    """The result in a file.
+    """The result in a file, or in the folder that `actqkv eval --out` made.
 
     Raises:
         StateError: it is cut short, no result of an evaluation, or of another version.
         OSError: it cannot be read.
     """
+    if path.is_dir():
+        path /= RESULT
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         value = json.loads(text)

@@ -34,5 +34,5 @@ def read(name: str, data: bytes) -> Extract:
         ) from None
     found = html.extract(name, page)
     if not found.text:
-        raise DocumentError(f"{name} is a DOCX without text", "a document needs at least a word")
+        raise DocumentError(f"{name} is a DOCX without text", "it needs at least a word")
     return found

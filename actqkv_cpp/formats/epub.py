@@ -32,7 +32,7 @@ def read(name: str, data: bytes) -> Extract:
             f"{name} is a damaged EPUB: {one_line(error)}", "get it again, or convert it, for example with Calibre"
         ) from None
     if not found.text:
-        raise DocumentError(f"{name} is an EPUB without text", "a document needs at least a word")
+        raise DocumentError(f"{name} is an EPUB without text", "it needs at least a word")
     return found
 
 

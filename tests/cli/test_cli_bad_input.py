@@ -44,7 +44,7 @@ def test_document(actqkv: Actqkv, tmp_path: Path, command: str, data: bytes, wor
 
 def test_document_that_is_not_there(actqkv: Actqkv, tmp_path: Path) -> None:
     """A typing error in a name ends in a traceback."""
-    _assert_failed(actqkv("ask", "-d", "bok.txt", QUESTION), "bok.txt", "no such document")
+    _assert_failed(actqkv("ask", "-d", "bok.txt", QUESTION), "bok.txt", "no such file")
     (tmp_path / "books").mkdir()
     _assert_failed(actqkv("ask", "-d", "books", QUESTION), "books", "folder")
 

@@ -104,7 +104,7 @@ def test_read_more(terminal: Start, book: Path) -> None:
     person = terminal("chat", "--ctx", "8k")
     person.prompt()
     person.type("/read missing.txt")
-    assert "no such document: missing.txt" in person.prompt()
+    assert "no such file: missing.txt" in person.prompt()
     person.type(f"/read {LONG}")
     assert "hint: use a larger --ctx" in person.prompt()
     person.type(f"/read {book}")

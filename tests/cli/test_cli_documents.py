@@ -18,7 +18,7 @@ def test_text(actqkv: Actqkv, tmp_path: Path) -> None:
     assert actqkv("text", path).out == "The key hung in the mill.\n\nGr\u00fc\u00dfe.\n"
     found = json.loads(actqkv("text", path, "--json").out)
     assert found["text"][found["anchors"][1][0] :] == "Gr\u00fc\u00dfe."
-    assert_failed(actqkv("text", tmp_path / "b.pdf"), "no such document")
+    assert_failed(actqkv("text", tmp_path / "b.pdf"), "no such file")
 
 
 @pytest.mark.model

@@ -162,6 +162,7 @@ def test_kv_file(actqkv: Actqkv, babbler: Path, book: Path, tmp_path: Path) -> N
     disk = [actqkv(*ask, "--kv-file", "a.akv") for _ in range(2)]
     assert [found.status for found in disk] == [0, 0], disk[1].err
     assert "of RAM" in disk[0].err
+    assert f"nothing is left to read of {book}" in disk[1].err
     roomy = actqkv(*ask, "--kv-file", "b.akv", "--ctx", "64k")
     on_disk = [re.findall(r"of RAM, ([\d.]+ \w+) in \w.akv", found.err) for found in (*disk, roomy)]
     assert len(on_disk[0]) == 1

@@ -75,6 +75,8 @@ def test_another_day(actqkv: Actqkv, home: dict[str, str], book: Path, tmp_path:
     assert again[0].startswith("[1] ")
     assert again[again.index(out[2]) :] == out[2:]
     assert_failed(actqkv("chat", "--resume", "tolk", **home), "unknown chat 'tolk'", "'talk'")
+    empty = {"ACTQKV_DATA_DIR": str(tmp_path / "none")}
+    assert_failed(actqkv("chat", "--resume", "talk", **empty), "unknown chat 'talk'", "there is none yet")
     assert_failed(actqkv("chat", "--resume", "talk", "-d", book, **home), "leave -d and --system out")
     mine.write_text("another text", encoding="utf-8")
     assert_failed(actqkv("chat", "--resume", "talk", **home), "book.txt has changed since the chat was saved")

@@ -247,7 +247,7 @@ def test_foreign_json(change: Callable[[dict[str, object]], object]) -> None:
 
 def test_refused_paths(tmp_path: Path) -> None:
     """A wrong path ends in a traceback."""
-    with pytest.raises(DocumentError, match="no such document"):
+    with pytest.raises(DocumentError, match="no such file"):
         reader.load(tmp_path / "missing.txt")
     with pytest.raises(DocumentError, match="is a folder"):
         reader.load(tmp_path)

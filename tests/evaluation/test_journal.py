@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from actqkv_cpp.errors import ParameterError, StateError
-from actqkv_cpp.evaluation.journal import JOURNAL, RESULT, Journal
-from actqkv_cpp.evaluation.results import Cell, Record
+from actqkv_cpp.evaluation.journal import JOURNAL, Journal
+from actqkv_cpp.evaluation.results import RESULT, Cell, Record
 from actqkv_cpp.evaluation.samples import Finding
 
 HEADER = {"version": "0.1.0", "model": "abc", "parameters": {"seed": 0, "lengths": [4096]}}

@@ -60,7 +60,7 @@ def test_result_file(tmp_path: Path) -> None:
     result = make_result()
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result.to_json()), encoding="utf-8")
-    assert read(path) == result
+    assert read(path) == read(tmp_path) == result
     for row in result.to_json()["rows"]:
         assert set(row) >= {"suite", "method", "budget", "length", "n", "score", "ci_low", "ci_high"}
 

@@ -15,7 +15,7 @@ from actqkv_cpp import Llama
 from actqkv_cpp.errors import Cancelled, ModelError, ParameterError, StateError
 from actqkv_cpp.evaluation import engines, journal
 from actqkv_cpp.evaluation.engines import EngineSettings, methods
-from actqkv_cpp.evaluation.results import Result
+from actqkv_cpp.evaluation.results import RESULT, Result
 from actqkv_cpp.evaluation.runner import Plan, evaluate
 from actqkv_cpp.evaluation.suites import SUITES, longbench
 
@@ -209,12 +209,12 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     assert 1 < len(lines) < 9
     path.write_text("".join(lines) + lines[-1][:40], encoding="utf-8")  # what a kill leaves of a line
-    assert not (tmp_path / "killed" / journal.RESULT).exists()
+    assert not (tmp_path / "killed" / RESULT).exists()
 
     killed = run(two, tmp_path / "killed")
     assert plain(killed.to_json()) == plain(whole.to_json())
     assert path.read_text(encoding="utf-8").startswith("".join(lines))
-    files = [json.loads((tmp_path / name / journal.RESULT).read_text()) for name in ("whole", "killed")]
+    files = [json.loads((tmp_path / name / RESULT).read_text()) for name in ("whole", "killed")]
     assert plain(files[0]) == plain(files[1])
     assert run(two, tmp_path / "killed").to_json() == killed.to_json()  # nothing is left to do
     with pytest.raises(StateError, match="seed"):
