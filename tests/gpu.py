@@ -1,42 +1,56 @@
 """On a machine with an NVIDIA GPU: builds the CUDA kernels for it, checks them, and measures them.
 
-    python tests/gpu.py                    # all of it: build, check, time, engine, targets, sanitize
+    python tests/gpu.py                    # build, check, time, engine, targets, sanitize
     python tests/gpu.py --only build,time  # some of it
+    python tests/gpu.py --only million     # a million tokens, by itself
 
-Needs nvcc and Python with NumPy, pytest and cffi. The parts `engine` and `targets` also need an installed actqkv and,
-for weights on the GPU, a llama-cpp-python built with CUDA (actqkv doctor has the command); without actqkv they are
-skipped, and that is said. `targets` takes --model, best a Llama of 8B in Q4_K_M, else it makes one of 1B with random
-weights, for which it needs the package gguf. Every part runs even if one before it failed, but for the build, and is
-ended after PART_LIMIT_S; the exit status is 1 if any failed. Logs, `times.json` and `targets.json` go to --out.
+Needs nvcc and Python with NumPy, pytest and cffi. The parts `engine`, `targets` and `million` also need an installed
+actqkv and, for weights on the GPU, a llama-cpp-python built with CUDA (actqkv doctor has the command); without actqkv
+they are skipped, and that is said. `targets` takes --model, else it writes one of Llama-8B's shape with random weights,
+for which it needs the package gguf. Every part runs even if one before it failed, each in processes of its own, and is
+ended after PART_LIMIT_S, all of them after nine minutes; the exit status is 1 if any failed. Logs, times and
+`targets.json` go to --out.
+
+A machine without network gets what it needs from a folder, made elsewhere by tests/gpu_pack.py:
+
+    python tests/gpu.py --pack FOLDER --only install,build,check,time,sanitize     # llama-cpp-python builds meanwhile
+    python tests/gpu.py --pack FOLDER --only engine,targets                        # waits for it
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time as clock
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gpu_times import GROUPS, LIBRARY
+
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "native" / "kernels" / "cuda"
 OPS = ROOT / "tests" / "ops"
 NEEDS_THE_HOST = OPS / "test_row_types.py"  # no kernel of the GPU
-LIBRARY = "libactqkv_cuda.so"
 KINDS = ("memcheck", "racecheck", "initcheck", "synccheck")  # of compute-sanitizer
-SANITIZED = "not more_keys and not whole_window and not list_per and (32 or 64)"  # small shapes: it is slow
-HEADS, KV_HEADS, D, CHUNK, LAYERS = 32, 8, 128, 32, 32  # Llama-8B's attention
-SKETCH = 2 * D + (2 + D // 8) * CHUNK  # bytes of a chunk's sketch for one KV head
+SANITIZED = (  # small shapes: it is slow
+    "long_row or (not more_keys and not whole_window and not list_per and not scores_follow and (32 or 64))"
+)
 MIB = 1 << 20
-PART_LIMIT_S = {"check": 120, "sanitize": 150, "engine": 90, "targets": 210}  # all of it: under 10 minutes
+PART_LIMIT_S = {"check": 120, "time": 120, "sanitize": 120, "engine": 90, "targets": 200, "million": 540}
+INSTALL_LIMIT_S = 400  # that `engine` waits for an installation
+ENDS_AT = clock.monotonic() + 540  # of the whole run: machines that are lent end a command after 10 minutes
 
 
 def run(command: list[Any], log: Path, *, limit_s: float | None = None, **env: str) -> bool:
@@ -44,17 +58,26 @@ def run(command: list[Any], log: Path, *, limit_s: float | None = None, **env: s
     print("$", *command, flush=True)
     with log.open("w") as file, ExitStack() as stack:
         child = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | env
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | env,
+            cwd=log.parent,  # not the sources' folder, whose actqkv_cpp/ hides an installed one
         )
         assert child.stdout is not None
-        if limit_s is not None:
-            timer = threading.Timer(limit_s, child.kill)
-            timer.start()
-            stack.callback(timer.cancel)
+        timer = threading.Timer(min(limit_s or ENDS_AT, _left(ENDS_AT)), child.kill)
+        timer.start()
+        stack.callback(timer.cancel)
         for line in child.stdout:
             file.write(line)
             print(line, end="", flush=True)
         return child.wait() == 0
+
+
+def _left(deadline: float) -> float:
+    """Seconds, and at least one."""
+    return max(deadline - clock.monotonic(), 1)
 
 
 def build(out: Path, options: argparse.Namespace) -> bool:
@@ -73,24 +96,18 @@ def build(out: Path, options: argparse.Namespace) -> bool:
     return run([nvcc, "-shared", "-o", out / LIBRARY, *objects], out / "link.log")
 
 
-def _tests(*more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "pytest",
-        f"--confcutdir={OPS}",
-        f"--ignore={NEEDS_THE_HOST}",
-        "-m",
-        "cuda",
-        *more,
-        str(OPS),
-    ]
+def _tests(*more: str, files: Sequence[Path] = (OPS,)) -> list[Any]:
+    options = [f"--confcutdir={OPS}", f"--ignore={NEEDS_THE_HOST}", "-c", ROOT / "pyproject.toml", "-m", "cuda"]
+    return [sys.executable, "-m", "pytest", *options, *more, *files]
 
 
 def check(out: Path, options: argparse.Namespace) -> bool:
-    """Every op test against NumPy."""
-    limit_s = PART_LIMIT_S["check"]
-    return run(_tests("--tb=short", "-ra"), out / "check.log", limit_s=limit_s, ACTQKV_TEST_CUDA=str(out / LIBRARY))
+    """Every op test against NumPy, a process per file: a kernel that fails may take the GPU's state with it."""
+    ended_well, deadline = True, clock.monotonic() + PART_LIMIT_S["check"]
+    for file in sorted(set(OPS.glob("test_*.py")) - {NEEDS_THE_HOST}):
+        limit_s, env = _left(deadline), {"ACTQKV_TEST_CUDA": str(out / LIBRARY)}
+        ended_well &= run(_tests("--tb=short", files=[file]), out / f"check-{file.stem}.log", limit_s=limit_s, **env)
+    return ended_well
 
 
 def sanitize(out: Path, options: argparse.Namespace) -> bool:
@@ -99,8 +116,8 @@ def sanitize(out: Path, options: argparse.Namespace) -> bool:
     if not Path(tool).exists():
         print("no compute-sanitizer here")
         return False
-    ended_well = True
-    for kind in KINDS:
+    ended_well, deadline = True, clock.monotonic() + PART_LIMIT_S["sanitize"]
+    for i, kind in enumerate(KINDS):
         command = [
             tool,
             "--tool",
@@ -111,7 +128,7 @@ def sanitize(out: Path, options: argparse.Namespace) -> bool:
             "all",
             *_tests("-x", "-k", SANITIZED),
         ]
-        limit_s = PART_LIMIT_S["sanitize"] / len(KINDS)
+        limit_s = _left(deadline) / (len(KINDS) - i)
         ended_well &= run(command, out / f"{kind}.log", limit_s=limit_s, ACTQKV_TEST_CUDA=str(out / LIBRARY))
     return ended_well
 
@@ -123,12 +140,12 @@ def engine(out: Path, options: argparse.Namespace) -> bool:
     """Logits of sessions that attend on the GPU, and of models with layers there, against the CPU's; then the command
     line on the bundled model, with and without the GPU.
     """
-    if find_spec("actqkv_cpp._actqkv") is None:
-        print("skipped: actqkv is not installed (pip install .)")
-        return True
+    if not _has_actqkv(out):
+        return options.pack is None
     env = {"ACTQKV_CUDA_LIBRARY": str(out / LIBRARY)}
     tests = [ROOT / "tests/engine/test_on_gpu.py", ROOT / "tests/engine/test_devices.py"]
-    command = [sys.executable, "-m", "pytest", "-m", "", "-k", "not emulated", "-ra", "--tb=short", *tests]
+    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "-m", ""]
+    command += ["-k", "not emulated", "-ra", "--tb=short", *tests]
     ended_well = run(command, out / "engine.log", limit_s=PART_LIMIT_S["engine"], **env)
     answers = []
     for vram in ("1g", "0"):
@@ -153,239 +170,244 @@ def _object_in(log: Path) -> dict[str, Any]:
     return found
 
 
+def _bench(out: Path, name: str, model: Path, *more: str, limit_s: float) -> list[dict[str, Any]]:
+    """Rows of `actqkv bench`; none where it failed."""
+    command = [sys.executable, "-m", "actqkv_cpp", "bench", model, "--json", "-q", "--quick", *more]
+    log = out / f"bench-{name}.json"
+    ended_well = run(command, log, limit_s=limit_s, ACTQKV_CUDA_LIBRARY=str(out / LIBRARY))
+    return list(_object_in(log).get("rows", [])) if ended_well else []
+
+
+def _model(out: Path, options: argparse.Namespace) -> Path | None:
+    model: Path = options.model or out / "llama8b.gguf"
+    make = [sys.executable, ROOT / "tests/gpu_model.py", model]
+    return model if model.exists() or run(make, out / "model.log", limit_s=120) else None
+
+
 def targets(out: Path, options: argparse.Namespace) -> bool:
-    """What issue 6 wants: `actqkv bench` beside llama.cpp with its keys and values on the card, and in RAM."""
-    if find_spec("actqkv_cpp._actqkv") is None:
-        print("skipped: actqkv is not installed (pip install .)")
-        return True
-    env = {"ACTQKV_CUDA_LIBRARY": str(out / LIBRARY)}
-    model = options.model or out / "s1b.gguf"
-    if not model.exists():
-        make = [sys.executable, "-m", "models.random_weights", "s1b", model]
-        if not run(make, out / "model.log", limit_s=120, PYTHONPATH=str(ROOT)):
-            return False
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for peer, more in (("card", []), ("ram", ["--peer-kv-in-ram"])):
-        sizes = ["--lengths", options.lengths, "--vram", "1g"]
-        command = [sys.executable, "-m", "actqkv_cpp", "bench", model, *sizes, "--json", "-q"]
-        log = out / f"bench-{peer}.json"
-        if not run([*command, "--quick", *more], log, limit_s=PART_LIMIT_S["targets"] / 2, **env):
-            return False
-        rows[peer] = _object_in(log)["rows"]
-    found = _compare(rows, options.lengths)
-    (out / "targets.json").write_text(json.dumps(found, indent=2))
+    """What issue 6 wants at the greatest length: `actqkv bench` beside llama.cpp with its keys and values on the card,
+    and, within 1 GiB of GPU memory, beside llama.cpp with them in RAM.
+    """
+    if not _has_actqkv(out):
+        return options.pack is None
+    model = _model(out, options)
+    if model is None:
+        return False
+    limit_s, lengths = PART_LIMIT_S["targets"] / 2, ("--lengths", options.lengths)
+    rows = {
+        "card": _bench(out, "card", model, *lengths, limit_s=limit_s),
+        "ram": _bench(out, "ram", model, *lengths, "--vram", "1g", "--peer-kv-in-ram", limit_s=limit_s),
+    }
+    return _told(out / "targets.json", _compare(rows, model))
+
+
+def million(out: Path, options: argparse.Namespace) -> bool:
+    """A million tokens in q8_0 within 2 GiB; with what a card has free, if --lengths says 1m as well."""
+    if not _has_actqkv(out):
+        return options.pack is None
+    model = _model(out, options)
+    if model is None:
+        return False
+    sizes = ["--lengths", "2k,1m", "--kv-type", "q8_0", "--vram", options.vram_of_million]
+    rows = _bench(out, "million", model, *sizes, limit_s=PART_LIMIT_S["million"])
+    return _told(out / "million.json", _compare_million(rows))
+
+
+Target = tuple[float | None, float, bool]  # found, wanted, whether it holds
+
+
+def _told(to: Path, found: dict[str, Target]) -> bool:
+    to.write_text(json.dumps(found, indent=2))
     for name, (value, wanted, holds) in found.items():
-        print(f"{name:62} {value:10.3f}  wanted {wanted:8.3f}  {'ok' if holds else 'MISSED'}")
+        shown = "  not found" if value is None else f"{value:11.3f}"
+        print(f"{name:62}{shown}  wanted {wanted:8.3f}  {'ok' if holds else 'MISSED'}")
     return all(holds for _, _, holds in found.values())
 
 
-def _compare(rows: dict[str, list[dict[str, Any]]], lengths: str) -> dict[str, tuple[float, float, bool]]:
-    """Name -> found, wanted, whether it holds; of the least and the greatest length."""
+def _ms(rows: list[dict[str, Any]], engine: str, phase: str, depth: int) -> float | None:
+    which = (engine, phase, depth)
+    return next((row["ms_per_token"] for row in rows if (row["engine"], row["phase"], row["depth"]) == which), None)
 
-    def ms(peer: str, engine: str, phase: str, depth: int) -> float:
-        wanted = (engine, phase, depth)
-        return next(row["ms_per_token"] for row in rows[peer] if (row["engine"], row["phase"], row["depth"]) == wanted)
 
-    depths = sorted({row["depth"] for row in rows["card"]})
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None
+
+
+def _at_most(value: float | None, wanted: float) -> Target:
+    return value, wanted, value is not None and value <= wanted
+
+
+def _at_least(value: float | None, wanted: float) -> Target:
+    return value, wanted, value is not None and value >= wanted
+
+
+def _mib_taken(rows: list[dict[str, Any]], depth: int) -> float | None:
+    on_gpu = [row["gpu"] for row in rows if row["engine"] == "actqkv" and row["depth"] == depth and row["gpu"]]
+    return on_gpu[0]["memory_bytes"] / MIB if on_gpu else None
+
+
+def _compare(rows: dict[str, list[dict[str, Any]]], model: Path) -> dict[str, Target]:
+    """Of the least and the greatest length; the floor of a step is what reading the weights once would take."""
+    depths = sorted({row["depth"] for found in rows.values() for row in found}) or [0]
     near, far = depths[0], depths[-1]
-    ours = ms("card", "actqkv", "decode", far)
-    on_gpu = next(row["gpu"] or {} for row in rows["card"] if row["engine"] == "actqkv" and row["depth"] == far)
-    mib_taken = on_gpu.get("memory_bytes", 0) / MIB
-    read_s = (ms("card", "actqkv", "prefill", near) + ms("card", "actqkv", "prefill", far)) / 2 * far / 1000
+    card, ram = rows["card"], rows["ram"]
+    ours, least = _ms(card, "actqkv", "decode", far), _ms(ram, "actqkv", "decode", far)
+    reading = [_ms(card, "actqkv", "prefill", depth) for depth in (near, far)]
+    read_s = sum(reading) / 2 * far / 1000 if all(reading) else None  # type: ignore[arg-type]
+    print(f"weights: {model.stat().st_size / 1e9:.2f} GB; ms per token by engine, phase and depth:")
+    for name, found in rows.items():
+        for row in found:
+            hits = (row["gpu"] or {}).get("hit_rate")
+            more = "" if hits is None else f", hit rate {hits:.3f}"
+            print(f"  {name:5} {row['engine']:10} {row['phase']:8} {row['depth']:8,} {row['ms_per_token']:9.4f}{more}")
     return {
-        f"decode, ms at {far:,} over ms at {near:,}": (r := ours / ms("card", "actqkv", "decode", near), 1.1, r <= 1.1),
-        "decode, speed over llama.cpp's with KV on the card": (
-            r := ms("card", "llama.cpp", "decode", far) / ours, 1.4, r >= 1.4,
+        f"decode, ms at {far:,} over ms at {near:,}": _at_most(_ratio(ours, _ms(card, "actqkv", "decode", near)), 1.1),
+        "the same within 1 GiB": _at_most(_ratio(least, _ms(ram, "actqkv", "decode", near)), 1.1),
+        "decode, speed over llama.cpp's with KV on the card": _at_least(
+            _ratio(_ms(card, "llama.cpp", "decode", far), ours), 1.4
         ),
-        "decode, speed over llama.cpp's with KV in RAM": (
-            r := ms("ram", "llama.cpp", "decode", far) / ours, 5.0, r >= 5.0,
+        "decode, speed over llama.cpp's with KV in RAM": _at_least(
+            _ratio(_ms(ram, "llama.cpp", "decode", far), ours), 5.0
         ),
-        f"prefill of {far:,}, seconds (by the rates at both lengths)": (read_s, 25.0, read_s <= 25.0),
-        "GPU memory besides weights, MiB": (mib_taken, 1024.0, 0 < mib_taken <= 1024.0),
-    }  # fmt: skip
+        f"prefill of {far:,}, seconds (by the rates at both lengths)": _at_most(read_s, 25.0),
+        "prefill, ms per token there over at the least length": _at_most(_ratio(reading[1], reading[0]), 1.25),
+        "GPU memory besides weights within 1 GiB, MiB": _at_most(_mib_taken(ram, far), 1024.0),
+    }
+
+
+def _compare_million(rows: list[dict[str, Any]]) -> dict[str, Target]:
+    depths = sorted({row["depth"] for row in rows}) or [0]
+    near, far = (_ms(rows, "actqkv", "decode", depth) for depth in (depths[0], depths[-1]))
+    return {
+        f"decode, speed at {depths[-1]:,} over speed at {depths[0]:,}": _at_least(_ratio(near, far), 0.8),
+        "GPU memory besides weights, MiB": _at_most(_mib_taken(rows, depths[-1]), 2048.0),
+    }
+
+
+# ---- what a machine without network is given
+
+
+def _site(out: Path) -> Path:
+    return out / "site"
+
+
+def _see_site(out: Path) -> None:
+    """Has this process and its children find what was installed there."""
+    site = str(_site(out))
+    if site not in sys.path and _site(out).exists():
+        sys.path.insert(0, site)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
+    importlib.invalidate_caches()
+
+
+def install(out: Path, options: argparse.Namespace) -> bool:
+    """What tests need, at once; llama-cpp-python with CUDA and actqkv in the background, for `engine` to wait for."""
+    if options.pack is None:
+        print("skipped: no --pack")
+        return True
+    pack, site = options.pack.resolve(), _site(out)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", site]
+    if not run([*pip, *sorted(pack.glob("*.whl"))], out / "install.log", limit_s=60):
+        return False
+    ended = out / "installed"
+    ended.unlink(missing_ok=True)
+    building = [*pip, "--no-build-isolation", "--upgrade"]
+    from_source = [str(path) for path in (*sorted(pack.glob("llama_cpp_python-*.tar.gz")), ROOT)]
+    script = " && ".join(shlex.join([*map(str, building), source]) for source in from_source)
+    subprocess.Popen(
+        ["sh", "-c", f"({script}); echo $? > {shlex.quote(str(ended))}"],
+        stdout=(out / "install-llama.log").open("w"),
+        stderr=subprocess.STDOUT,
+        cwd=out,
+        env=os.environ
+        | {
+            "CMAKE_ARGS": "-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=native -DLLAVA_BUILD=off",
+            "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
+            "PYTHONPATH": str(site),
+        },
+        start_new_session=True,  # it outlives this command
+    )
+    return True
+
+
+def _has_actqkv(out: Path) -> bool:
+    """Whether actqkv is installed; waits where `install` has begun to."""
+    ended = out / "installed"
+    if (out / "install-llama.log").exists():
+        deadline = min(clock.monotonic() + INSTALL_LIMIT_S, ENDS_AT)
+        while not ended.exists() and clock.monotonic() < deadline:
+            clock.sleep(1)
+        importlib.invalidate_caches()
+        status = ended.read_text().strip() if ended.exists() else "not ended"
+        log = (out / "install-llama.log").read_text(errors="replace")
+        print(f"installation: {status}", "" if status == "0" else log[-4000:], flush=True)
+    if find_spec("actqkv_cpp") is None or find_spec("actqkv_cpp._actqkv") is None:
+        print("skipped: actqkv is not installed (pip install .)")
+        return False
+    return True
 
 
 # ---- times
 
 
-class Timer:
-    """Arrays on the GPU, and the time of what is queued there."""
-
-    def __init__(self) -> None:
-        sys.path.insert(0, str(OPS))
-        import ops_support  # noqa: PLC0415 (reads ACTQKV_TEST_CUDA)
-
-        self.ffi = ops_support.ffi
-        self.gpu = ops_support.gpu(ops_support.ON_GPU)
-        self.table, self.stream, self.check = self.gpu.table, self.gpu.stream, self.gpu.check
-
-    def take(self, kind: str, n_bytes: int, *, pinned: bool = False) -> Any:
-        """Memory with bytes that are small numbers in every format."""
-        memory = self.ffi.new("void **")
-        taken = self.table.take_pinned(n_bytes, memory) if pinned else self.table.take(0, n_bytes, memory)
-        self.check(taken)
-        self.check(self.table.fill(self.stream, memory[0], 0x11, n_bytes))
-        return self.ffi.cast(kind, memory[0])
-
-    def ms(self, function: Callable[[int], int], n: int = 64) -> float:
-        """Of one call, the least of five rounds of n; function gets the number of the call."""
-        best = float("inf")
-        for _ in range(5):
-            self.check(self.table.start_clock(self.stream))
-            for i in range(n):
-                self.check(function(i))
-            spent = self.ffi.new("float *")
-            self.check(self.table.stop_clock(self.stream, spent))
-            best = min(best, spent[0] / n)
-        return best
-
-
 def time(out: Path, options: argparse.Namespace) -> bool:
-    """Copies, score, top-k, refine, attend; GB/s of what each has to read, beside what a copy reads."""
-    os.environ["ACTQKV_TEST_CUDA"] = str(out / LIBRARY)
-    timer = Timer()
-    rows: list[dict[str, Any]] = []
-
-    def note(what: str, ms: float, n_bytes: int) -> float:
-        rate = n_bytes / ms / 1e6
-        rows.append({"what": what, "ms": round(ms, 5), "gb_per_s": round(rate, 1)})
-        print(f"{what:58} {ms:9.4f} ms {rate:9.1f} GB/s", flush=True)
-        return rate
-
-    size = 256 * MIB
-    one, two = timer.take("uint8_t *", size), timer.take("uint8_t *", size)
-    pinned = timer.take("uint8_t *", size, pinned=True)
-    copy, stream = timer.table.copy, timer.stream
-    # A copy on the GPU reads and writes: its bandwidth counts both.
-    bandwidth = note("copy on the GPU", timer.ms(lambda _: copy(stream, two, one, size), 8), 2 * size)
-    note("copy to the GPU, pinned", timer.ms(lambda _: copy(stream, one, pinned, size), 4), size)
-    note("copy from the GPU, pinned", timer.ms(lambda _: copy(stream, pinned, one, size), 4), size)
-    chunk = 2 * KV_HEADS * CHUNK * D * 2
-    note(
-        "copy of 64 chunks to the GPU, one by one",
-        timer.ms(lambda i: copy(stream, one, pinned + i * chunk, chunk)),
-        chunk,
-    )
-
-    _time_retrieval(timer, note)
-    shares = _time_attend(timer, note, bandwidth)
-    (out / "times.json").write_text(json.dumps({"rows": rows, "attend_share_of_copy": shares}, indent=2))
-    return shares["decode 2048 f16"] >= 0.5
-
-
-def _time_retrieval(timer: Timer, note: Callable[[str, float, int], float]) -> None:
-    table, stream, null = timer.table, timer.stream, timer.ffi.NULL
-    width = 2 * KV_HEADS * D
-    for n_tokens in (128 << 10, 1 << 20):
-        n = n_tokens // CHUNK
-        reps = timer.take("actqkv_f16 *", n * width * 2)
-        probe, scores = timer.take("float *", width * 4), timer.take("float *", n * 4)
-        chosen = timer.take("int32_t *", n * 4)
-        name = f"{n_tokens >> 10}K tokens"
-        ms = timer.ms(lambda _, r=reps, p=probe, s=scores, n=n: table.score(stream, p, 1, r, null, n, width, 1, s))
-        note(f"score, bounds, {name}", ms, n * width * 2)
-        ms = timer.ms(lambda _, s=scores, n=n, c=chosen: table.top_k(stream, s, n, 736, c))
-        note(f"top-k, 736 of {n}", ms, n * 4)
-        ms = timer.ms(lambda _, s=scores, n=n, p=probe: table.entropy(stream, s, n, 1000, p))
-        note(f"entropy of {n}", ms, n * 4)
-    n, n_candidates = 736, 16 * 46  # refined and sketched candidates of a step at 2K tokens
-    keys = timer.take("uint8_t *", n * KV_HEADS * CHUNK * D * 2)
-    query, scores = timer.take("float *", HEADS * D * 4), timer.take("float *", HEADS * n * 4)
-    chunks = timer.take("int32_t *", n * 4)
-    every = timer.ffi.new("int32_t[]", list(range(n)))
-    timer.check(table.copy(stream, chunks, every, n * 4))
-    sketches = timer.take("uint8_t *", n_candidates * KV_HEADS * SKETCH)
-    candidates = timer.take("int32_t *", n_candidates * 4)
-    timer.check(table.copy(stream, candidates, timer.ffi.new("int32_t[]", list(range(n_candidates))), n_candidates * 4))
-    found = timer.take("float *", HEADS * n_candidates * 4)
-    ms = timer.ms(
-        lambda _: table.sketch_scores(
-            stream, query, sketches, candidates, n_candidates, HEADS, KV_HEADS, D, CHUNK, 1, found
-        )
-    )
-    note(f"sketches, {n_candidates} candidates", ms, n_candidates * KV_HEADS * SKETCH)
-    ms = timer.ms(lambda _: table.refine(stream, query, 1, keys, chunks, n, HEADS, KV_HEADS, D, CHUNK, 1, scores))
-    note(f"refine, {n} candidates", ms, n * KV_HEADS * CHUNK * D * 2)
-
-
-def _time_attend(timer: Timer, note: Callable[[str, float, int], float], bandwidth: float) -> dict[str, float]:
-    """Every call attends other chunks than the last 31, so that the second-level cache holds none of them."""
-    ffi, table = timer.ffi, timer.table
-    shares = {}
-    for m, n_tokens, name, kv_type, row in (
-        (1, 2048, "f16", 1, D * 2),
-        (1, 2048, "q8_0", 8, D // 32 * 34),
-        (1, 2048, "q4_0", 2, D // 32 * 18),
-        (1, 32768, "f16", 1, D * 2),
-        (256, 2048, "f16", 1, D * 2),
-        (256, 2048, "q8_0", 8, D // 32 * 34),
-    ):
-        n_chunks, layers = n_tokens // CHUNK, LAYERS if n_tokens <= 2048 else 4
-        chunk_bytes = KV_HEADS * CHUNK * row
-        kv = timer.take("uint8_t *", 2 * layers * n_chunks * chunk_bytes)
-        q, out = (timer.take("float *", m * HEADS * D * 4) for _ in range(2))
-        own = timer.take("actqkv_f16 *", KV_HEADS * m * D * 2)
-        scratch = timer.take("uint8_t *", table.attend_scratch(HEADS, KV_HEADS, D, m, n_tokens + m, n_chunks, 1))
-        calls = []
-        for layer in range(layers):
-            spans = ffi.new("struct actqkv_span[]", n_chunks)
-            for i in range(n_chunks):
-                spans[i].far = kv + (layer * n_chunks + i) * chunk_bytes
-                spans[i].v = kv + ((layers + layer) * n_chunks + i) * chunk_bytes
-                spans[i].far_stride = spans[i].v_stride = CHUNK * row
-                spans[i].first, spans[i].n_tok, spans[i].kv_type = i * CHUNK, CHUNK, kv_type
-            args = ffi.new("struct actqkv_attend_args *")
-            args.n_head, args.n_head_kv, args.d_head, args.m = HEADS, KV_HEADS, D, m
-            args.n_past, args.n_clamp, args.scale = n_tokens, 0, D**-0.5
-            args.q_near = args.q_far = args.q_turned = q
-            args.spans, args.n_spans = spans, n_chunks
-            args.k_window = args.v_window = own
-            args.window_stride, args.out, args.scratch = m * D, out, scratch
-            calls.append((args, spans))
-        ms = timer.ms(lambda i, c=calls: table.attend(timer.stream, c[i % len(c)][0]))
-        what = f"{'decode' if m == 1 else 'window of 256'} {n_tokens} {name}"
-        n_bytes = 2 * n_chunks * chunk_bytes
-        shares[what] = round(note(f"attend, {what}", ms, n_bytes) / bandwidth, 3)
-        if len(shares) == 1:
-            alone, _ = calls[0]
-            alone.n_spans = 0
-            ms = timer.ms(lambda _, a=alone: table.attend(timer.stream, a))
-            note("attend, the window alone: what a call costs at least", ms, 2 * KV_HEADS * D * 2)
-        for memory in (kv, q, out, own, scratch):
-            timer.check(table.wait(timer.stream))
-            timer.check(table.give_back(memory))
-    return shares
+    """What every kernel takes, and GB/s of what it has to read beside what a copy reads; a process for each group."""
+    ended_well, deadline = True, clock.monotonic() + PART_LIMIT_S["time"]
+    for group in GROUPS:
+        command = [sys.executable, ROOT / "tests/gpu_times.py", out, group]
+        ended_well &= run(command, out / f"time-{group}.log", limit_s=_left(deadline))
+    return ended_well
 
 
 PARTS: dict[str, Callable[[Path, argparse.Namespace], bool]] = {
+    "install": install,
     "build": build,
     "check": check,
     "time": time,
     "engine": engine,
     "targets": targets,
     "sanitize": sanitize,
+    "million": million,
 }
+DEFAULT = [name for name in PARTS if name != "million"]
+NEED_THE_LIBRARY = ("check", "time", "engine", "sanitize")
+
+
+def _attempt(name: str, out: Path, options: argparse.Namespace) -> bool:
+    """One part, whatever becomes of it."""
+    print(f"== {name}", flush=True)
+    if name in NEED_THE_LIBRARY and not (out / LIBRARY).exists():
+        print("skipped: the kernels were not built")
+        return False
+    _see_site(out)
+    begun = clock.monotonic()
+    try:
+        return bool(PARTS[name](out, options))
+    except Exception:  # a defect of one part hides no other's
+        traceback.print_exc()
+        return False
+    finally:
+        print(f"== {name} took {clock.monotonic() - begun:.0f} s", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
+    parser.add_argument("--only", default=",".join(DEFAULT), help="parts, with commas between")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "gpu", help="folder for the library, logs and times"
     )
-    parser.add_argument("--model", type=Path, help="GGUF model of `targets`; default one of 1B with random weights")
+    parser.add_argument("--pack", type=Path, help="what tests/gpu_pack.py made, for a machine without network")
+    parser.add_argument("--model", type=Path, help="GGUF model of `targets`; default one of 8B with random weights")
     parser.add_argument("--lengths", default="2k,128k", help="depths of `targets`")
+    parser.add_argument("--vram-of-million", default="2g", help="GPU memory that `million` may take besides weights")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()
+    _see_site(out)
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for name in wanted:
-        print(f"== {name}", flush=True)
-        results[name] = bool(PARTS[name](options.out.resolve(), options))
-        if name == "build" and not results[name]:
-            break
+    results = {name: _attempt(name, out, options) for name in wanted}
     print(*(f"{name}: {'ok' if ended_well else 'FAILED'}" for name, ended_well in results.items()), sep="\n")
     return 0 if all(results.values()) else 1
 

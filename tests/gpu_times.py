@@ -1,0 +1,250 @@
+"""What the kernels of libactqkv_cuda take on a GPU. tests/gpu.py runs each group in a process of its own.
+
+python tests/gpu_times.py FOLDER GROUP          # FOLDER with the library; times-GROUP.json goes there
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+OPS = Path(__file__).resolve().parent / "ops"
+LIBRARY = "libactqkv_cuda.so"
+HEADS, KV_HEADS, D, CHUNK, LAYERS = 32, 8, 128, 32, 32  # Llama-8B's attention
+SKETCH = 2 * D + (2 + D // 8) * CHUNK  # bytes of a chunk's sketch for one KV head
+SPREAD = KV_HEADS * (D // 32 * 18 + 2)  # bytes of a chunk's spread
+MIB = 1 << 20
+
+
+class Timer:
+    """Arrays on the GPU, and the time of what is queued there."""
+
+    def __init__(self) -> None:
+        sys.path.insert(0, str(OPS))
+        import ops_support  # noqa: PLC0415 (reads ACTQKV_TEST_CUDA)
+
+        self.ffi = ops_support.ffi
+        self.gpu = ops_support.gpu(ops_support.ON_GPU)
+        self.table, self.stream, self.check = self.gpu.table, self.gpu.stream, self.gpu.check
+
+    def take(self, kind: str, n_bytes: int, *, pinned: bool = False) -> Any:
+        """Memory with bytes that are small numbers in every format."""
+        memory = self.ffi.new("void **")
+        taken = self.table.take_pinned(n_bytes, memory) if pinned else self.table.take(0, n_bytes, memory)
+        self.check(taken)
+        self.check(self.table.fill(self.stream, memory[0], 0x11, n_bytes))
+        return self.ffi.cast(kind, memory[0])
+
+    def numbers(self, numbers: Sequence[int]) -> Any:
+        array = self.take("int32_t *", len(numbers) * 4)
+        self.check(self.table.copy(self.stream, array, self.ffi.new("int32_t[]", list(numbers)), len(numbers) * 4))
+        return array
+
+    def ms(self, function: Callable[[int], int], n: int = 64) -> float:
+        """Of one call, the least of five rounds of n; function gets the number of the call."""
+        best = float("inf")
+        for _ in range(5):
+            self.check(self.table.start_clock(self.stream))
+            for i in range(n):
+                self.check(function(i))
+            spent = self.ffi.new("float *")
+            self.check(self.table.stop_clock(self.stream, spent))
+            best = min(best, spent[0] / n)
+        return best
+
+
+Note = Callable[[str, float, int], float]
+
+
+def measure(out: Path, group: str) -> bool:
+    os.environ["ACTQKV_TEST_CUDA"] = str(out / LIBRARY)
+    timer = Timer()
+    rows: list[dict[str, Any]] = []
+
+    def note(what: str, ms: float, n_bytes: int) -> float:
+        rate = n_bytes / ms / 1e6
+        rows.append({"what": what, "ms": round(ms, 5), "gb_per_s": round(rate, 1)})
+        print(f"{what:58} {ms:9.4f} ms {rate:9.1f} GB/s", flush=True)
+        return rate
+
+    holds = GROUPS[group](timer, note)
+    (out / f"times-{group}.json").write_text(json.dumps(rows, indent=2))
+    return holds
+
+
+def _bandwidth(timer: Timer, note: Note) -> float:
+    """Of a copy on the GPU, which reads and writes: both count."""
+    size = 256 * MIB
+    one, two = timer.take("uint8_t *", size), timer.take("uint8_t *", size)
+    return note("copy on the GPU", timer.ms(lambda _: timer.table.copy(timer.stream, two, one, size), 8), 2 * size)
+
+
+def _time_copies(timer: Timer, note: Note) -> bool:
+    _bandwidth(timer, note)
+    size, copy, stream = 256 * MIB, timer.table.copy, timer.stream
+    one, pinned = timer.take("uint8_t *", size), timer.take("uint8_t *", size, pinned=True)
+    note("copy to the GPU, pinned", timer.ms(lambda _: copy(stream, one, pinned, size), 4), size)
+    note("copy from the GPU, pinned", timer.ms(lambda _: copy(stream, pinned, one, size), 4), size)
+    chunk = 2 * KV_HEADS * CHUNK * D * 2
+    ms = timer.ms(lambda i: copy(stream, one, pinned + i * chunk, chunk))
+    note("copy of 64 chunks to the GPU, one by one", ms, chunk)
+    n = 64
+    chunks = timer.numbers(range(0, 4 * n, 4))
+    for name, rest in (("on the GPU", one), ("from pinned memory", pinned)):
+        ms = timer.ms(
+            lambda _, r=rest: timer.table.gather(stream, r, chunk, timer.ffi.NULL, r, chunks, n, chunk, one + size // 2)
+        )
+        note(f"{n} chunks brought together by a kernel, {name}", ms, n * chunk)
+    return True
+
+
+def _time_retrieval(timer: Timer, note: Note) -> bool:
+    table, stream, null = timer.table, timer.stream, timer.ffi.NULL
+    width = 2 * KV_HEADS * D
+    for n_tokens in (128 << 10, 1 << 20):
+        n = n_tokens // CHUNK
+        reps = timer.take("actqkv_f16 *", n * width * 2)
+        probe, scores = timer.take("float *", width * 4), timer.take("float *", n * 4)
+        chosen = timer.take("int32_t *", n * 4)
+        name = f"{n_tokens >> 10}K tokens"
+        ms = timer.ms(lambda _, r=reps, p=probe, s=scores, n=n: table.score(stream, p, 1, r, null, n, width, 1, s))
+        note(f"score, bounds, {name}", ms, n * width * 2)
+        ms = timer.ms(lambda _, s=scores, n=n, c=chosen: table.top_k(stream, s, n, 736, c))
+        note(f"top-k, 736 of {n}", ms, n * 4)
+        ms = timer.ms(lambda _, s=scores, n=n, p=probe: table.entropy(stream, s, n, 1000, p))
+        note(f"entropy of {n}", ms, n * 4)
+    return True
+
+
+def _time_plan(timer: Timer, note: Note) -> bool:
+    """An answering step's plan in one layer at 128K tokens, 46 chunks granted: every kernel, then all as a session
+    queues them, keys of candidates and of the plan on the GPU."""
+    t, s, null = timer.table, timer.stream, timer.ffi.NULL
+    n, granted = (128 << 10) // CHUNK, 46
+    n_sketched, n_refined = 16 * granted, 3 * granted
+    key_bytes = KV_HEADS * CHUNK * D * 2
+    query, folded = timer.take("float *", HEADS * D * 4), timer.take("float *", KV_HEADS * (D + 1) * 4)
+    spreads, sketches = timer.take("uint8_t *", n * SPREAD), timer.take("uint8_t *", n * KV_HEADS * SKETCH)
+    keys, near, plan = (timer.take("uint8_t *", m * key_bytes) for m in (n, n_refined, granted))
+    scores, votes = timer.take("float *", n * 4), timer.take("float *", n_sketched * 4)
+    of_heads, entropy = timer.take("float *", HEADS * n_sketched * 4), timer.take("float *", 4)
+    chunks, listed = timer.numbers(range(0, n, n // n_sketched)), timer.numbers(range(n))
+    at, kept = (timer.take("int32_t *", n_sketched * 4) for _ in range(2))
+    heads = (HEADS, KV_HEADS, D, CHUNK, 1)
+    timer.check(t.top_k(s, scores, n_refined, n_refined, at))  # `at` names somebody
+    steps: list[tuple[str, int, Callable[[], int]]] = [
+        ("query", HEADS * D * 4, lambda: t.spread_query(s, query, HEADS, KV_HEADS, D, folded)),
+        (f"spreads of {n}", n * SPREAD, lambda: t.spread_scores(s, folded, spreads, null, n, KV_HEADS, D, scores)),
+        ("entropy", n * 4, lambda: t.entropy(s, scores, n, 1000, entropy)),
+        (f"top-k, {n_sketched} of {n}", n * 4, lambda: t.top_k(s, scores, n, n_sketched, kept)),
+        (
+            f"sketches of {n_sketched}",
+            n_sketched * KV_HEADS * SKETCH,
+            lambda: t.sketch_scores(s, query, sketches, chunks, n_sketched, *heads, of_heads),
+        ),
+        (f"vote on {n_sketched}", HEADS * n_sketched * 4, lambda: t.vote(s, of_heads, n_sketched, HEADS, 1, 1, votes)),
+        (f"top-k, {n_refined} of {n_sketched}", n_sketched * 4, lambda: t.top_k(s, votes, n_sketched, n_refined, at)),
+        ("pick", n_refined * 4, lambda: t.pick(s, chunks, at, n_refined, kept)),
+        (
+            f"keys of {n_refined} brought together",
+            2 * n_refined * key_bytes,
+            lambda: t.gather(s, keys, key_bytes, null, null, chunks, n_refined, key_bytes, near),
+        ),
+        (
+            f"keys of {n_refined}",
+            n_refined * key_bytes,
+            lambda: t.refine(s, query, 1, near, null, n_refined, *heads, of_heads),
+        ),
+        (f"vote on {n_refined}", HEADS * n_refined * 4, lambda: t.vote(s, of_heads, n_refined, HEADS, 1, 1, votes)),
+        (f"top-k, {granted} of {n_refined}", n_refined * 4, lambda: t.top_k(s, votes, n_refined, granted, at)),
+        ("pick again", granted * 4, lambda: t.pick(s, chunks, at, granted, kept)),
+        (
+            f"keys of {granted} brought together",
+            2 * granted * key_bytes,
+            lambda: t.gather(s, near, key_bytes, null, null, at, granted, key_bytes, plan),
+        ),
+        (
+            f"values of {granted} brought together",
+            2 * granted * key_bytes,
+            lambda: t.gather(s, keys, key_bytes, null, null, listed, granted, key_bytes, plan),
+        ),
+    ]
+    for name, n_bytes, step in steps:
+        note(f"plan: {name}", timer.ms(lambda _, f=step: f()), n_bytes)
+
+    def all_steps(_: int) -> int:
+        for _, _, step in steps:
+            timer.check(step())
+        return 0
+
+    ms = timer.ms(all_steps, 32)
+    note("plan: all of it", ms, sum(n_bytes for _, n_bytes, _ in steps))
+    print(f"a step of {LAYERS} layers plans for {ms * LAYERS:.3f} ms", flush=True)
+    return True
+
+
+def _time_attend(timer: Timer, note: Note) -> bool:
+    """Every call attends other chunks than the last 31, so that the second-level cache holds none of them."""
+    ffi, table = timer.ffi, timer.table
+    bandwidth, shares = _bandwidth(timer, note), {}
+    for m, n_tokens, name, kv_type, row in (
+        (1, 2048, "f16", 1, D * 2),
+        (1, 2048, "q8_0", 8, D // 32 * 34),
+        (1, 2048, "q4_0", 2, D // 32 * 18),
+        (1, 32768, "f16", 1, D * 2),
+        (256, 2048, "f16", 1, D * 2),
+        (256, 2048, "q8_0", 8, D // 32 * 34),
+    ):
+        n_chunks, layers = n_tokens // CHUNK, LAYERS if n_tokens <= 2048 else 4
+        chunk_bytes = KV_HEADS * CHUNK * row
+        kv = timer.take("uint8_t *", 2 * layers * n_chunks * chunk_bytes)
+        q, out = (timer.take("float *", m * HEADS * D * 4) for _ in range(2))
+        own = timer.take("actqkv_f16 *", KV_HEADS * m * D * 2)
+        scratch = timer.take("uint8_t *", table.attend_scratch(HEADS, KV_HEADS, D, m, n_tokens + m, n_chunks, 1))
+        calls = []
+        for layer in range(layers):
+            spans = ffi.new("struct actqkv_span[]", n_chunks)
+            for i in range(n_chunks):
+                spans[i].far = kv + (layer * n_chunks + i) * chunk_bytes
+                spans[i].v = kv + ((layers + layer) * n_chunks + i) * chunk_bytes
+                spans[i].far_stride = spans[i].v_stride = CHUNK * row
+                spans[i].first, spans[i].n_tok, spans[i].kv_type = i * CHUNK, CHUNK, kv_type
+            args = ffi.new("struct actqkv_attend_args *")
+            args.n_head, args.n_head_kv, args.d_head, args.m = HEADS, KV_HEADS, D, m
+            args.n_past, args.n_clamp, args.scale = n_tokens, 0, D**-0.5
+            args.q_near = args.q_far = args.q_turned = q
+            args.spans, args.n_spans = spans, n_chunks
+            args.k_window = args.v_window = own
+            args.window_stride, args.out, args.scratch = m * D, out, scratch
+            calls.append((args, spans))
+        ms = timer.ms(lambda i, c=calls: table.attend(timer.stream, c[i % len(c)][0]))
+        what = f"{'decode' if m == 1 else 'window of 256'} {n_tokens} {name}"
+        n_bytes = 2 * n_chunks * chunk_bytes
+        shares[what] = round(note(f"attend, {what}", ms, n_bytes) / bandwidth, 3)
+        if len(shares) == 1:
+            alone, _ = calls[0]
+            alone.n_spans = 0
+            ms = timer.ms(lambda _, a=alone: table.attend(timer.stream, a))
+            note("attend, the window alone: what a call costs at least", ms, 2 * KV_HEADS * D * 2)
+        for memory in (kv, q, out, own, scratch):
+            timer.check(table.wait(timer.stream))
+            timer.check(table.give_back(memory))
+    share = shares["decode 2048 f16"]
+    print(f"attend at 2048 tokens, share of the copy's bandwidth {share:.3f}, wanted 0.5", flush=True)
+    return share >= 0.5
+
+
+GROUPS: dict[str, Callable[[Timer, Note], bool]] = {
+    "copies": _time_copies,
+    "retrieval": _time_retrieval,
+    "plan": _time_plan,
+    "attend": _time_attend,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(0 if measure(Path(sys.argv[1]), sys.argv[2]) else 1)
