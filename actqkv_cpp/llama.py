@@ -242,7 +242,7 @@ class Llama(llama_cpp.Llama):
         """Read tokens into the history, after its first `n_tokens`.
 
         A token that sample() just returned enters as a decode step, and so does the last token of generate()'s prompt;
-        all others are prefill. Their results differ (ALGORITHMS.md), and both equal a fresh run over the same history.
+        all others are prefill. Their results differ, and both equal a fresh run over the same history.
 
         Raises:
             ContextError: they do not fit n_ctx; nothing was read.

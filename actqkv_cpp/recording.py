@@ -1,4 +1,4 @@
-"""What the engine did, window by window and layer by layer, and how good its selection was (ALGORITHMS.md section 7).
+"""What the engine did, window by window and layer by layer, and how good its selection was: docs/algorithms.md, 7.
 
 with llm.record(mass="answers") as trace:
     llm.read("book.txt").ask("Who kept the key?")

@@ -1,7 +1,7 @@
 """llama.cpp itself as an oracle: load a GGUF and decode tokens with libllama, through llama_cpp's low-level ctypes API.
 
 Every model of the test-suite that libllama opens is opened here, because `use_extra_bufts` has to be off: built with
-gcc 12 on a CPU with AMX, llama-cpp-python 0.3.36 crashes on quantised models otherwise (BASELINES.md, "A trap").
+gcc 12 on a CPU with AMX, llama-cpp-python 0.3.36 crashes on quantised models otherwise (native/model/extra_buffers.h).
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def ggml_rope(
     """ggml_rope_ext of x [n, heads, d] at `positions` [n], from the very libggml that libllama uses.
 
     Symbols are looked up through libllama's handle, which reaches the libraries it depends on: a second copy of ggml
-    would be another library (BASELINES.md).
+    would be another library.
     """
     lib = llama_cpp.llama_cpp._lib
     pointer, size, real, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int

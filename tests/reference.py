@@ -1,4 +1,4 @@
-"""The oracle: ALGORITHMS.md in NumPy float64, section by section.
+"""The oracle: docs/algorithms.md in NumPy float64, section by section.
 
 Independent of the native code by design: nothing here is fast, everything is a formula of the text. Where the text
 leaves a choice, the plainest reading is taken and marked "Reading:".

@@ -1,7 +1,7 @@
 """The oracle's session: one window after another through the formulas of reference.py.
 
-What a layer computes in a window is chained here in the order of ALGORITHMS.md; where the text leaves a choice, the
-plainest reading is taken and marked "Reading:". Shapes and symbols are those of reference.py.
+What a layer computes in a window is chained here in the order of docs/algorithms.md; where the text leaves a choice,
+the plainest reading is taken and marked "Reading:". Shapes and symbols are those of reference.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ReferenceSession:
     `question`, one [H*d] vector per layer, turns on the question-aware term in prefill (section 3.4).
     """
 
-    def __init__(  # noqa: PLR0917 - the shapes in the order of ALGORITHMS.md section 1
+    def __init__(  # noqa: PLR0917 - the shapes in the order of docs/algorithms.md section 1
         self,
         params: Params,
         n_layer: int,

@@ -154,6 +154,14 @@ def test_documented_names_are_public() -> None:
 # the whole tree
 
 
+def test_pages_that_are_named_exist() -> None:
+    """A comment or a page sends its reader to a page that is not in the repository."""
+    there = {name.removeprefix(folder) for name, path in files(".md") for folder in ("", f"{path.parent.name}/")}
+    for name, path in files(".py", ".cpp", ".h", ".c", ".cu", ".cuh", ".md", ".toml", ".txt"):
+        named = set(re.findall(r"\b(?:docs/\w+|[A-Z]{5,})\.md\b", text_of(path)))
+        assert named <= there, f"{name}: {named - there}"
+
+
 def test_no_variants_in_names() -> None:
     """Two versions of one thing live side by side, told apart by a suffix."""
     suffix = r"(?:v\d+|fast|slow|new|old|orig|final|tmp|bak|dev\d*)"

@@ -1,4 +1,4 @@
-"""The oracle's formulas are tested: by hand-computed cases of ALGORITHMS.md, by identities, and RoPE against ggml."""
+"""The oracle's formulas are tested: by worked cases of docs/algorithms.md, by identities, and RoPE against ggml."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # enum lla
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes of one tiny model, by the names of ALGORITHMS.md section 1."""
+    """Sizes of one tiny model, by the names of docs/algorithms.md section 1."""
 
     n_layer: int
     n_embd: int

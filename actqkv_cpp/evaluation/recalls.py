@@ -6,7 +6,7 @@ source_recall     share of the needles (of as many as there may be sources) that
 
 needle_selected   when the answer began, share of the needles of which at least one layer had chosen a chunk
 needle_recall     share of the needles' chunks that were chosen, over layers and answered tokens
-attention_mass    share of the true attention over chunks that fell on the chosen ones (ALGORITHMS.md section 7)
+attention_mass    share of the true attention over chunks that fell on the chosen ones (docs/algorithms.md section 7)
 oracle_chunks     share of the chunks of largest true attention that were chosen
 
 A needle in sinks, local or remainder is attended anyway and counts as chosen. Layers that attend everything (Quest's

@@ -53,7 +53,7 @@ enum actqkv_phase {
     ACTQKV_QUESTION = 2, // as prefill, and these tokens' queries become the question of question-aware prefill
 };
 
-// Columns of the table of methods (ALGORITHMS.md section 6). A method is a row; every column is also a parameter.
+// Columns of the table of methods (docs/algorithms.md section 6). A method is a row; every column is also a parameter.
 enum actqkv_positions { ACTQKV_POSITIONS_AUTO = 0, ACTQKV_POSITIONS_CLAMPED = 1, ACTQKV_POSITIONS_EXACT = 2 };
 enum actqkv_retrieval {
     ACTQKV_RETRIEVE_ALL    = 0,
@@ -203,7 +203,7 @@ ACTQKV_API int32_t actqkv_method_table(int32_t i, struct actqkv_method * method)
 // ACTQKV_ERR_ARGUMENT names the known methods when `name` is none of them.
 ACTQKV_API int32_t actqkv_method_find(const char * name, struct actqkv_method * method, struct actqkv_error * err);
 
-// Defaults of ALGORITHMS.md section 1 with method `actqkv`; n_ctx 0 must be set by the caller.
+// Defaults of docs/algorithms.md section 1 with method `actqkv`; n_ctx 0 must be set by the caller.
 ACTQKV_API struct actqkv_params actqkv_default_params(void);
 
 // ---- session

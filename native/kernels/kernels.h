@@ -53,7 +53,7 @@ void actqkv_turn(float * x, int64_t n_rows, int64_t n);
 void actqkv_store_rows(int32_t type, int32_t turned, const actqkv_f16 * src, int64_t n_rows, int64_t n_values,
                        uint8_t * dst);
 
-// ---- probe (ALGORITHMS.md 3.1, 3.2)
+// ---- probe (docs/algorithms.md 3.1, 3.2)
 
 struct actqkv_running { // of one layer
     float * mean;       // [E]

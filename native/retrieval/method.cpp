@@ -60,7 +60,7 @@ actqkv_method plain(actqkv_method m) {
 const std::vector<actqkv_method> & method_table() {
     static const std::vector<actqkv_method> table = [] {
         const actqkv_method base = plain(ACTQKV);
-        const actqkv_method quest = row("quest", base, [](actqkv_method & m) { // ALGORITHMS.md section 4
+        const actqkv_method quest = row("quest", base, [](actqkv_method & m) { // docs/algorithms.md section 4
             m.positions = ACTQKV_POSITIONS_EXACT;
             m.prefill = ACTQKV_RETRIEVE_ALL;
             m.summary_keys = ACTQKV_KEYS_ATTENDED;

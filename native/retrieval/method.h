@@ -1,4 +1,4 @@
-// The table of methods (ALGORITHMS.md section 6): a method is a row, and nothing else distinguishes methods.
+// The table of methods (docs/algorithms.md section 6): a method is a row, and nothing else distinguishes methods.
 #pragma once
 
 #include "actqkv.h"

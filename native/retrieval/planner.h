@@ -1,4 +1,4 @@
-// Which chunks a layer attends in this window: probe -> score -> cut-off -> plan (ALGORITHMS.md section 3).
+// Which chunks a layer attends in this window: probe -> score -> cut-off -> plan (docs/algorithms.md section 3).
 #pragma once
 
 #include "../kv/store.h"
@@ -23,7 +23,7 @@ struct layer_memory {
 };
 
 constexpr size_t N_ENTROPIES = 100;      // windows over which a layer's entropy is averaged
-constexpr size_t N_QUESTION_QUERIES = 4; // averaged into a question (ALGORITHMS.md 3.4)
+constexpr size_t N_QUESTION_QUERIES = 4; // averaged into a question (docs/algorithms.md 3.4)
 
 // Called with an array of the current layer; see actqkv_observe_fn. Empty when nobody watches.
 using observer = std::function<void(const char * name, const float * data, int64_t ne0, int64_t ne1, int64_t ne2)>;

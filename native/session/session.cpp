@@ -421,7 +421,7 @@ void session::count_attended(const window & w, int il) {
     (dense ? dense_n : attended_n) += w.m;
 }
 
-// ALGORITHMS.md 3.4: the question is the mean of the most attended of its tokens' far queries.
+// docs/algorithms.md 3.4: the question is the mean of the most attended of its tokens' far queries.
 void session::learn_question(const window & w, int il) {
     const int64_t E = hp.n_channels(), stride = params.n_local + params.n_window;
     layer_memory & a = memory[il];

@@ -39,7 +39,7 @@ def test_several_questions_with_sources(actqkv: Actqkv, book: Path) -> None:
 
 
 def test_json(actqkv: Actqkv, book: Path) -> None:
-    """--json is another object than DESIGN.md promises, or a source's offsets do not give its text."""
+    """--json is another object than was promised, or a source's offsets do not give its text."""
     found = actqkv("ask", "-d", book, QUESTION, OTHER_QUESTION, "--json")
     assert found.status == 0
     result = json.loads(found.out)

@@ -19,7 +19,7 @@ STAGES = {"graph", "probe", "score", "refine", "attend", "append", "summarize", 
 
 
 def test_json(actqkv: Actqkv, babbler: Path) -> None:
-    """--json is another object than DESIGN.md promises, an engine is missing, or a copied context is called read."""
+    """--json is another object than was promised, an engine is missing, or a copied context is called read."""
     found = actqkv("bench", babbler, "--lengths", "512,256,768", "--peer-read", "512", "--json", *FAST)
     assert found.status == 0, found.err
     result = json.loads(found.out)

@@ -19,7 +19,7 @@ SMALL = ("--lengths", "1k", "--budgets", "256", "--local", "128", "--sink", "16"
 
 
 def test_json_and_files(actqkv: Actqkv, babbler: Path, tmp_path: Path) -> None:
-    """--json is another object than DESIGN.md promises, or result.json another than --json."""
+    """--json is another object than was promised, or result.json another than --json."""
     run = ("eval", babbler, "--suite", "passkey,kv", "--methods", "actqkv,dense", "--out", "out", "--json", *SMALL)
     found = actqkv(*run)
     assert found.status == 0, found.err

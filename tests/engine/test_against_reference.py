@@ -1,5 +1,5 @@
-"""Breaks when a quantity of the method is not what ALGORITHMS.md says: q, k, v of a real forward pass are recorded in
-every window and layer and go through the NumPy reference, window by window, beside the engine.
+"""Breaks when a quantity of the method is not what docs/algorithms.md says: q, k, v of a real forward pass are recorded
+in every window and layer and go through the NumPy reference, window by window, beside the engine.
 
 The reference attends the engine's plan, so that one chunk chosen otherwise cannot hide behind the next one.
 """

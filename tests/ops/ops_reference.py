@@ -1,4 +1,4 @@
-"""Plain NumPy float64 versions of native/kernels/kernels.h, written from ALGORITHMS.md. Slow and obvious."""
+"""Plain NumPy float64 versions of native/kernels/kernels.h, written from docs/algorithms.md. Slow and obvious."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// attend - one softmax over everything a window sees (ALGORITHMS.md sections 1 and 2).
+// attend - one softmax over everything a window sees (docs/algorithms.md sections 1 and 2).
 //
 //     l_ij  = scale * q_i . k_j      with the q and k that actqkv_span says
 //     w_ij  = e^l_ij / sum_j e^l_ij  over all keys of all spans and the window's keys j <= i

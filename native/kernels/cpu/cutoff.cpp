@@ -1,4 +1,4 @@
-// cutoff - how spread out a layer's scores are, and its k best chunks (ALGORITHMS.md 3.5, 3.6; ActQKV).
+// cutoff - how spread out a layer's scores are, and its k best chunks (docs/algorithms.md 3.5, 3.6; ActQKV).
 //
 //     p = softmax(score / temperature)      h = H(p) / ln n
 //

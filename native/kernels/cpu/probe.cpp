@@ -1,4 +1,4 @@
-// probe - one query that stands for a window, weighted by how unusual its tokens are (ALGORITHMS.md 3.1, 3.2; ActQKV).
+// probe - one query that stands for a window, weighted by how unusual its tokens are (docs/algorithms.md 3.1, 3.2; ActQKV).
 //
 //     pooled:     s2 <- (N s2 + m v + D^2 N m/(N+m)) / (N+m)               mu <- mu + D m/(N+m)
 //     published:  s2 <- (s2 (t - 1/m) + v + D^2/(1 + 1/t)) / (t + 1 - 1/m)  mu <- (mu t + u)/(t + 1)

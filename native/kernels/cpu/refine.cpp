@@ -2,7 +2,7 @@
 //
 //     score_hb = scale * max over keys j of the chunk of q_h . k_j
 //
-// Quest's bound (ALGORITHMS.md section 4) is an upper bound of exactly this. Reads the candidates' keys once: n*c*G
+// Quest's bound (docs/algorithms.md section 4) is an upper bound of exactly this. Reads the candidates' keys once: n*c*G
 // rows. Where those are quantised, the fast versions multiply integers, a row per lane, by queries rounded to 16 bits
 // (ops_integer.h): with every lane a dot product of its own, half of the time went into adding up lanes.
 #include <math.h>

@@ -1,4 +1,4 @@
-// score - how well each chunk's summary answers the probe (ALGORITHMS.md 3.4; ActQKV, InfLLM).
+// score - how well each chunk's summary answers the probe (docs/algorithms.md 3.4; ActQKV, InfLLM).
 //
 //     score_b = scale * probe . rep_b                              dot product
 //     score_b = scale * probe . rep_b / (norm_b * probe_norm)      cosine; 0 where the divisor is 0 or not finite

@@ -5,7 +5,7 @@
 //     score_b = sum over query heads h of  q_h . (mu - centre) + s |q_h|_1
 //
 // which is the greatest product with any point of a box of half-width s around mu, less what all chunks share: Quest's bound
-// (ALGORITHMS.md section 4) for a box of the keys' own, as large as most of them need instead of all. All vectors are turned
+// (docs/algorithms.md, 4) for a box of the keys' own, as large as most of them need instead of all. All vectors are turned
 // (kernels.h), so that four bits hold them alike; mu - centre is rounded to q4_0.
 //
 // A stretch of n chunks has the mean of their means and, by the law of total variance,

@@ -1,4 +1,4 @@
-// summarize - what stands for a closed chunk of c keys (ALGORITHMS.md 3.3; ActQKV, InfLLM).
+// summarize - what stands for a closed chunk of c keys (docs/algorithms.md 3.3; ActQKV, InfLLM).
 //
 //     rep_h = mean of the n_representatives keys of head h with the largest sums (ties to the lower index)
 //

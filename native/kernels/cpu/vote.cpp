@@ -1,4 +1,4 @@
-// vote - one list of chunks per KV head, chosen by its group's query heads (ALGORITHMS.md section 4; Quest).
+// vote - one list of chunks per KV head, chosen by its group's query heads (docs/algorithms.md section 4; Quest).
 //
 //     s_hb = q_h . rep_b                                        bounds: q_h in two parts, so that this is Quest's bound
 //     vote_gb = max over h in group g of  ln softmax_b(s_h)_b = s_hb - ln sum_b e^s_hb
