@@ -1,7 +1,7 @@
 """llama.cpp itself as an oracle: load a GGUF and decode tokens with libllama, through llama_cpp's low-level ctypes API.
 
-Every model of the test-suite that libllama opens is opened here, because `use_extra_bufts` has to be off: built with
-gcc 12 on a CPU with AMX, llama-cpp-python 0.3.36 crashes on quantised models otherwise (native/model/extra_buffers.h).
+Where tests load a model past `actqkv_cpp.Llama`, `use_extra_bufts` has to be off: built with gcc 12 on a CPU with AMX,
+llama-cpp-python 0.3.36 crashes on quantised models otherwise (native/model/extra_buffers.h).
 """
 
 from __future__ import annotations
@@ -24,6 +24,19 @@ FLASH_ATTN_OFF, FLASH_ATTN_ON = 0, 1  # enum llama_flash_attn_type
 
 class LlamaError(RuntimeError):
     """libllama refused: the model does not load, the context is not made, or llama_decode failed."""
+
+
+class PlainLlama(llama_cpp.Llama):
+    """llama_cpp.Llama on plain buffers."""
+
+    @property
+    def model_params(self) -> Any:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.use_extra_bufts = False
+        self._model_params = params
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from llama_oracle import PlainLlama
 from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).parents[1]))  # models/ belongs to the repository, not to the installed package
@@ -98,22 +99,8 @@ def test_folder_of_another_recipe_is_refused(smoke_run: Path) -> None:
         make(smoke_run, other)
 
 
-def load_llama(path: Path, **options: Any) -> Any:
-    from llama_cpp import Llama
-
-    class SafeLlama(Llama):
-        """Without the repacked buffers, which crash with quantised weights in some builds on CPUs with AMX."""
-
-        @property
-        def model_params(self) -> Any:
-            return self._model_params
-
-        @model_params.setter
-        def model_params(self, params: Any) -> None:
-            params.use_extra_bufts = False
-            self._model_params = params
-
-    return SafeLlama(str(path), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, **options)
+def load_llama(path: Path, **options: Any) -> PlainLlama:
+    return PlainLlama(str(path), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, **options)
 
 
 @pytest.mark.parametrize("file_type", MAX_NMSE)

@@ -12,6 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
+from llama_oracle import PlainLlama
 
 from actqkv_cpp import ContextError, Llama, Retrieval, StateError, ThreadError
 
@@ -21,22 +22,9 @@ GRAMMAR = 'root ::= "yes " [0-9] [0-9] "."'
 MESSAGES: Any = [{"role": "system", "content": "the book"}, {"role": "user", "content": "where is the key"}]
 
 
-class Base(llama_cpp.Llama):
-    """The oracle, safe on machines where extra buffer types crash."""
-
-    @property
-    def model_params(self) -> Any:
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: Any) -> None:
-        params.use_extra_bufts = False
-        self._model_params = params
-
-
 @pytest.fixture(scope="module")
-def base(tiny_model: Path) -> Iterator[Base]:
-    llm = Base(str(tiny_model), n_ctx=1024, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+def base(tiny_model: Path) -> Iterator[PlainLlama]:
+    llm = PlainLlama(str(tiny_model), n_ctx=1024, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
     yield llm
     llm.close()
 
@@ -90,7 +78,7 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", COMPLETIONS)
-def test_completion(name: str, base: Base, ours: Llama) -> None:
+def test_completion(name: str, base: PlainLlama, ours: Llama) -> None:
     """Breaks when an option of create_completion does something else than in llama_cpp."""
     options = {"prompt": PROMPT, "max_tokens": 12} | COMPLETIONS[name]
     expected, found = (_text(llm.create_completion(**options)) for llm in (base, ours))
@@ -98,7 +86,7 @@ def test_completion(name: str, base: Base, ours: Llama) -> None:
 
 
 @pytest.mark.parametrize("name", ["greedy", "stop", "logprobs", "seed"])
-def test_streaming(name: str, base: Base, ours: Llama) -> None:
+def test_streaming(name: str, base: PlainLlama, ours: Llama) -> None:
     """Breaks when a stream's pieces differ, or do not add up to the text."""
     options = {"prompt": PROMPT, "max_tokens": 12, "stream": True} | COMPLETIONS[name]
     expected, found = ([_text(chunk) for chunk in llm.create_completion(**options)] for llm in (base, ours))
@@ -134,7 +122,7 @@ CHATS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", CHATS)
-def test_chat_completion(name: str, stream: bool, base: Base, ours: Llama) -> None:
+def test_chat_completion(name: str, stream: bool, base: PlainLlama, ours: Llama) -> None:
     """Breaks when an option of create_chat_completion does something else than in llama_cpp."""
     options = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0.0, "seed": 5, "stream": stream} | CHATS[name]
 
@@ -165,7 +153,7 @@ def test_grammar(ours: Llama) -> None:
     assert text[4:6].isdigit()
 
 
-def test_logits_processor_and_stopping_criteria(base: Base, ours: Llama) -> None:
+def test_logits_processor_and_stopping_criteria(base: PlainLlama, ours: Llama) -> None:
     """Breaks when user functions see other tokens or other logits."""
     seen: dict[int, list[Any]] = {id(base): [], id(ours): []}
 
@@ -187,7 +175,7 @@ def test_logits_processor_and_stopping_criteria(base: Base, ours: Llama) -> None
     assert seen[id(ours)] == seen[id(base)]
 
 
-def test_generate_and_send(base: Base, ours: Llama) -> None:
+def test_generate_and_send(base: PlainLlama, ours: Llama) -> None:
     """Breaks when tokens sent into the generator are not read."""
 
     def run(llm: Any) -> list[int]:
@@ -199,7 +187,7 @@ def test_generate_and_send(base: Base, ours: Llama) -> None:
     assert run(ours) == run(base)
 
 
-def test_eval_sample_loop(base: Base, ours: Llama) -> None:
+def test_eval_sample_loop(base: PlainLlama, ours: Llama) -> None:
     """Breaks when the low-level loop of llama_cpp's documentation gives other tokens or logits."""
 
     def run(llm: Any) -> tuple[list[int], Any]:
@@ -279,7 +267,7 @@ def test_save_and_load_state(ours: Llama) -> None:
     assert [*found, ours.sample(temp=0.0)] == expected
 
 
-def test_state_of_another_engine(base: Base, ours: Llama) -> None:
+def test_state_of_another_engine(base: PlainLlama, ours: Llama) -> None:
     """Breaks when a state of llama.cpp is taken for one of ours."""
     base.eval([1, 300, 301])
     with pytest.raises(StateError):
@@ -314,14 +302,14 @@ def _too_long(llm: Any) -> str:
     return str(caught.value)
 
 
-def test_prompt_too_long(base: Base, ours: Llama) -> None:
+def test_prompt_too_long(base: PlainLlama, ours: Llama) -> None:
     """Breaks when a prompt beyond n_ctx raises something else than in llama_cpp."""
     assert _too_long(ours) == _too_long(base)
     with pytest.raises(ContextError, match="1024"):
         ours.eval([300] * 1025)
 
 
-def test_context_fills_up(base: Base, ours: Llama) -> None:
+def test_context_fills_up(base: PlainLlama, ours: Llama) -> None:
     """Breaks when an answer that fills n_ctx ends otherwise than with finish_reason "length"."""
     for llm in (base, ours):
         tokens = llm.tokenize(PROMPT.encode()) * 90

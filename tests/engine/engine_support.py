@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,16 +73,31 @@ def random_tokens(n: int, seed: int = 0) -> npt.NDArray[np.int32]:
 
 
 @contextmanager
-def loaded(path: Path) -> Iterator[LlamaModel]:
+def loaded(path: Path, n_gpu_layers: int = 0) -> Iterator[LlamaModel]:
     """A model as `Session` takes it; without extra buffer types, as everywhere in the tests (llama_oracle.py)."""
     params = llama_cpp.llama_model_default_params()
     params.use_extra_bufts = False
-    params.n_gpu_layers = 0
+    params.n_gpu_layers = n_gpu_layers
     model = LlamaModel(path_model=str(path), params=params, verbose=False)
     try:
         yield model
     finally:
         model.close()  # type: ignore[no-untyped-call]
+
+
+def in_child(code: str, *, timeout: float | None = None) -> str:
+    """What `code` prints as a process of its own, which may crash: it imports the tests' modules as they do here."""
+    here = Path(__file__).parent
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, os.environ["PYTHONPATH"])))},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+    assert child.returncode == 0, child.stderr
+    return child.stdout
 
 
 # A document of a few hundred tokens leaves chunks closed behind local, and several of them retrieved.

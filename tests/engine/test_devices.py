@@ -19,8 +19,7 @@ from typing import Any
 
 import llama_cpp
 import pytest
-from engine_support import check, one_by_one, open_session, random_tokens, read, small
-from llama_cpp._internals import LlamaModel
+from engine_support import check, loaded, one_by_one, open_session, random_tokens, read, small
 from tiny_gguf import make_tiny_gguf
 
 N_LAYER = 3
@@ -98,18 +97,6 @@ def device() -> Iterator[None]:
             yield
     else:
         pytest.skip("no device but the CPU: llama-cpp-python has no CUDA, and ACTQKV_TEST_RPC names no libggml-rpc")
-
-
-@contextmanager
-def loaded(path: Path, n_gpu_layers: int) -> Iterator[LlamaModel]:
-    params = llama_cpp.llama_model_default_params()
-    params.use_extra_bufts = False
-    params.n_gpu_layers = n_gpu_layers
-    model = LlamaModel(path_model=str(path), params=params, verbose=False)
-    try:
-        yield model
-    finally:
-        model.close()  # type: ignore[no-untyped-call]
 
 
 def logits_of(path: Path, n_gpu_layers: int) -> Any:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import resource
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_gguf as tiny
-from engine_support import loaded, open_session, random_tokens, small
+from engine_support import in_child, loaded, open_session, random_tokens, small
 from llama_cpp._internals import LlamaModel
 from numpy.typing import NDArray
 from test_state_errors import MODEL, OTHER_MODELS, WORD, checksum
@@ -333,25 +331,16 @@ def try_files(model_path: str, folder: str, kind: str, n: int) -> None:
 )
 def test_any_file(kind: str, n: int, model_path: Path, tmp_path: Path) -> None:
     """Breaks when a file crashes the process or hangs it; or when damage, as against forgery, changes an answer."""
-    here = Path(__file__).parent
     shared = Path("/dev/shm")
     with_folder = str(tmp_path if not shared.is_dir() else shared / f"actqkv-{os.getpid()}")
     Path(with_folder).mkdir(exist_ok=True)
     try:
         code = f"import test_kv_file_errors as t; t.try_files({str(model_path)!r}, {with_folder!r}, {kind!r}, {n})"
-        child = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, os.environ["PYTHONPATH"])))},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120 + n,
-        )
+        said = in_child(code, timeout=120 + n)
     finally:
         for file in Path(with_folder).glob("*.akv*"):
             file.unlink()
         Path(with_folder).rmdir()
-    assert child.returncode == 0, child.stderr
-    refused, _, other = map(int, child.stdout.split())
+    refused, _, other = map(int, said.split())
     assert refused > 0
     assert other == 0 or kind != "damage"  # what matches its checksums was made so on purpose

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_gguf as tiny
-from engine_support import SMALL, loaded, one_by_one, open_session, random_tokens, read, small
+from engine_support import SMALL, in_child, loaded, one_by_one, open_session, random_tokens, read, small
 from llama_cpp._internals import LlamaModel
 
 from actqkv_cpp import ContextError, ModelError, ParameterError, Retrieval
@@ -254,16 +251,8 @@ def rss_of_a_full_session(path: str, name: str) -> None:
 def test_the_plan_is_an_upper_bound(name: str, tmp_path: Path) -> None:
     """Breaks when a full session takes more than its plan said, or the plan is far from the truth."""
     path = tiny.make_tiny_gguf(tmp_path / "model.gguf")
-    here = Path(__file__).parent
-    child = subprocess.run(
-        [sys.executable, "-c", f"import test_params; test_params.rss_of_a_full_session({str(path)!r}, {name!r})"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, os.environ["PYTHONPATH"])))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
-    planned, taken = map(int, child.stdout.split())
+    said = in_child(f"import test_params; test_params.rss_of_a_full_session({str(path)!r}, {name!r})")
+    planned, taken = map(int, said.split())
     print(f"planned {planned / 1e6:.2f} MB, taken {taken / 1e6:.2f} MB")
     assert taken <= planned + PYTHON_BYTES
     assert planned < 2 * taken

@@ -5,10 +5,8 @@ The layout and the checksum are written down here a second time, from the descri
 
 from __future__ import annotations
 
-import os
 import resource
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_gguf as tiny
-from engine_support import loaded, one_by_one, open_session, random_tokens, read, small
+from engine_support import in_child, loaded, one_by_one, open_session, random_tokens, read, small
 from llama_cpp._internals import LlamaModel
 
 from actqkv_cpp import ActqkvError, Retrieval, StateError
@@ -356,16 +354,8 @@ def try_forgeries(path: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", FORGERIES)
 def test_forged(kind: str, path: Path) -> None:
     """Breaks when a blob with a matching checksum reads or writes out of bounds, takes memory, or ruins the session."""
-    here = Path(__file__).parent
-    child = subprocess.run(
-        [sys.executable, "-c", f"import test_state_errors; test_state_errors.try_forgeries({str(path)!r}, {kind!r})"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, os.environ["PYTHONPATH"])))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr
-    n_refused, n_taken = map(int, child.stdout.split())
+    said = in_child(f"import test_state_errors; test_state_errors.try_forgeries({str(path)!r}, {kind!r})")
+    n_refused, n_taken = map(int, said.split())
     assert n_refused + n_taken > 100
     assert n_refused > 0
     assert n_taken == 0 or kind != "counts"
