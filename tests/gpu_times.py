@@ -6,8 +6,10 @@ python tests/gpu_times.py FOLDER GROUP          # FOLDER with the library; times
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import sys
+import time as clock
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,7 @@ def _time_copies(timer: Timer, note: Note) -> bool:
     one, pinned = timer.take("uint8_t *", size), timer.take("uint8_t *", size, pinned=True)
     note("copy to the GPU, pinned", timer.ms(lambda _: copy(stream, one, pinned, size), 4), size)
     note("copy from the GPU, pinned", timer.ms(lambda _: copy(stream, pinned, one, size), 4), size)
+    _time_pinning(timer, note)
     chunk = 2 * KV_HEADS * CHUNK * D * 2
     ms = timer.ms(lambda i: copy(stream, one, pinned + i * chunk, chunk))
     note("copy of 64 chunks to the GPU, one by one", ms, chunk)
@@ -100,6 +103,21 @@ def _time_copies(timer: Timer, note: Note) -> bool:
         )
         note(f"{n} chunks brought together by a kernel, {name}", ms, n * chunk)
     return True
+
+
+def _time_pinning(timer: Timer, note: Note) -> None:
+    """What a reading pays for its chunks to be read by a GPU; and an ordinary copy, without."""
+    size, at = 256 * MIB, timer.ffi
+    memory = mmap.mmap(-1, size)
+    memory[:] = bytes(size)
+    start = at.from_buffer(memory)
+    target = timer.take("uint8_t *", size)
+    ms = timer.ms(lambda _: timer.table.copy(timer.stream, target, start, size), 2)
+    note("copy to the GPU, ordinary memory", ms, size)
+    begun = clock.perf_counter()
+    timer.check(timer.table.pin(start, size))
+    note("pinning memory that is in use", 1000 * (clock.perf_counter() - begun), size)
+    timer.check(timer.table.unpin(start))
 
 
 def _time_retrieval(timer: Timer, note: Note) -> bool:

@@ -1,5 +1,5 @@
-// The GPU's copy of a store's ring: sinks and open blocks in f16. A block is copied when it is attended and has changed
-// since, whole, as one run of memory for each of its arrays.
+// The GPU's copy of a store's ring: sinks and open blocks in f16. What has changed of a block, from its first changed token
+// to its last, is copied when the block is attended.
 #pragma once
 
 #include "../kernels/cuda/kernels_cuda.h"
@@ -20,7 +20,7 @@ public:
 
     // The store's tokens [first, last) of a layer were written.
     void changed(int il, int64_t first, int64_t last);
-    void all_changed() { stale.assign(stale.size(), true); }
+    void all_changed() { stale.assign(stale.size(), run{0, INT32_MAX}); }
 
     // Has the span, of one block of the ring, point to the GPU's copy. Returns the bytes that had to be copied.
     uint64_t bring(int il, actqkv_span & span);
@@ -31,9 +31,12 @@ private:
     const actqkv_cuda & cuda;
     actqkv_cuda_stream * compute;
     const kv_store & store;
-    uint64_t array_bytes;    // of one array of one layer
-    uint8_t * memory;        // [layer][near, far, v]
-    std::vector<bool> stale; // [layer][sinks, then the ring's blocks]
+    struct run {
+        int32_t first, last; // tokens of a block; none where they are equal
+    };
+    uint64_t array_bytes;   // of one array of one layer
+    uint8_t * memory;       // [layer][near, far, v]
+    std::vector<run> stale; // [layer][sinks, then the ring's blocks]
 };
 
 } // namespace actqkv

@@ -157,7 +157,7 @@ void hot_chunks::prefetch(int il, const int32_t * chunks, int32_t n) {
             l.slots[at].named = l.number;
         }
     }
-    const std::vector<int32_t> room = coldest(l, missing.size());
+    const std::vector<int32_t> room = missing.empty() ? missing : coldest(l, missing.size());
     for (size_t i = 0; i < room.size(); i++) {
         bring(il, missing[i], room[i], true);
         counts.n_prefetched++;

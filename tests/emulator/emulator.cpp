@@ -359,6 +359,20 @@ cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemc
     }
     return std::memmove(to, from, bytes), cudaSuccess;
 }
+cudaError_t cudaMemcpy2DAsync(void * to, size_t to_pitch, const void * from, size_t from_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
+    if (width > to_pitch || width > from_pitch) {
+        return cudaErrorInvalidValue;
+    }
+    for (size_t i = 0; i < height; i++) {
+        const cudaError_t status =
+            cudaMemcpyAsync((char *) to + i * to_pitch, (const char *) from + i * from_pitch, width, kind, stream);
+        if (status != cudaSuccess) {
+            return status;
+        }
+    }
+    return cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void * memory, int byte, size_t bytes, cudaStream_t) {
     return std::memset(memory, byte, bytes), cudaSuccess;
 }

@@ -176,6 +176,17 @@ int32_t copy(actqkv_cuda_stream * s, void * to, const void * from, uint64_t byte
     return status != cudaSuccess ? status : cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, s->stream);
 }
 
+int32_t copy_rows(actqkv_cuda_stream * s, void * to, const void * from, uint64_t stride, uint64_t row_bytes,
+                  uint64_t n_rows) {
+    if (row_bytes == stride) { // a run of memory
+        return copy(s, to, from, row_bytes * n_rows);
+    }
+    const cudaError_t status = cudaSetDevice(s->device);
+    return status != cudaSuccess
+               ? status
+               : cudaMemcpy2DAsync(to, stride, from, stride, row_bytes, n_rows, cudaMemcpyDefault, s->stream);
+}
+
 int32_t fill(actqkv_cuda_stream * s, void * memory, int32_t byte, uint64_t bytes) {
     const cudaError_t status = cudaSetDevice(s->device);
     return status != cudaSuccess ? status : cudaMemsetAsync(memory, byte, bytes, s->stream);
@@ -249,6 +260,7 @@ extern "C" const actqkv_cuda * actqkv_cuda_table(void) {
         open,
         close,
         copy,
+        copy_rows,
         fill,
         follow,
         wait,

@@ -65,6 +65,9 @@ struct actqkv_cuda {
     void (*close)(struct actqkv_cuda_stream * stream);
     // Between any two of GPU, pinned and ordinary memory. From ordinary memory it may wait for the copy.
     int32_t (*copy)(struct actqkv_cuda_stream * stream, void * to, const void * from, uint64_t bytes);
+    // The same of n_rows rows, which lie `stride` bytes apart in both.
+    int32_t (*copy_rows)(struct actqkv_cuda_stream * stream, void * to, const void * from, uint64_t stride,
+                         uint64_t row_bytes, uint64_t n_rows);
     int32_t (*fill)(struct actqkv_cuda_stream * stream, void * memory, int32_t byte, uint64_t bytes);
     // What is queued on `stream` from now on waits for what is queued on `before` now. The host does not wait.
     int32_t (*follow)(struct actqkv_cuda_stream * stream, struct actqkv_cuda_stream * before);
