@@ -88,6 +88,14 @@ def test_native_readme_names_every_folder() -> None:
     assert set(may_include()) == {path.name for path in NATIVE.iterdir() if path.is_dir()}
 
 
+def test_tests_readme_names_every_file() -> None:
+    """The map of tests/ lacks a file or folder, or shows one that is gone."""
+    tests = ROOT / "tests"
+    named = set(re.findall(r"`(\w+/|\w+\.py)`", "".join(re.findall(r"^\|[^|]*\|", text_of(tests / "README.md"), re.M))))
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in tests.iterdir() if path.name[0] not in "._"}
+    assert named == there - {"README.md", "conftest.py"}
+
+
 def test_include_rules() -> None:
     """A part of native/ reaches into another that its row in native/README.md does not list."""
     allowed = may_include()
