@@ -94,7 +94,16 @@ class Output:
         for rank, source in enumerate(sources, 1):
             place = f", {source.place}" if source.place else ""
             self.line(f"[{rank}] {source.document}:{source.start}-{source.end}{place} ({source.score:.0%})")
-            self.line(self._indented(source.text))
+            self.entry("    ", " ".join(source.text.split()))
+
+    def entry(self, head: str, text: str) -> None:
+        """A line of `head` and text; what a terminal has no room for goes below it, whole words, indented."""
+        line = head + text
+        if sys.stdout.isatty():
+            width = max(shutil.get_terminal_size().columns, 20)
+            indent = " " * min(len(head), width // 4)
+            line = textwrap.fill(text, width, initial_indent=head, subsequent_indent=indent)
+        self.line(line)
 
     # -- standard error
 
@@ -157,13 +166,6 @@ class Output:
                 self.note(f"{meter.what}: {meter.text()}")
 
         return update
-
-    def _indented(self, text: str) -> str:
-        flat = " ".join(text.split())
-        if not sys.stdout.isatty():
-            return "    " + flat
-        width = max(shutil.get_terminal_size().columns, 20)
-        return textwrap.fill(flat, width, initial_indent="    ", subsequent_indent="    ")
 
 
 class Meter:

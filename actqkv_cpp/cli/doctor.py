@@ -37,8 +37,8 @@ def doctor(
         else:
             width = max(len(one.what) for one in findings)
             for one in findings:
-                output.line(f"{one.state:6}  {one.what:{width}}  {' '.join(one.text.split())}")
+                output.entry(f"{one.state:6}  {one.what:{width}}  ", " ".join(one.text.split()))
                 if one.remedy:
-                    output.line(f"{'':6}  {'':{width}}  -> {one.remedy}")
+                    output.entry(f"{'':6}  {'':{width}}  ", f"-> {one.remedy}")
         if not found["runs"]:
             raise typer.Exit(FAILED)

@@ -161,15 +161,15 @@ def _show(output: Output, row: dict[str, Any], *, long: bool) -> None:
     line = (
         f"{row['file']}: {share}{row['tokens']:,} tokens of {names}, {params['kv_type']}, {human_bytes(row['bytes'])}"
     )
-    output.line(f"{line}, {row['model']['name']}")
+    output.entry("", f"{line}, {row['model']['name']}")
     if not long:
         return
     sizes = ", ".join(f"{name} {params[name]}" for name in ("n_sink", "n_local", "n_window", "budget"))
-    output.line(f"  model: {row['model']['name']} ({row['model']['exact']})")
-    output.line(f"  read by method {params['method']}, positions {params['columns']['positions']}, {sizes}")
-    output.line(f"  chunks of {params['columns']['chunk']} tokens, format version {row['version']}")
+    output.entry("  ", f"model: {row['model']['name']} ({row['model']['exact']})")
+    output.entry("  ", f"read by method {params['method']}, positions {params['columns']['positions']}, {sizes}")
+    output.entry("  ", f"chunks of {params['columns']['chunk']} tokens, format version {row['version']}")
     for change in row["changed"]:
-        output.line(f"  {change}")
+        output.entry("  ", change)
 
 
 def _on_disk(path: Path) -> int:

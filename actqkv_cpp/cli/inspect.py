@@ -140,11 +140,12 @@ def _show(output: Output, found: Inspection) -> None:
         texts = {doc.name: doc.text for doc in found.documents}
         for passage in passages:
             excerpt = " ".join(texts[passage.document][passage.start : passage.end].split())[:_EXCERPT]
-            output.line(f"{passage.attended:5.0%}  {passage.document}:{passage.start}-{passage.end}  {excerpt}")
+            output.entry(f"{passage.attended:5.0%}  ", f"{passage.document}:{passage.start}-{passage.end}  {excerpt}")
     if anchors := found.anchors[:_N_SHOWN]:
         output.line("\nanchors, by activation bias relative to their window:")
         for anchor in anchors:
-            output.line(f"{anchor.bias:5.1f}  {anchor.document}:{anchor.start}-{anchor.end}  {anchor.text.strip()!r}")
+            place = f"{anchor.document}:{anchor.start}-{anchor.end}"
+            output.entry(f"{anchor.bias:5.1f}  ", f"{place}  {anchor.text.strip()!r}")
     if found.answer.gpu is not None:
         output.line(f"\nGPU: {found.answer.gpu}")
     output.note("--html OUT writes a page to look at, --json all of it for programs")

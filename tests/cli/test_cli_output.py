@@ -65,6 +65,23 @@ def test_progress_is_one_line(width: int) -> None:
     assert "131,072" in lines[0] or width < 20
 
 
+@pytest.mark.parametrize("width", [30, 100])
+def test_long_lines_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """A terminal cuts long lines in the middle of words, or a pipe gets them in pieces."""
+    text = "the ferryman of Orsk keeps the key of the mill below the stairs"
+    for terminal in (True, False):
+        out = io.StringIO()
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setattr(out, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setenv("COLUMNS", str(width))
+        Output().entry("ok      found  ", text)
+        lines = out.getvalue().splitlines()
+        assert " ".join(" ".join(lines).split()) == f"ok found {text}"
+        assert (len(lines) > 1) == (terminal and width == 30)
+        assert not terminal or max(map(len, lines)) <= width
+        assert all(line.startswith(" " * 7) for line in lines[1:])
+
+
 def test_control_characters_stay_out_of_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
     """A document or a model can move the cursor or retitle the window of whoever reads it."""
     out = io.StringIO()
