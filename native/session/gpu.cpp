@@ -42,6 +42,13 @@ uint64_t gpu_attention::sent_bytes(const shape & w) {
 
 uint64_t gpu_attention::mass_bytes(const shape & w) { return padded(w.n_spans * sizeof(double)); }
 
+// A step's queries and output, a window's keys and values, sums and mass.
+uint64_t gpu_attention::staged_bytes_of(const shape & w) {
+    const uint64_t q = padded((uint64_t) w.n_head * w.d_head * sizeof(float));
+    const uint64_t own = padded((uint64_t) w.n_window * w.n_head_kv * w.d_head * sizeof(actqkv_f16));
+    return 4 * q + 2 * own + padded(w.n_summed * sizeof(float)) + mass_bytes(w);
+}
+
 uint64_t gpu_attention::work_bytes(const actqkv_cuda & cuda, const shape & w) {
     const uint64_t out = padded((uint64_t) w.n_window * w.n_head * w.d_head * sizeof(float));
     return sent_bytes(w) + out + mass_bytes(w) +
@@ -113,7 +120,7 @@ void gpu_attention::take_memory(uint64_t plans_bytes, uint64_t chunks_limit, con
     hot = std::make_unique<hot_chunks>(hp.n_layer, chunk_bytes, chunks_limit, n_most, *chunks);
     ring = std::make_unique<gpu_ring>(cuda, compute, store, hp.n_layer, ring_memory);
     pinned = std::make_unique<pinned_chunks>(cuda, store, hp.n_layer, layout.n_chunks_max(params.n_ctx));
-    staged_bytes = sent_bytes(widest) + mass_bytes(widest);
+    staged_bytes = staged_bytes_of(widest);
     if (plans_bytes > 0) {
         plans_memory = take(plans_bytes, "plans");
         plans = std::make_unique<gpu_planner>(cuda, compute, store, hp, params, n_most, plans_memory);
@@ -153,12 +160,23 @@ uint64_t gpu_attention::place(uint64_t bytes) {
     return at;
 }
 
-template <typename T> T * gpu_attention::send(const T * from, uint64_t bytes) {
+// Copied from where it lies, which is pinned where weights are on a GPU: staging it would take longer than the copy.
+template <typename T> T * gpu_attention::send_large(const T * from, uint64_t bytes) {
+    if (from == nullptr) {
+        return nullptr;
+    }
+    T * there = (T *) (work + place(bytes));
+    check(cuda.copy(compute, there, from, bytes));
+    return there;
+}
+
+// Copied together with all that is staged since `first`.
+template <typename T> T * gpu_attention::stage(const T * from, uint64_t bytes, uint64_t first) {
     if (from == nullptr) {
         return nullptr;
     }
     const uint64_t at = place(bytes);
-    memcpy(staged + at, from, bytes);
+    memcpy(staged + (at - first), from, bytes);
     return (T *) (work + at);
 }
 
@@ -187,23 +205,36 @@ template <typename F> void gpu_attention::make_spans(int il, const actqkv_attend
     }
 }
 
-// Queues the copy of what attention reads beside spans. Weight sums come last, where the results follow.
+// Queues the copies of what attention reads beside spans: of a step all in one, of a window queries from where they lie.
+// Weight sums come last, where the results follow.
 actqkv_attend_args gpu_attention::send_all(const actqkv_attend_args & args) {
     used = 0;
     actqkv_attend_args on_gpu = args;
     const uint64_t q = (uint64_t) args.m * args.n_head * args.d_head * sizeof(float);
     const uint64_t own = args.n_head_kv * args.window_stride * sizeof(actqkv_f16);
-    on_gpu.q_near = send(args.q_near, q);
-    on_gpu.q_far = send(args.q_far, q);
-    on_gpu.q_turned = send(args.q_turned, q);
-    on_gpu.k_window = send(args.k_window, own);
-    on_gpu.v_window = send(args.v_window, own);
+    const bool met_far = std::any_of(args.spans, args.spans + args.n_spans, [](const actqkv_span & s) {
+        return s.far != nullptr && s.kv_type == ACTQKV_KV_F16;
+    });
+    const bool large = args.m > 1;
+    if (large) {
+        on_gpu.q_near = send_large(args.q_near, q);
+        on_gpu.q_far = send_large(met_far ? args.q_far : nullptr, q);
+        on_gpu.q_turned = send_large(args.q_turned, q);
+    }
+    const uint64_t first = used;
+    if (!large) {
+        on_gpu.q_near = stage(args.q_near, q, first);
+        on_gpu.q_far = stage(args.q_far, q, first); // summaries may be met by them, if no key is
+        on_gpu.q_turned = stage(args.q_turned, q, first);
+    }
+    on_gpu.k_window = stage(args.k_window, own, first);
+    on_gpu.v_window = stage(args.v_window, own, first);
     results = used;
-    on_gpu.weight_sums = send(args.weight_sums, args.n_head * args.sum_stride * sizeof(float));
-    check(cuda.copy(compute, work, staged, used));
+    on_gpu.weight_sums = stage(args.weight_sums, args.n_head * args.sum_stride * sizeof(float), first);
+    check(cuda.copy(compute, work + first, staged, used - first));
     counts.to_bytes += used;
-    on_gpu.out = (float *) (work + place(q));
     on_gpu.span_mass = args.span_mass != nullptr ? (double *) (work + place(args.n_spans * sizeof(double))) : nullptr;
+    on_gpu.out = (float *) (work + place(q));
     return on_gpu;
 }
 
@@ -214,9 +245,17 @@ void gpu_attention::run(const actqkv_attend_args & args, actqkv_attend_args & on
     on_gpu.scratch = work + used;
     check(cuda.attend(compute, &on_gpu));
     chunks->finished_reading();
-    // What comes back takes the place of what was sent, which has been read by then.
-    const uint64_t n = used - results;
-    check(cuda.copy(compute, staged, work + results, n));
+    // What comes back takes the place of what was staged, which has been read by then; a window's output goes where it is
+    // wanted.
+    const uint64_t q = (uint64_t) args.m * args.n_head * args.d_head * sizeof(float);
+    const bool large = args.m > 1;
+    const uint64_t n = used - results - (large ? padded(q) : 0);
+    if (n > 0) {
+        check(cuda.copy(compute, staged, work + results, n));
+    }
+    if (large) {
+        check(cuda.copy(compute, args.out, on_gpu.out, q));
+    }
     if (report != nullptr) {
         check(cuda.copy(compute, staged + n, report, report_bytes));
     }
@@ -224,7 +263,9 @@ void gpu_attention::run(const actqkv_attend_args & args, actqkv_attend_args & on
     check(cuda.wait(compute));
     counts.wait_ms += now_ms() - before;
     const auto result = [&](const void * there) { return staged + ((const uint8_t *) there - (work + results)); };
-    memcpy(args.out, result(on_gpu.out), (uint64_t) args.m * args.n_head * args.d_head * sizeof(float));
+    if (!large) {
+        memcpy(args.out, result(on_gpu.out), q);
+    }
     if (args.weight_sums != nullptr) {
         memcpy(args.weight_sums, result(on_gpu.weight_sums), args.n_head * args.sum_stride * sizeof(float));
     }
@@ -232,7 +273,7 @@ void gpu_attention::run(const actqkv_attend_args & args, actqkv_attend_args & on
         memcpy(args.span_mass, result(on_gpu.span_mass), args.n_spans * sizeof(double));
     }
     counts.n_calls++;
-    counts.from_bytes += n + report_bytes;
+    counts.from_bytes += used - results + report_bytes;
 }
 
 void gpu_attention::attend(int il, const actqkv_attend_args & args, const int32_t * planned, int32_t n_chunks,

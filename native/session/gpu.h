@@ -31,7 +31,7 @@ public:
     // Whether it can do what actqkv_attend would do for these arguments: one list of spans, no wider than planned for.
     bool fits(const actqkv_attend_args & args, int32_t n_chunks) const;
     // The same result as actqkv_attend's but for rounding. Span first_chunk + i is all of chunk chunks[i]; the others are
-    // of the ring. ACTQKV_ERR_COMPUTE where the GPU fails: args.out is then as it was.
+    // of the ring. ACTQKV_ERR_COMPUTE where the GPU fails: what is in args.out is then of no use.
     void attend(int il, const actqkv_attend_args & args, const int32_t * chunks, int32_t n_chunks, int32_t first_chunk);
 
     // Whether answer() can be asked for so wide a choice.
@@ -68,10 +68,12 @@ private:
     static shape widest_of(const hparams & hp, const actqkv_params & params, int32_t n_most);
     static uint64_t sent_bytes(const shape & w);
     static uint64_t mass_bytes(const shape & w);
+    static uint64_t staged_bytes_of(const shape & w);
     static uint64_t work_bytes(const actqkv_cuda & cuda, const shape & w);
     void take_memory(uint64_t plans_bytes, uint64_t chunks_limit, const hparams & hp, const actqkv_params & params);
     uint64_t place(uint64_t bytes);
-    template <typename T> T * send(const T * from, uint64_t bytes);
+    template <typename T> T * send_large(const T * from, uint64_t bytes);
+    template <typename T> T * stage(const T * from, uint64_t bytes, uint64_t first);
     actqkv_attend_args send_all(const actqkv_attend_args & args);
     template <typename F>
     void make_spans(int il, const actqkv_attend_args & args, int32_t first_chunk, int32_t n_chunks, F && place_of);
