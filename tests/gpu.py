@@ -80,9 +80,13 @@ def _left(deadline: float) -> float:
     return max(deadline - clock.monotonic(), 1)
 
 
+def _nvcc() -> str:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+
+
 def build(out: Path, options: argparse.Namespace) -> bool:
     """The library for the GPU that is here, each file with its registers and spills in the log."""
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    nvcc = _nvcc()
     flags = ["-std=c++17", "-O3", "-arch=native", "-lineinfo", "-Xptxas=-v", "-Xcompiler=-fPIC,-Wall", f"-I{CUDA}"]
     sources = sorted(CUDA.glob("*.cu"))
     run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv"], out / "gpu.log")
@@ -311,20 +315,22 @@ def install(out: Path, options: argparse.Namespace) -> bool:
         return False
     ended = out / "installed"
     ended.unlink(missing_ok=True)
-    building = [*pip, "--no-build-isolation", "--upgrade"]
-    from_source = [str(path) for path in (*sorted(pack.glob("llama_cpp_python-*.tar.gz")), ROOT)]
-    script = " && ".join(shlex.join([*map(str, building), source]) for source in from_source)
+    building = shlex.join([*map(str, pip), "--no-build-isolation", "--upgrade"])
+    native = "-DCMAKE_CUDA_ARCHITECTURES=native -DLLAVA_BUILD=off"
+    [llama] = (shlex.quote(str(path)) for path in pack.glob("llama_cpp_python-*.tar.gz"))
+    script = f"""
+    export CMAKE_ARGS="{native} -DGGML_CUDA=on"
+    {building} {llama} || CMAKE_ARGS="{native}" {building} {llama} &&
+    {building} {shlex.quote(str(ROOT))}
+    echo $? > {shlex.quote(str(ended))}
+    """  # where CUDA's libraries are missing, weights stay on the processor, and sessions are tested at least
     subprocess.Popen(
-        ["sh", "-c", f"({script}); echo $? > {shlex.quote(str(ended))}"],
+        ["sh", "-c", script],
         stdout=(out / "install-llama.log").open("w"),
         stderr=subprocess.STDOUT,
         cwd=out,
         env=os.environ
-        | {
-            "CMAKE_ARGS": "-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=native -DLLAVA_BUILD=off",
-            "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
-            "PYTHONPATH": str(site),
-        },
+        | {"CUDACXX": _nvcc(), "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1), "PYTHONPATH": str(site)},
         start_new_session=True,  # it outlives this command
     )
     return True
