@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from actqkv_cpp.errors import GpuMemoryError
@@ -15,15 +15,21 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class GpuUse:
-    """Attention runs on GPU `device`, called `name`, and takes at most `limit_bytes` of its memory."""
+    """Attention runs on GPU `device`, called `name`, and takes at most `limit_bytes` of its memory.
+
+    With `planning_bytes` or more, answering steps are planned there too; 0: never, or not known.
+    """
 
     device: int
     name: str
     limit_bytes: int
+    planning_bytes: int = field(default=0, compare=False)
     there: ClassVar[bool] = True
 
     def __str__(self) -> str:
-        return f"GPU {self.device} ({self.name}), at most {mib(self.limit_bytes)} of its memory"
+        apart = self.limit_bytes < self.planning_bytes
+        plans = f"; its plans on the processor, there from {mib(self.planning_bytes)} on" if apart else ""
+        return f"GPU {self.device} ({self.name}), at most {mib(self.limit_bytes)} of its memory{plans}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def choose(cuda: Cuda, device: int, plan: GpuPlan, vram: int | None) -> GpuUse |
     if vram is None:
         limit = min(plan.useful_bytes, max(found.free_bytes - SPARE_BYTES, 0))
         if limit >= plan.least_bytes:
-            return GpuUse(device, found.name, limit)
+            return GpuUse(device, found.name, limit, plan.planning_bytes)
         return NoGpu(
             f"GPU {device} ({found.name}) has {mib(found.free_bytes)} free, attention needs {mib(plan.least_bytes)} "
             f"and leaves {mib(SPARE_BYTES)}",
@@ -100,7 +106,7 @@ def choose(cuda: Cuda, device: int, plan: GpuPlan, vram: int | None) -> GpuUse |
             f"attention is to take {mib(limit)} of GPU {device} ({found.name}), which has {mib(found.free_bytes)} free",
             "give a smaller vram, end what else uses the GPU (nvidia-smi shows it), or give vram 0: on the processor",
         )
-    return GpuUse(device, found.name, limit)
+    return GpuUse(device, found.name, limit, plan.planning_bytes)
 
 
 @dataclass(frozen=True)

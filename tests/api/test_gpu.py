@@ -197,6 +197,14 @@ def test_what_is_chosen() -> None:
     assert isinstance(gpu.choose(READY, 1, PLAN, None), NoGpu)
 
 
+def test_where_plans_are_made() -> None:
+    """Breaks when too little memory for plans is not said, or enough of it is."""
+    plan = GpuPlan(10 * MIB, 30 * MIB, 200 * MIB, 90 * MIB)
+    assert "plans" not in str(gpu.choose(READY, 0, plan, 90 * MIB))
+    assert "its plans on the processor, there from 90 MiB on" in str(gpu.choose(READY, 0, plan, 90 * MIB - 1))
+    assert "plans" not in str(gpu.choose(READY, 0, PLAN, 40 * MIB))
+
+
 def test_layers() -> None:
     """Breaks when more layers go to a GPU than fit, or fewer without a word."""
     every = gpu.choose_layers(None, 32, 33 * MIB, 100 * MIB, 40 * MIB)
