@@ -40,23 +40,7 @@ static uint32_t sortable(float score) {
     return score != score ? 0 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-static float score_of(uint32_t key) {
-    const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
-    float score;
-    memcpy(&score, &bits, 4);
-    return score;
-}
-
-// Scores that fall into each of so many ranges of their sortable numbers, 1 << shift of these in each, are counted.
-constexpr uint32_t N_RANGES = 1024;
-
-static int shift_of(uint32_t least, uint32_t greatest) {
-    int shift = 0;
-    while ((greatest - least) >> shift >= N_RANGES) {
-        shift++;
-    }
-    return shift;
-}
+constexpr uint32_t N_RANGES = 1024; // that scores are counted by
 
 // The range that holds the k-th best; k less those above it.
 static uint32_t range_of(const int32_t * counts, int32_t & k) {
@@ -76,7 +60,10 @@ static void top_k_scalar(const float * scores, int64_t n, int32_t k, int32_t * c
         least = std::min(least, keys[b]);
         greatest = std::max(greatest, keys[b]);
     }
-    const int shift = shift_of(least, greatest);
+    int shift = 0;
+    while ((greatest - least) >> shift >= N_RANGES) {
+        shift++;
+    }
     int32_t counts[N_RANGES] = {0};
     for (int64_t b = 0; b < n; b++) {
         counts[(keys[b] - least) >> shift]++;
@@ -101,20 +88,24 @@ static void top_k_scalar(const float * scores, int64_t n, int32_t k, int32_t * c
     }
 }
 
-// The same of numbers between least and greatest, none of them NaN.
-static void top_k_vectors(const ops & op, const float * scores, int64_t n, float least, float greatest, int32_t k,
+// The same, with (x - least) * factor as the range of x: finer where most scores are than that of their bits.
+static void top_k_vectors(const ops & op, const float * scores, int64_t n, float least, float factor, int32_t k,
                           int32_t * chosen, int32_t * scratch) {
-    const uint32_t first = sortable(least), last = sortable(greatest);
-    const int shift = shift_of(first, last);
+    for (int64_t b = 0; b < n; b++) { // apart from counting, so that this loop becomes vectors
+        scratch[b] = (int32_t) ((scores[b] - least) * factor);
+    }
     int32_t counts[N_RANGES] = {0};
     for (int64_t b = 0; b < n; b++) {
-        counts[(sortable(scores[b]) - first) >> shift]++;
+        counts[scratch[b]]++;
     }
     int32_t n_left = k;
-    const uint32_t range = range_of(counts, n_left), from = first + (range << shift);
-    uint32_t to = std::min(last - from, (1u << shift) - 1) + from;
-    to -= to == sortable(0) - 1; // -0, which no score has there, would take in 0
-    const int64_t n_within = op.find(scores, n, score_of(from), score_of(to), scratch);
+    const int32_t range = (int32_t) range_of(counts, n_left);
+    int64_t n_within = 0;
+    for (int64_t b = 0; b < n; b++) {
+        const bool within = scratch[b] == range;
+        scratch[n_within] = (int32_t) b;
+        n_within += within;
+    }
     std::nth_element(scratch, scratch + (n_left - 1), scratch + n_within,
                      [=](int32_t a, int32_t b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); });
     const int32_t worst = scratch[n_left - 1];
@@ -158,8 +149,10 @@ extern "C" void actqkv_top_k(int32_t impl, const float * scores, int64_t n, int3
     }
     const actqkv::ops * ops = actqkv::ops_for(impl);
     float least, greatest;
-    if (ops && ops->limits(scores, n, &least, &greatest)) {
-        actqkv::top_k_vectors(*ops, scores, n, least, greatest, k, chosen, scratch);
+    const bool numbers = ops && ops->limits(scores, n, &least, &greatest);
+    const float factor = numbers ? (float) (actqkv::N_RANGES - 1) / (greatest - least) : 0;
+    if (factor > 0 && isfinite(factor)) {
+        actqkv::top_k_vectors(*ops, scores, n, least, factor, k, chosen, scratch);
     } else {
         actqkv::top_k_scalar(scores, n, k, chosen, scratch);
     }
