@@ -164,9 +164,11 @@ def _time_plan(timer: Timer, note: Note) -> bool:
             n_sketched * KV_HEADS * SKETCH,
             lambda: t.sketch_scores(s, query, sketches, chunks, n_sketched, *heads, of_heads),
         ),
-        (f"vote on {n_sketched}", HEADS * n_sketched * 4, lambda: t.vote(s, of_heads, n_sketched, HEADS, 1, 1, votes)),
-        (f"top-k, {n_refined} of {n_sketched}", n_sketched * 4, lambda: t.top_k(s, votes, n_sketched, n_refined, at)),
-        ("pick", n_refined * 4, lambda: t.pick(s, chunks, at, n_refined, kept)),
+        (
+            f"{n_refined} of {n_sketched} elected",
+            HEADS * n_sketched * 4,
+            lambda: t.elect(s, of_heads, n_sketched, HEADS, n_refined, chunks, votes, at, kept),
+        ),
         (
             f"keys of {n_refined} brought together",
             2 * n_refined * key_bytes,
@@ -177,9 +179,11 @@ def _time_plan(timer: Timer, note: Note) -> bool:
             n_refined * key_bytes,
             lambda: t.refine(s, query, 1, near, null, n_refined, *heads, of_heads),
         ),
-        (f"vote on {n_refined}", HEADS * n_refined * 4, lambda: t.vote(s, of_heads, n_refined, HEADS, 1, 1, votes)),
-        (f"top-k, {granted} of {n_refined}", n_refined * 4, lambda: t.top_k(s, votes, n_refined, granted, at)),
-        ("pick again", granted * 4, lambda: t.pick(s, chunks, at, granted, kept)),
+        (
+            f"{granted} of {n_refined} elected",
+            HEADS * n_refined * 4,
+            lambda: t.elect(s, of_heads, n_refined, HEADS, granted, chunks, votes, at, kept),
+        ),
         (
             f"keys of {granted} brought together",
             2 * granted * key_bytes,

@@ -144,9 +144,8 @@ void gpu_planner::make_scores(const layer & l, const choice & c, const float * q
 // Of n candidates, the k to whose best keys all query heads together pay the most attention, by head_scores; where among
 // the candidates they are is left in `at`.
 void gpu_planner::keep(const int32_t * candidates, int64_t n, int64_t k, int32_t * kept) {
-    check(cuda.vote(compute, on_gpu.head_scores, n, width.n_head, 1, 1, on_gpu.votes));
-    check(cuda.top_k(compute, on_gpu.votes, n, (int32_t) k, on_gpu.at));
-    check(cuda.pick(compute, candidates, on_gpu.at, (int32_t) k, kept));
+    check(cuda.elect(compute, on_gpu.head_scores, (int32_t) n, width.n_head, (int32_t) k, candidates, on_gpu.votes,
+                     on_gpu.at, kept));
 }
 
 void gpu_planner::make(int il, const choice & c, float temperature, const gpu_queries & q, const uint8_t * slots) {

@@ -20,7 +20,7 @@ CUDA = ROOT / "native" / "kernels" / "cuda"
 EMULATOR = ROOT / "tests" / "emulator"
 
 WITHOUT_THREADS = {"to_f16", "summarize", "mean", "spread", "spread_join", "spread_query", "sketch", "entropy"} | {
-    "members", "pick", "gather",
+    "elect", "members", "pick", "gather",
 }  # fmt: skip
 ARRAYS_OF_ATTEND = ("q_near", "q_far", "q_turned", "k_window", "v_window", "out", "weight_sums", "span_mass")
 

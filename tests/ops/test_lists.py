@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import ops_reference as reference
 import pytest
-from ops_support import ALONE, ARRAYS, EMULATED, ON_GPU, Guarded, gpu, pointer
+from ops_support import ALONE, ARRAYS, EMULATED, ON_GPU, Guarded, check, gpu, pointer
 
 
 @pytest.fixture(params=[EMULATED, pytest.param(ON_GPU, marks=pytest.mark.cuda)], ids=["emulated", "cuda"])
@@ -22,6 +23,23 @@ def test_members_of_stretches(impl: int, rng: np.random.Generator, *, n: int, n_
     gpu(impl).call("members", (pointer(stretches), n, 8, n_all, pointer(found)), ARRAYS)
     found.check()
     assert found.array.tolist() == expected
+
+
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (20, 7), (736, 138)])
+@pytest.mark.parametrize("n_head", [1, 7, 32])
+def test_elected_chunks(impl: int, rng: np.random.Generator, *, n: int, k: int, n_head: int) -> None:
+    """The votes of all heads decide, and the names of the best are given in their order."""
+    scores = (5 * rng.normal(size=(n_head, n))).astype(np.float32)
+    candidates = np.sort(rng.choice(10_000, n, replace=False)).astype(np.int32)
+    votes, at, elected = Guarded((1, n)), Guarded(k, np.int32), Guarded(k, np.int32)
+    arguments = (pointer(scores), n, n_head, k, pointer(candidates), pointer(votes), pointer(at), pointer(elected))
+    gpu(impl).call("elect", arguments, ARRAYS)
+    for output in (votes, at, elected):
+        output.check()
+    expected = reference.vote(scores.astype(np.float64), 1, by_sum=True)
+    check("vote", votes.array, expected, np.full(expected.shape, 6.0))
+    assert (elected.array == candidates[np.sort(np.argsort(-expected[0])[:k])]).all()
+    assert (elected.array == candidates[at.array]).all()
 
 
 @pytest.mark.parametrize("n", [0, 1, 300])

@@ -231,6 +231,8 @@ int32_t refine(actqkv_cuda_stream *, const float *, int32_t, const uint8_t *, co
                int32_t, int32_t, int32_t, float, float *);
 int32_t entropy(actqkv_cuda_stream *, const float *, int64_t, float, float *);
 int32_t top_k(actqkv_cuda_stream *, const float *, int64_t, int32_t, int32_t *);
+int32_t elect(actqkv_cuda_stream *, const float *, int32_t, int32_t, int32_t, const int32_t *, float *, int32_t *,
+              int32_t *);
 int32_t members(actqkv_cuda_stream *, const int32_t *, int64_t, int32_t, int64_t, int32_t *);
 int32_t pick(actqkv_cuda_stream *, const int32_t *, const int32_t *, int32_t, int32_t *);
 int32_t gather(actqkv_cuda_stream *, const uint8_t *, int64_t, const int32_t *, const uint8_t *, const int32_t *,

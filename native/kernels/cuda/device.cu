@@ -284,6 +284,7 @@ extern "C" const actqkv_cuda * actqkv_cuda_table(void) {
         refine,
         entropy,
         top_k,
+        elect,
         members,
         pick,
         gather,

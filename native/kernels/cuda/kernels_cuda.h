@@ -21,7 +21,7 @@ extern "C" {
 
 // [cdef begin]
 
-enum actqkv_cuda_limits { ACTQKV_CUDA_INTERFACE = 3, ACTQKV_CUDA_MAX_D_HEAD = 256 };
+enum actqkv_cuda_limits { ACTQKV_CUDA_INTERFACE = 4, ACTQKV_CUDA_MAX_D_HEAD = 256 };
 
 struct actqkv_cuda_stream;
 
@@ -135,6 +135,10 @@ struct actqkv_cuda {
 
     // ---- lists of chunks on the GPU, from their scores to their attention
 
+    // vote() of all n_head heads together by their sum, top_k() of the votes, and the names of the elected, 0 < k < n:
+    // elected[i] = candidates[at[i]], i < k; votes [n] and at [k] are left as well.
+    int32_t (*elect)(struct actqkv_cuda_stream * stream, const float * scores, int32_t n, int32_t n_head, int32_t k,
+                     const int32_t * candidates, float * votes, int32_t * at, int32_t * elected);
     // chunks [n*per + n_all % per]: the members of n stretches of `per` chunks, in their order, then those of n_all chunks
     // that are in no stretch.
     int32_t (*members)(struct actqkv_cuda_stream * stream, const int32_t * stretches, int64_t n, int32_t per,

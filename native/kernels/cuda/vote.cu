@@ -3,12 +3,10 @@
 //
 // A block per KV head. Its warps share out the query heads' sums, several warps a head where there are few; then each
 // thread joins the votes of its own chunks.
-#include "common.cuh"
+#include "top_k.cuh"
 
 namespace actqkv::cuda {
 namespace {
-
-constexpr int MANY = 1024, FEW = 128, MOST_OF_FEW = 512; // threads; numbers that few of them take
 
 __device__ float join_votes(float vote, float x, bool sum) {
     const float most = fmaxf(vote, x);
@@ -57,18 +55,52 @@ __device__ void make_shifts(const float * scores, int64_t n, int r, int n_parts,
     }
 }
 
+// votes [n] of r query heads, scores [r][n]. shifts: shared, [r].
+template <int THREADS> __device__ void make_votes(const float * scores, int64_t n, int r, int n_parts, bool sum,
+                                                  float * shifts, float * votes) {
+    make_shifts<THREADS / WARP>(scores, n, r, n_parts, shifts);
+    for (int64_t b = threadIdx.x; b < n; b += THREADS) {
+        float vote = scores[b] - shifts[0];
+        for (int h = 1; h < r; h++) {
+            vote = join_votes(vote, scores[h * n + b] - shifts[h], sum);
+        }
+        votes[b] = vote;
+    }
+}
+
+// A block per KV head.
 template <int THREADS> __global__ void __launch_bounds__(THREADS)
     vote_kernel(const float * scores, int64_t n, int r, int n_parts, bool sum, float * votes) {
-    float * shifts = reinterpret_cast<float *>(dynamic_shared()); // [r]
-    const float * of_group = scores + (int64_t) blockIdx.x * r * n;
-    make_shifts<THREADS / WARP>(of_group, n, r, n_parts, shifts);
-    for (int64_t b = threadIdx.x; b < n; b += THREADS) {
-        float vote = of_group[b] - shifts[0];
-        for (int h = 1; h < r; h++) {
-            vote = join_votes(vote, of_group[h * n + b] - shifts[h], sum);
-        }
-        votes[blockIdx.x * n + b] = vote;
+    float * shifts = reinterpret_cast<float *>(dynamic_shared());
+    make_votes<THREADS>(scores + (int64_t) blockIdx.x * r * n, n, r, n_parts, sum, shifts, votes + blockIdx.x * n);
+}
+
+// One block.
+template <int THREADS> __global__ void __launch_bounds__(THREADS)
+    elect_kernel(const float * scores, int n, int r, int n_parts, int k, const int32_t * candidates, float * votes,
+                 int32_t * at, int32_t * elected) {
+    float * shifts = reinterpret_cast<float *>(dynamic_shared());
+    make_votes<THREADS>(scores, n, r, n_parts, true, shifts, votes);
+    __syncthreads();
+    choose_best<THREADS>(votes, n, k, at);
+    __syncthreads();
+    for (int i = (int) threadIdx.x; i < k; i += THREADS) {
+        elected[i] = candidates[at[i]];
     }
+}
+
+struct warps {
+    bool few;
+    int n_threads, n_parts; // warps of a head
+};
+
+warps warps_for(int64_t n, int r) {
+    warps w = {n * r <= MOST_OF_FEW, 0, 1};
+    w.n_threads = w.few ? FEW : MANY;
+    while (2 * w.n_parts * r <= w.n_threads / WARP) {
+        w.n_parts *= 2;
+    }
+    return w;
 }
 
 } // namespace
@@ -76,14 +108,19 @@ template <int THREADS> __global__ void __launch_bounds__(THREADS)
 int32_t vote(actqkv_cuda_stream * s, const float * scores, int64_t n, int32_t n_head, int32_t n_head_kv, int32_t sum,
              float * votes) {
     const int r = n_head / n_head_kv;
-    const bool few = n * r <= MOST_OF_FEW;
-    const int n_threads = few ? FEW : MANY;
-    int n_parts = 1;
-    while (2 * n_parts * r <= n_threads / WARP) {
-        n_parts *= 2;
+    const warps w = warps_for(n, r);
+    return launch(s, w.few ? vote_kernel<FEW> : vote_kernel<MANY>, dim3(n > 0 ? (unsigned) n_head_kv : 0),
+                  dim3((unsigned) w.n_threads), r * sizeof(float), scores, n, r, w.n_parts, sum != 0, votes);
+}
+
+int32_t elect(actqkv_cuda_stream * s, const float * scores, int32_t n, int32_t n_head, int32_t k,
+              const int32_t * candidates, float * votes, int32_t * at, int32_t * elected) {
+    if (k < 1 || k >= n) {
+        return cudaErrorInvalidValue;
     }
-    return launch(s, few ? vote_kernel<FEW> : vote_kernel<MANY>, dim3(n > 0 ? (unsigned) n_head_kv : 0),
-                  dim3((unsigned) n_threads), r * sizeof(float), scores, n, r, n_parts, sum != 0, votes);
+    const warps w = warps_for(n, n_head);
+    return launch(s, w.few ? elect_kernel<FEW> : elect_kernel<MANY>, dim3(1), dim3((unsigned) w.n_threads),
+                  n_head * sizeof(float), scores, n, n_head, w.n_parts, k, candidates, votes, at, elected);
 }
 
 } // namespace actqkv::cuda
