@@ -1,11 +1,22 @@
-"""What stands in `Llama._ctx`, where llama_cpp.Llama expects a context of llama.cpp."""
+"""What stands in `Llama._ctx`, where llama_cpp.Llama expects a context of llama.cpp, and what in a closed Llama."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from actqkv_cpp.errors import StateError
+
 if TYPE_CHECKING:
     from actqkv_cpp._native import Session
+
+
+class Closed:
+    """Takes the place of model, context and tokenizer: the base hands null pointers of theirs to libllama."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise StateError("the Llama is closed", "make a new one")
 
 
 class SessionContext:

@@ -26,7 +26,7 @@ from actqkv_cpp._native import KV_TYPES, Session, memory_plan, model_check
 from actqkv_cpp.auditing import Auditor
 from actqkv_cpp.chat import Chat
 from actqkv_cpp.config import LLAMA_CPP, Retrieval, parse_size
-from actqkv_cpp.context import SessionContext
+from actqkv_cpp.context import Closed, SessionContext
 from actqkv_cpp.document import Document, PathLike, Progress, text_files
 from actqkv_cpp.errors import Cancelled, ContextError, ModelError, ParameterError, StateError
 from actqkv_cpp.figures import Mass, Phase
@@ -86,6 +86,7 @@ class Llama(llama_cpp.Llama):
     session: Session | None
     retrieval: Retrieval
     document: Document | None
+    _CLOSED = Closed()
 
     def __init__(
         self,
@@ -213,9 +214,11 @@ class Llama(llama_cpp.Llama):
             self.session.close()
 
     def close(self) -> None:
-        """Free session and model. May be called twice."""
+        """Free session and model. May be called twice; any other use raises StateError from then on."""
         if stack := getattr(self, "_stack", None):
             stack.close()
+            for name in ("_model", "_ctx", "tokenizer_", "_encoder", "_template"):
+                setattr(self, name, self._CLOSED)
 
     def __enter__(self) -> Llama:
         return self

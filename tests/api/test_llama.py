@@ -325,14 +325,33 @@ def test_n_ctx(tiny_model: Path) -> None:
             assert llm.n_ctx() == expected == len(llm.input_ids)
 
 
-def test_closed(tiny_model: Path) -> None:
-    """Breaks when a closed Llama reaches freed memory, or closing twice fails."""
-    llm = Llama(tiny_model, n_threads=1, verbose=False)
+@pytest.mark.parametrize("method", ["actqkv", "llama.cpp"])
+def test_closed(method: str, tiny_model: Path) -> None:
+    """Breaks when a closed Llama reaches freed memory, which kills Python, or closing twice fails."""
+    llm = Llama(tiny_model, n_threads=1, verbose=False, retrieval=Retrieval(method))
+    document = llm.read(text="the key")
     llm.close()
     llm.close()
-    calls: list[Callable[[], object]] = [lambda: llm.eval([1]), llm.save_state, lambda: llm.create_completion([1, 300])]
+    calls: list[Callable[[], object]] = [
+        lambda: llm.eval([1]),
+        llm.save_state,
+        lambda: llm.create_completion([1, 300]),
+        lambda: llm.create_completion("the"),
+        lambda: llm.create_chat_completion(MESSAGES),
+        lambda: llm.tokenize(b"the"),
+        lambda: llm.detokenize([300]),
+        lambda: llm.count_tokens("the"),
+        llm.token_eos,
+        llm.n_vocab,
+        llm.n_ctx,
+        lambda: llm.n_ctx_train,
+        lambda: llm.read(text="the"),
+        lambda: llm.open("a.akv"),
+        llm.chat,
+        lambda: document.ask("where"),
+    ]
     for call in calls:
-        with pytest.raises(StateError):
+        with pytest.raises(StateError, match="closed"):
             call()
 
 
