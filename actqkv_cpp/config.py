@@ -170,6 +170,8 @@ class Retrieval:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise ParameterError(f"method is a name, not {self.method!r}", "actqkv_cpp.methods() lists them")
         for name in _SIZES:
             if name != "chunk" or self.chunk is not None:
                 object.__setattr__(self, name, parse_size(getattr(self, name)))
@@ -185,6 +187,13 @@ class Retrieval:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
                 raise ParameterError(f"{name} is a number, not {value!r}")
+
+
+def check_retrieval(given: object) -> Retrieval:
+    """What was given; ParameterError where it is no Retrieval, for example a method's name."""
+    if not isinstance(given, Retrieval):
+        raise ParameterError(f"retrieval is a Retrieval, not {given!r}", 'write Retrieval("quest")')
+    return given
 
 
 def parse_columns(text: str) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,6 +190,8 @@ class Conversation:
         llm = self.llm
         step = llm._encoder.extend(place.cursor, [*head, *closing], closed=False)
         free = min(_RESERVE, llm.n_ctx() // 8) if reserve is None else reserve
+        if free < 0:
+            raise ParameterError(f"reserve is at least 0 tokens, not {free}")
         n_needed = step.keep + len(step.tokens) + free
         if n_needed > llm.n_ctx():
             names = ", ".join(file.name for file in done.files[len(place.files) :])
@@ -408,14 +410,19 @@ def text_files(source: Source, text: str | None, name: str | None, *, kv_files: 
     if (source is None) == (text is None):
         raise ParameterError("give either a source or text=")
     if text is not None:
+        if not isinstance(text, str):
+            raise ParameterError(f"text is a str, not {type(text).__name__}", "decode bytes first")
         if not text.strip():
             raise DocumentError("the document is empty")
         return [TextFile(name or "text", text)]
-    sources = [source] if isinstance(source, (str, Path, TextFile)) else list(source or ())
+    single = isinstance(source, (str, bytes)) or not isinstance(source, Iterable)
+    sources: list[object] = [source] if single else list(cast("Iterable[object]", source))
     if not sources:
         raise DocumentError("no documents were given")
     files: list[TextFile] = []
     for item in sources:
+        if not isinstance(item, (str, Path, TextFile)):
+            raise ParameterError(f"a source is a path or a TextFile, not {type(item).__name__}", "give text= a text")
         if isinstance(item, TextFile):
             files.append(item)
         elif kv_files and is_kv_file(item):

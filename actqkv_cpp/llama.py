@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import llama_cpp
 import numpy as np
@@ -25,10 +25,10 @@ from actqkv_cpp import compat, default_model_path, machine, modelfile, saved
 from actqkv_cpp._native import KV_TYPES, Session, memory_plan, model_check
 from actqkv_cpp.auditing import Auditor
 from actqkv_cpp.chat import Chat
-from actqkv_cpp.config import LLAMA_CPP, Retrieval, parse_size
+from actqkv_cpp.config import LLAMA_CPP, Retrieval, check_retrieval, parse_size
 from actqkv_cpp.context import Closed, SessionContext
 from actqkv_cpp.document import Document, PathLike, Progress, text_files
-from actqkv_cpp.errors import Cancelled, ContextError, ModelError, ParameterError, StateError
+from actqkv_cpp.errors import Cancelled, ContextError, ModelError, ParameterError, StateError, unknown_name
 from actqkv_cpp.figures import Mass, Phase
 from actqkv_cpp.gpu import GpuUse, NoGpu
 from actqkv_cpp.placement import Placement
@@ -101,7 +101,7 @@ class Llama(llama_cpp.Llama):
         given = cast(dict[str, Any], options)
         compat.check_names(given)
         self._retrieval = retrieval
-        self.retrieval = self._answering = retrieval if retrieval is not None else Retrieval()
+        self.retrieval = self._answering = check_retrieval(retrieval if retrieval is not None else Retrieval())
         self.kv_file = None if kv_file is None else Path(kv_file)
         self._placement = Placement(vram, int(given.get("main_gpu", 0)))
         self.session = self.document = None
@@ -439,7 +439,7 @@ class Llama(llama_cpp.Llama):
             yield
             return
         session, before = self._native_session("another method"), self._answering
-        session.set_answering(retrieval)
+        session.set_answering(check_retrieval(retrieval))
         self._answering = retrieval
         try:
             yield
@@ -463,13 +463,15 @@ class Llama(llama_cpp.Llama):
                 them then attends everything once more in every layer.
 
         Raises:
-            ParameterError: llama.cpp runs the model.
+            ParameterError: an unknown `mass`, or llama.cpp runs the model.
 
         Example:
             >>> with llm.record(mass="answers") as trace:
             ...     document.ask("Who kept the key?")
             >>> trace.mass_recall()  # per layer
         """
+        if mass not in get_args(Mass):
+            raise unknown_name("value for mass", str(mass), get_args(Mass))
         session = self._native_session("recording")
         params = session.params
         recording = Recording(params.n_sink, params.n_chunk_tokens, session.n_layer)

@@ -251,7 +251,7 @@ def save(llm: Llama, path: str | Path, files: tuple[TextFile, ...], reading: Rea
         names = f"{target.name}.{os.getpid()}.tmp"
         raise KVFileError(str(error).replace(names, target.name), error.hint) from None
     except OSError as error:
-        raise KVFileError(f"cannot make {target}: {error.strerror}") from None
+        raise KVFileError(f"cannot make {target}: {error.strerror}", "check the path and its permissions") from None
 
 
 def load(path: str | Path, model_path: str | Path) -> tuple[FileInfo, Saved]:

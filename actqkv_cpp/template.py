@@ -27,7 +27,7 @@ from llama_cpp.llama_chat_format import (
 )
 from numpy.typing import NDArray
 
-from actqkv_cpp.errors import InternalError
+from actqkv_cpp.errors import InternalError, ParameterError
 
 Tokens: TypeAlias = NDArray[np.int32]
 
@@ -63,11 +63,26 @@ def no_tokens() -> Tokens:
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a prompt: a template piece (`template`), or text, of document `document` where that is not None."""
+    """A stretch of a prompt: a template piece (`template`), or text, of document `document` where that is not None.
+
+    Raises:
+        ParameterError: it is no text, or holds what UTF-8 cannot.
+    """
 
     text: str
     template: bool = False
     document: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise ParameterError(f"a text is a str, not {type(self.text).__name__}")
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise ParameterError(
+                f"a text holds a lone surrogate, character {error.start:,}, which is no Unicode",
+                'decode its bytes with errors="replace"',
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -226,6 +227,40 @@ def test_wrong_use(tiny_sparse: Llama, tmp_path: Path) -> None:
         for ask in (doc.ask, tiny_sparse.chat(doc).ask, tiny_sparse.chat(doc).say):
             with pytest.raises(ParameterError):
                 ask("where", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [
+        ({"source": b"book.txt"}, "not bytes"),
+        ({"source": [5, "book.txt"]}, "not int"),
+        ({"source": 5}, "not int"),
+        ({"text": 5}, "not int"),
+        ({"text": "caf\udce9"}, "lone surrogate, character 3"),
+        ({"text": "the key", "question": 5}, "not int"),
+        ({"text": "the key", "reserve": -1}, "reserve is at least 0"),
+    ],
+)
+def test_what_is_no_document(tiny_sparse: Llama, read: dict[str, Any], words: str) -> None:
+    """Breaks when something else than text or a path ends deep inside, in words that do not name it."""
+    with pytest.raises(ParameterError, match=words):
+        tiny_sparse.read(**read)
+
+
+def test_what_is_no_question(tiny_sparse: Llama) -> None:
+    """Breaks when a question that is no text, or a method's name, ends deep inside."""
+    doc = tiny_sparse.read(text="the key")
+    for question in (None, 5, "caf\udce9"):
+        with pytest.raises(ParameterError, match="a text"):
+            doc.ask(question)  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="retrieval is a Retrieval, not 'quest'"):
+        doc.ask("where", retrieval="quest")  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="value for mass 'some'"), tiny_sparse.record(mass="some"):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ParameterError, match="retrieval is a Retrieval"):
+        Llama(retrieval="quest")  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="method is a name, not None"):
+        Retrieval(None)  # type: ignore[arg-type]
 
 
 def test_streaming_and_stop(tiny_sparse: Llama) -> None:
