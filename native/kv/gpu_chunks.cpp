@@ -41,7 +41,7 @@ double gpu_chunks::join() {
     return 0; // the host does not wait
 }
 
-void gpu_chunks::settle() { check(cuda.wait(copies), "copying chunks"); }
+void gpu_chunks::settle() { cuda.wait(copies); }
 
 void gpu_chunks::finished_reading() { check(cuda.follow(copies, compute), "waiting for attention"); }
 

@@ -37,7 +37,8 @@ public:
     void start(int il, int32_t chunk, int32_t slot) override;
     double join() override;
 
-    // Waits until all copies have ended: before the memory that they read is written, or no longer pinned.
+    // Waits until all copies have ended: before the memory that they read is written, or no longer pinned. A GPU that has
+    // failed says so in the next call.
     void settle();
 
     // Copies started from now on come after all that `compute` has queued so far.

@@ -182,9 +182,7 @@ void session::close_chunks(int64_t first) {
     const double start = now_ms();
     store.close_until(first - params.n_local, params.n_threads);
     counts.summarize.ms += now_ms() - start;
-    if (gpu != nullptr) {
-        gpu->closed(store.n_closed());
-    }
+    close_on_gpu();
 }
 
 void session::run_window(const window & w) {

@@ -89,6 +89,7 @@ private:
     bool attend_on_gpu(const window & w, int il, const actqkv_attend_args & args, const chunk_plan & plan);
     bool answer_on_gpu(const window & w, int il, const float * q_stored);
     int32_t first_chunk_span(const window & w) const;
+    void close_on_gpu();
     actqkv_attend_args summing_args(const window & w);
     void finish_attention(const window & w, int il, const actqkv_attend_args & args);
     int32_t most_chunks() const;

@@ -38,7 +38,7 @@ void session::use_gpu(const actqkv_cuda & cuda, int32_t device, uint64_t limit_b
     make_gpu = [this, &cuda, device, rest = limit_bytes - graphs] {
         gpu.reset();
         gpu = std::make_unique<gpu_attention>(cuda, device, rest, hp, params, store, most_chunks());
-        gpu->closed(store.n_closed());
+        close_on_gpu();
     };
     left_gpu.clear();
     make_gpu();
@@ -47,6 +47,20 @@ void session::use_gpu(const actqkv_cuda & cuda, int32_t device, uint64_t limit_b
 void session::leave_gpu(const char * why) {
     left_gpu = why;
     gpu.reset();
+}
+
+// Chunks that have closed go there as well.
+void session::close_on_gpu() {
+    try {
+        if (gpu != nullptr) {
+            gpu->closed(store.n_closed());
+        }
+    } catch (const error & e) {
+        if (e.status != ACTQKV_ERR_COMPUTE) { // not the GPU's
+            throw;
+        }
+        leave_gpu(e.what());
+    }
 }
 
 // Whether it did. All that it reads is on the CPU too, so that attention goes on there when the GPU fails.

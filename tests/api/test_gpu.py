@@ -88,6 +88,8 @@ def test_it_answers_as_the_processor_does(tiny_model: Path, on_cpu: tuple[str, n
     ("faults", "problem"),
     [
         ({"fail_launch": 40}, "launch failure"),  # in the middle of reading
+        ({"fail_copy": 10}, "launch failure"),
+        ({"fail_copy": 200}, "launch failure"),
         ({"fail_malloc": 2}, "out of memory"),  # at the beginning
         ({"devices": 0}, "there is no GPU 0"),
         ({"driver": 0}, "no NVIDIA driver"),
@@ -95,7 +97,7 @@ def test_it_answers_as_the_processor_does(tiny_model: Path, on_cpu: tuple[str, n
         ({"free": 600 << 20}, None),
         ({"free": 512 << 20}, "has 512 MiB free"),
     ],
-    ids=["launch", "malloc", "no device", "no driver", "old", "enough", "full"],
+    ids=["launch", "copy", "later copy", "malloc", "no device", "no driver", "old", "enough", "full"],
 )
 def test_without_it_nothing_is_lost(
     tiny_model: Path, on_cpu: tuple[str, np.ndarray], faulty: Faulty, faults: dict[str, int], problem: str | None
@@ -119,7 +121,7 @@ def test_memory_that_cannot_be_pinned(tiny_model: Path, on_cpu: tuple[str, np.nd
         assert "ordinary memory" in (llm.session.gpu_problem or "")
 
 
-@pytest.mark.parametrize("n", range(1, 7))
+@pytest.mark.parametrize("n", range(1, 9))
 def test_any_allocation_may_fail(tiny_model: Path, faulty: Faulty, n: int) -> None:
     """Asked for, memory that another process took meanwhile is one line of error, and Llama can be made again."""
     faulty(fail_malloc=n)

@@ -6,7 +6,7 @@
 // compiler makes of the text, memory ordering, speed.
 //
 // The GPU's faults are asked for by the environment, as numbers: ACTQKV_EMULATOR_DEVICES, _DRIVER, _MAJOR (of the compute
-// capability), _FREE (bytes of memory), and _FAIL_MALLOC, _FAIL_PIN, _FAIL_LAUNCH: the n-th call and all after it fail.
+// capability), _FREE (bytes of memory), and _FAIL_MALLOC, _FAIL_PIN, _FAIL_COPY, _FAIL_LAUNCH: the n-th call and all after it fail.
 #pragma once
 
 #include <cmath>

@@ -33,7 +33,7 @@ bool fails(const char * what, long & n_calls) {
     n_calls = at > 0 ? n_calls + 1 : 0;
     return at > 0 && n_calls >= at;
 }
-long n_mallocs, n_launches, n_pins;
+long n_mallocs, n_launches, n_pins, n_copies;
 
 constexpr size_t STACK_BYTES = 128 << 10, MOST_SHARED = 227 << 10, MOST_STATIC = 48 << 10;
 constexpr int WARP = 32;
@@ -231,7 +231,7 @@ void actqkv::cuda::emulated_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 
 // ---- the runtime's functions: all at once, in order
 
-using emulator::fails, emulator::wish, emulator::n_mallocs, emulator::n_pins;
+using emulator::fails, emulator::wish, emulator::n_mallocs, emulator::n_pins, emulator::n_copies;
 
 namespace {
 
@@ -356,6 +356,9 @@ bool whole(const void * memory, size_t bytes) {
 cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
     if (!whole(to, bytes) || !whole(from, bytes)) {
         return cudaErrorInvalidValue;
+    }
+    if (fails("FAIL_COPY", n_copies)) {
+        return cudaErrorLaunchFailure;
     }
     return std::memmove(to, from, bytes), cudaSuccess;
 }
