@@ -65,7 +65,11 @@ def check(model_path: str | Path) -> str:
     if magic != b"GGUF":
         what = "is empty" if not magic else f"is not a GGUF model: it begins with {magic!r}"
         raise ModelError(f"{path} {what}", _REMEDY)
-    gguf = libggml.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
+    try:
+        name = str(path).encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"the name {str(path)!r} is not UTF-8, in which llama.cpp takes it", "rename it") from None
+    gguf = libggml.gguf_init_from_file(name, _InitParams(True, None))
     if not gguf:
         raise ModelError(f"{path}: its metadata is damaged, truncated, or of an unknown GGUF version", _REMEDY)
     try:

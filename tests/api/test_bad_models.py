@@ -106,3 +106,11 @@ def test_wrong_values_name_both(tiny_model: Path) -> None:
     """Breaks when contradicting sizes are refused without the sizes."""
     with pytest.raises(ActqkvError, match="700"):
         Llama(tiny_model, verbose=False, retrieval=Retrieval(budget=600, n_sink=100, n_local=568, chunk=32))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
+def test_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """Breaks when such a name ends in a UnicodeEncodeError out of llama_cpp."""
+    path = tiny_gguf.make_tiny_gguf(tmp_path / "model.gguf").rename(tmp_path / os.fsdecode(b"m\xff.gguf"))
+    with pytest.raises(ModelError, match=r"m\\udcff\.gguf' is not UTF-8"):
+        Llama(path)
