@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_support import LONG, Actqkv, Result, assert_failed
+from cli_support import LONG, Actqkv, Result, assert_failed, command, environment
 from tiny_gguf import (
     make_absurd_gguf,
     make_empty_file,
@@ -14,6 +15,8 @@ from tiny_gguf import (
     make_truncated_gguf,
     make_vocab_only_gguf,
 )
+
+from actqkv_cpp import kvfile
 
 QUESTION = "Who?"
 
@@ -158,6 +161,24 @@ def test_standard_input(actqkv: Actqkv, book: Path) -> None:
     """Standard input given twice, or holding nothing, is waited for."""
     _assert_failed(actqkv("ask", "-d", "-", "-d", "-", QUESTION), "once")
     _assert_failed(actqkv("ask", "-d", "-", QUESTION), "stdin is empty")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams(book: Path, tmp_path: Path, closed: str) -> None:
+    """A standard stream that the caller closed ends in a traceback, or the KV file gets its number."""
+    arguments = command("ask", "-d", book, QUESTION, "--max-tokens", 1, "--kv-file", tmp_path / "a.akv")
+    found = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert ("1>" in closed) == (not found.stdout)
+    kvfile.verify(tmp_path / "a.akv")
 
 
 @pytest.mark.parametrize("text", ['{"q": 1}', "no json", '["question"]'])
