@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import llama_cpp
 import numpy as np
+from llama_cpp.llama_grammar import LlamaGrammar
 from numpy.typing import NDArray
 
-from actqkv_cpp import compat, default_model_path, machine, modelfile, saved
+from actqkv_cpp import compat, default_model_path, guards, machine, modelfile, saved
 from actqkv_cpp._native import KV_TYPES, Session, memory_plan, model_check
 from actqkv_cpp.auditing import Auditor
 from actqkv_cpp.chat import Chat
@@ -346,10 +347,23 @@ class Llama(llama_cpp.Llama):
         selected = candidates.candidates.selected
         if not 0 <= selected < candidates.candidates.size:
             raise StateError("the samplers selected no token", "end a custom sampler chain with a selecting sampler")
-        token = int(candidates.candidates.data[selected].id)
+        chosen = candidates.candidates.data[selected]
+        if np.isneginf(chosen.logit):  # a grammar aborts when it is told of a token that it forbids
+            raise StateError("no token of the model may follow here", "loosen the grammar, or the bias of tokens")
+        token = int(chosen.id)
         llama_cpp.llama_sampler_accept(sampler.sampler, token)
         self._sampled = token
         return token
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, LlamaGrammar):
+                guards.check_grammar(self._model, given)
+        return super()._init_sampler(*args, **kwargs)
+
+    def detokenize(self, tokens: list[int], *args: Any, **kwargs: Any) -> bytes:
+        guards.check_tokens(tokens, self._n_vocab)
+        return super().detokenize(tokens, *args, **kwargs)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
         self._enter()
@@ -618,4 +632,6 @@ class Llama(llama_cpp.Llama):
 
 # Signatures and docstrings that callers see are the base's.
 functools.update_wrapper(Llama.sample, llama_cpp.Llama.sample)
+functools.update_wrapper(Llama._init_sampler, llama_cpp.Llama._init_sampler)
+functools.update_wrapper(Llama.detokenize, llama_cpp.Llama.detokenize)
 functools.update_wrapper(Llama.generate, llama_cpp.Llama.generate)

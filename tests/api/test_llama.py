@@ -14,7 +14,7 @@ import pytest
 from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
 from llama_oracle import PlainLlama
 
-from actqkv_cpp import ContextError, Llama, Retrieval, StateError, ThreadError
+from actqkv_cpp import ContextError, Llama, ParameterError, Retrieval, StateError, ThreadError
 
 PROMPT = "the key of the house was found in the green river and the answer"
 DENSE = Retrieval("dense", n_local=64, window=32, n_sink=4, chunk=16, budget=128)
@@ -323,6 +323,20 @@ def test_n_ctx(tiny_model: Path) -> None:
     for given, expected in ((0, 2048), ("1k", 1024), (512, 512)):
         with Llama(tiny_model, n_ctx=given, n_threads=1, verbose=False) as llm:
             assert llm.n_ctx() == expected == len(llm.input_ids)
+
+
+def test_arguments_that_abort_libllama(ours: Llama) -> None:
+    """Breaks when a token or a grammar kills Python, as it does through llama_cpp."""
+    for token in (-1, 512, 10**9):
+        with pytest.raises(ParameterError, match=f"token 1 is {token}, expected 0 to 511"):
+            ours.detokenize([300, token])
+    for text, words in (("root ::= (((", "does not parse"), ('rule ::= "a"', "no rule 'root'")):
+        with pytest.raises(ParameterError, match=words):
+            ours.create_completion("the", max_tokens=2, grammar=LlamaGrammar.from_string(text, verbose=False))
+    unspeakable = LlamaGrammar.from_string(r'root ::= "\u0000"', verbose=False)
+    with pytest.raises(StateError, match="no token of the model may follow"):
+        ours.create_completion("the", max_tokens=2, grammar=unspeakable)
+    assert ours.create_completion("the", max_tokens=2)["usage"]["completion_tokens"] > 0  # type: ignore[index]
 
 
 @pytest.mark.parametrize("method", ["actqkv", "llama.cpp"])
