@@ -113,7 +113,13 @@ class Llama(llama_cpp.Llama):
         self._sampled: int | None = None  # what sample() returned, until it is read back: that is a decode step
         self._rows_wanted: Literal["last", "sampled", "all"] = "last"
         given["n_ctx"] = parse_size(given.get("n_ctx", compat.base_defaults()["n_ctx"]))
-        path = modelfile.check(model_path if model_path is not None else default_model_path())
+        path = modelfile.check(
+            model_path if model_path is not None else default_model_path(), given.get("kv_overrides")
+        )
+        if given.get("lora_path") is not None:
+            modelfile.check_adapter(given["lora_path"], path)
+        if given.get("n_batch", 1) < 1:
+            raise ParameterError(f"n_batch is {given['n_batch']}, expected 1 or more")
         self.gpu_layers = self._placement.layers(path, 0 if given.get("vocab_only") else given.get("n_gpu_layers", 0))
         if given.get("n_gpu_layers", 0) is None or self.gpu_layers.n:
             given["n_gpu_layers"] = self.gpu_layers.n

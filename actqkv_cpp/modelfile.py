@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,11 @@ libggml.gguf_get_val_str.restype = ctypes.c_char_p
 libggml.gguf_get_val_str.argtypes = [ctypes.c_void_p, ctypes.c_int64]
 
 
-def check(model_path: str | Path) -> str:
+def check(model_path: str | Path, overrides: Mapping[str, object] | None = None) -> str:
     """The path as text.
+
+    Args:
+        overrides: of the metadata, as in `kv_overrides`.
 
     Raises:
         ModelError: there is no such file, it is no GGUF, its metadata is damaged, or libllama would abort on it.
@@ -54,10 +57,42 @@ def check(model_path: str | Path) -> str:
     """
     path = Path(model_path)
     try:
+        gguf = _opened(path)
+    except FileNotFoundError:
+        raise ModelError(f"Model path does not exist: {path}", "leave it out for the bundled model") from None
+    try:
+        _check_sizes(path, gguf, overrides or {})
+    finally:
+        libggml.gguf_free(gguf)
+    return str(path)
+
+
+def check_adapter(lora_path: str | Path, model_path: str | Path) -> None:
+    """ModelError where a file is no LoRA adapter for the model: the base hands on the null pointer that comes of it."""
+    path = Path(lora_path)
+    try:
+        adapter, model = _opened(path), _opened(Path(model_path))
+    except FileNotFoundError:
+        raise ModelError(f"no such adapter: {path}", "check lora_path") from None
+    try:
+        kind, of, arch = (
+            _string(adapter, "general.type"),
+            *(_string(gguf, "general.architecture") for gguf in (adapter, model)),
+        )
+    finally:
+        libggml.gguf_free(adapter)
+        libggml.gguf_free(model)
+    if (kind, of) != ("adapter", arch):
+        raise ModelError(f"{path} is a GGUF of type {kind} for {of}, expected an adapter for {arch}", "check lora_path")
+
+
+def _opened(path: Path) -> int:
+    """The metadata of a GGUF, to be freed. FileNotFoundError where there is no file, else as `check`."""
+    try:
         with path.open("rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
-        raise ModelError(f"Model path does not exist: {path}", "leave it out for the bundled model") from None
+        raise
     except IsADirectoryError:
         raise ModelError(f"{path} is a folder", "name the .gguf file in it") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -72,11 +107,7 @@ def check(model_path: str | Path) -> str:
     gguf = libggml.gguf_init_from_file(name, _InitParams(True, None))
     if not gguf:
         raise ModelError(f"{path}: its metadata is damaged, truncated, or of an unknown GGUF version", _REMEDY)
-    try:
-        _check_sizes(path, gguf)
-    finally:
-        libggml.gguf_free(gguf)
-    return str(path)
+    return int(gguf)
 
 
 def sizes(path: str | Path) -> tuple[int, int]:
@@ -92,18 +123,21 @@ def sizes(path: str | Path) -> tuple[int, int]:
     return n_layer or 0, sum(file.stat().st_size for file in files)
 
 
-def _check_sizes(path: Path, gguf: int) -> None:
+def _check_sizes(path: Path, gguf: int, overrides: Mapping[str, object]) -> None:
     """Refuse what libllama aborts on."""
+
+    def number(key: str) -> int | None:
+        given = overrides.get(f"{arch}.{key}")
+        return given if isinstance(given, int) else _number(gguf, f"{arch}.{key}")
+
     arch = _string(gguf, "general.architecture")
     if arch is None:
         raise ModelError(f"{path} names no architecture", _REMEDY)
-    n_layer = _number(gguf, f"{arch}.block_count")
+    n_layer = number("block_count")
     if n_layer is not None and n_layer > _MAX_LAYERS:
         raise ModelError(f"{path}: {arch}.block_count is {n_layer}, llama.cpp takes at most {_MAX_LAYERS}", _REMEDY)
-    n_rot, n_embd, n_head = (
-        _number(gguf, f"{arch}.{key}") for key in ("rope.dimension_count", "embedding_length", "attention.head_count")
-    )
-    d_head = _number(gguf, f"{arch}.attention.key_length") or (n_embd or 0) // (n_head or 1)
+    n_rot, n_embd, n_head = map(number, ("rope.dimension_count", "embedding_length", "attention.head_count"))
+    d_head = number("attention.key_length") or (n_embd or 0) // (n_head or 1)
     if arch in _FULL_ROTARY and n_rot is not None and n_rot != d_head:
         raise ModelError(f"{path}: {arch}.rope.dimension_count is {n_rot}, a head has {d_head}", _REMEDY)
 

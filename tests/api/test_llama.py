@@ -14,7 +14,16 @@ import pytest
 from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
 from llama_oracle import PlainLlama
 
-from actqkv_cpp import ContextError, Llama, ParameterError, Retrieval, StateError, ThreadError
+from actqkv_cpp import (
+    ContextError,
+    Llama,
+    ModelError,
+    ParameterError,
+    Retrieval,
+    StateError,
+    ThreadError,
+    default_model_path,
+)
 
 PROMPT = "the key of the house was found in the green river and the answer"
 DENSE = Retrieval("dense", n_local=64, window=32, n_sink=4, chunk=16, budget=128)
@@ -337,6 +346,23 @@ def test_arguments_that_abort_libllama(ours: Llama) -> None:
     with pytest.raises(StateError, match="no token of the model may follow"):
         ours.create_completion("the", max_tokens=2, grammar=unspeakable)
     assert ours.create_completion("the", max_tokens=2)["usage"]["completion_tokens"] > 0  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n_batch": -1}, "n_batch is -1"),
+        ({"n_batch": 0}, "n_batch is 0"),
+        ({"kv_overrides": {"llama.block_count": 10**6}}, "block_count is 1000000"),
+        ({"lora_path": "none.gguf"}, r"no such adapter: none\.gguf"),
+        ({"lora_path": __file__}, "is not a GGUF model"),
+        ({"lora_path": str(default_model_path())}, "expected an adapter for llama"),
+    ],
+)
+def test_options_that_abort_libllama(options: dict[str, Any], words: str, tiny_model: Path) -> None:
+    """Breaks when an option kills Python, as it does through llama_cpp."""
+    with pytest.raises((ParameterError, ModelError), match=words):
+        Llama(tiny_model, verbose=False, n_threads=1, **options)
 
 
 @pytest.mark.parametrize("method", ["actqkv", "llama.cpp"])
