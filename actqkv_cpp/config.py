@@ -112,7 +112,7 @@ class Retrieval:
         statistics_cap: t_max; statistics remember at most t_max * 256 tokens.
         score: of a chunk: "cosine" or "dot" product of probe and summary.
         sketch: while answering, sketches of the keys (one bit per channel) choose refine * share chunks from the best
-            sketch * share; 1 is off, else more than refine.
+            sketch * share, or from the best eighth of all where that is more; 1 is off, else more than refine.
         refine: while answering, the keys themselves choose from the refine * share chunks that are left; 1 is off.
         cutoff: while answering: "none", "layerwise" (by entropy) or as "published".
         cutoff_temperature: of the softmax over scores, > 0.

@@ -143,7 +143,7 @@ def _time_plan(timer: Timer, note: Note) -> bool:
     queues them, keys of candidates and of the plan on the GPU."""
     t, s, null = timer.table, timer.stream, timer.ffi.NULL
     n, granted = (128 << 10) // CHUNK, 46
-    n_sketched, n_refined = 16 * granted, 3 * granted
+    n_sketched, n_refined = 16 * granted, 2 * granted
     key_bytes = KV_HEADS * CHUNK * D * 2
     query, folded = timer.take("float *", HEADS * D * 4), timer.take("float *", KV_HEADS * (D + 1) * 4)
     spreads, sketches = timer.take("uint8_t *", n * SPREAD), timer.take("uint8_t *", n * KV_HEADS * SKETCH)
@@ -156,7 +156,7 @@ def _time_plan(timer: Timer, note: Note) -> bool:
     timer.check(t.top_k(s, scores, n_refined, n_refined, at))  # `at` names somebody
     steps: list[tuple[str, int, Callable[[], int]]] = [
         ("query", HEADS * D * 4, lambda: t.spread_query(s, query, HEADS, KV_HEADS, D, folded)),
-        (f"spreads of {n}", n * SPREAD, lambda: t.spread_scores(s, folded, spreads, null, n, KV_HEADS, D, scores)),
+        (f"spreads of {n}", n * SPREAD, lambda: t.spread_scores(s, folded, spreads, n, KV_HEADS, D, scores)),
         ("entropy", n * 4, lambda: t.entropy(s, scores, n, 1000, entropy)),
         (f"top-k, {n_sketched} of {n}", n * 4, lambda: t.top_k(s, scores, n, n_sketched, kept)),
         (

@@ -417,10 +417,6 @@ def key_scores(query: Floats, keys: Sequence[Floats]) -> Floats:
 
 # Spreads: of the engine's own making (native/kernels/cpu/spread.cpp says what they are), no part of the papers
 
-N_STRETCH = 8  # chunks of a stretch
-N_SCORED = 96  # chunks scored per chunk of the budget, where stretches are scored first
-WIDER = 1.5  # what a stretch's spread is multiplied by
-
 
 def chunk_spread(keys: Floats, centre: Floats, stored: Callable[[Floats], Floats]) -> Floats:
     """Mean of a chunk's keys [c, G, d] less the centre [G, d], turned and rounded to q4_0, and behind it the root of
@@ -428,14 +424,6 @@ def chunk_spread(keys: Floats, centre: Floats, stored: Callable[[Floats], Floats
     mean = keys.mean(axis=0)
     spread = np.sqrt(((keys - mean) ** 2).mean(axis=(0, 2)))
     return np.column_stack([requantised(turned(mean - centre), "q4_0"), stored(spread)])
-
-
-def stretch_spread(spreads: Floats, stored: Callable[[Floats], Floats]) -> Floats:
-    """One spread [G, d + 1] for those of several chunks [n, G, d + 1]."""
-    means, within = spreads[:, :, :-1], spreads[:, :, -1]
-    mean = means.mean(axis=0)
-    square = (within**2).mean(axis=0) + ((means - mean) ** 2).mean(axis=(0, 2))
-    return np.column_stack([requantised(mean, "q4_0"), stored(WIDER * np.sqrt(square))])
 
 
 def spread_scores(query: Floats, spreads: Floats) -> Floats:
@@ -448,23 +436,9 @@ def spread_scores(query: Floats, spreads: Floats) -> Floats:
     return scores
 
 
-def spread_scores_of_some(query: Floats, spreads: Floats, n_wanted: int, stored: Callable[[Floats], Floats]) -> Floats:
-    """The same [N], but -inf outside the best stretches, which have `n_wanted` chunks or a few more, and what is in no
-    stretch yet. Of all chunks where that reads no less."""
-    n, n_best = len(spreads), -(-n_wanted // N_STRETCH)
-    n_stretches = n // N_STRETCH
-    scores = spread_scores(query, spreads)
-    if n_stretches + (n_best + 1) * N_STRETCH > n:
-        return scores
-    in_stretches = spreads[: n_stretches * N_STRETCH].reshape(n_stretches, N_STRETCH, *spreads.shape[1:])
-    stretches = np.array([stretch_spread(stretch, stored) for stretch in in_stretches])
-    best = top_k(spread_scores(query, stretches), n_best)
-    chunks = np.arange(n)
-    some: Floats = np.where(np.isin(chunks // N_STRETCH, best) | (chunks >= n_stretches * N_STRETCH), scores, -np.inf)
-    return some
-
-
 # Sketches: of the engine's own making (native/kernels/cpu/sketch.cpp says what they are), no part of the papers
+
+SKETCHED_PART = 8  # sketches of the best eighth of all chunks are looked at, and of more where the budget asks for it
 
 
 def sketched_keys(keys: Floats, stored: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:

@@ -157,9 +157,9 @@ class ReferenceSession:
         budget = self._budgets[layer]
         sketched = refined = scores
         if phase == "decode" and params.select == "top_k" and scores.ndim == 1:
-            n_scored = int((scores > -np.inf).sum())
-            n_sketched, n_refined = (min(n_scored, n * budget) for n in (params.sketch, params.refine))
-            if n_sketched > n_refined:
+            n_refined = min(len(scores), params.refine * budget)
+            n_sketched = min(len(scores), max(params.sketch * budget, len(scores) // ref.SKETCHED_PART))
+            if params.sketch > 1 and n_sketched > n_refined:
                 sketched = self._among(state, q, scores, n_sketched, by_sketch=True)
             refined = self._among(state, q, sketched, n_refined, by_sketch=False) if n_refined > budget else sketched
         plan = ref.top_k(refined, budget) if scores.ndim == 1 else np.array([ref.top_k(row, budget) for row in refined])
@@ -204,9 +204,6 @@ class ReferenceSession:
             return summaries, np.log(ref.quest_group_scores(per_head, kv_shape[0], params.vote))
         if bounds:
             return summaries, ref.bound_scores(probe, summaries)
-        if spread and phase == "decode":
-            n_wanted = params.top_k * max(ref.N_SCORED, 2 * params.sketch, 2 * params.refine)
-            return summaries, ref.spread_scores_of_some(probe, summaries, n_wanted, params.stored)
         if spread:
             return summaries, ref.spread_scores(probe, summaries)
         question = self.question[layer] if self.question is not None and phase == "prefill" else None

@@ -192,10 +192,10 @@ class Jobs:
         spreads = self._sets(n * one, self._of_chunks(one, spread))
         folded = np.empty(int(lib.actqkv_spread_query_size(*self.kv_heads)), np.float32)
         lib.actqkv_spread_query(_data(self.query), *self.heads, _data(folded))
-        scores, every_chunk = np.empty(n, np.float32), ffi.NULL
+        scores = np.empty(n, np.float32)
 
         def make(i: int) -> Call:
-            given = (_data(folded), _data(spreads[i % len(spreads)]), every_chunk, n, *self.kv_heads)
+            given = (_data(folded), _data(spreads[i % len(spreads)]), n, *self.kv_heads)
             return partial(lib.actqkv_spread_scores, self.impl, *given, _data(scores), self.n_threads)
 
         n_operations = 2 * n * math.prod(self.kv_heads)

@@ -166,7 +166,7 @@ def _shape(output: Output, engine: o.EngineOptions, depth: int) -> Shape:
         depth=depth,
         budget=engine.budget,
         granted=granted,
-        sketched=granted * method["sketch"],
+        sketched=max(granted * method["sketch"], depth // chunk // 8),  # as Retrieval's sketch says
         refined=granted * method["refine"],
         kv_type=engine.kv_type,
     )

@@ -97,7 +97,7 @@ struct actqkv_method {
     int32_t statistics;         // enum actqkv_statistics
     int32_t statistics_cap;     // t_max: running statistics remember at most t_max * 256 tokens (published: windows)
     int32_t score;              // enum actqkv_score
-    int32_t sketch;             // answering: of the best sketch * share chunks, sketches choose refine * share; 1: off
+    int32_t sketch;             // answering: of sketch * share chunks, or an eighth, sketches choose refine * share; 1: off
     int32_t refine;             // answering: of the refine * share chunks left, their keys choose; 1: off
     int32_t cutoff;             // enum actqkv_cutoff
     float   cutoff_temperature; // softmax(score / temperature), > 0

@@ -111,18 +111,15 @@ void actqkv_mean(const actqkv_f16 * keys, int64_t key_stride, int32_t n_head_kv,
 void actqkv_spread(const actqkv_f16 * keys, int64_t key_stride, const float * centre, int32_t n_head_kv, int32_t d_head,
                    int32_t c, uint8_t * spread);
 
-// One spread for the chunks of n >= 1 spreads that lie one behind the other: a *stretch*.
-void actqkv_spread_join(const uint8_t * spreads, int32_t n, int32_t n_head_kv, int32_t d_head, uint8_t * joined);
-
 // Floats of a query as spreads meet it; and the query [H][d], as its keys meet it, in that form.
 int64_t actqkv_spread_query_size(int32_t n_head_kv, int32_t d_head);
 void actqkv_spread_query(const float * query, int32_t n_head, int32_t n_head_kv, int32_t d_head, float * folded);
 
-// scores[i], i < n: the query's products with the mean of chunk chunks[i] (NULL: chunk i) of `spreads` less the centre, and
-// as much more as keys reach that spread so far, summed over query heads. The fast versions round the query to 16 bits,
+// scores[i], i < n: the query's products with the mean of chunk i less the centre, and as much more as keys reach that
+// spread so far, summed over query heads. The fast versions round the query to 16 bits,
 // per 32 values.
-void actqkv_spread_scores(int32_t impl, const float * folded, const uint8_t * spreads, const int32_t * chunks,
-                          int64_t n, int32_t n_head_kv, int32_t d_head, float * scores, int32_t n_threads);
+void actqkv_spread_scores(int32_t impl, const float * folded, const uint8_t * spreads, int64_t n, int32_t n_head_kv,
+                          int32_t d_head, float * scores, int32_t n_threads);
 
 // ---- vote (section 4)
 

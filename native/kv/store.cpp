@@ -71,9 +71,8 @@ void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_me
     const uint64_t layers = hp.n_layer, ring = 3 * shape.recent_tokens() * shape.token_stride();
     const uint64_t recent = ring * sizeof(actqkv_f16) + sums_per_layer(hp, p) * sizeof(float);
     memory.kv_bytes += layers * (2 * shape.n_chunks_max(p.n_ctx) * shape.chunk_bytes() + recent);
-    const int64_t n_chunks = shape.n_chunks_max(p.n_ctx), bytes = summary_bytes_for(hp, p);
-    const uint64_t of_chunk = bytes + norms_for(p) * sizeof(float) + sketch_bytes_for(hp, p);
-    memory.summary_bytes += layers * (n_chunks * of_chunk + (summary_is_spread(p) ? n_chunks / N_STRETCH * bytes : 0));
+    const uint64_t of_chunk = summary_bytes_for(hp, p) + norms_for(p) * sizeof(float) + sketch_bytes_for(hp, p);
+    memory.summary_bytes += layers * shape.n_chunks_max(p.n_ctx) * of_chunk;
 }
 
 kv_store::kv_store(const hparams & hp, const actqkv_params & p)
@@ -88,7 +87,6 @@ kv_store::kv_store(const hparams & hp, const actqkv_params & p)
         l.k = reservation<uint8_t>(n_bytes);
         l.v = reservation<uint8_t>(n_bytes);
         l.reps = reservation<uint8_t>(n_chunks_max * n_summary_bytes);
-        l.stretches = reservation<uint8_t>(summary_is_spread(p) ? n_chunks_max / N_STRETCH * n_summary_bytes : 0);
         l.norms = reservation<float>(n_chunks_max * n_norms);
         l.sketches = reservation<uint8_t>(n_chunks_max * n_sketch_bytes);
         for (auto * ring : {&l.near, &l.far, &l.v_open}) {
@@ -216,15 +214,6 @@ void kv_store::spread(int il, int64_t first, int64_t last) {
     }
 }
 
-const uint8_t * kv_store::stretches(int il) const {
-    const layer & l = layers[il];
-    for (; l.n_stretches < n_closed_chunks / N_STRETCH; l.n_stretches++) {
-        actqkv_spread_join(spreads(il) + l.n_stretches * N_STRETCH * n_summary_bytes, N_STRETCH, shape.n_head_kv,
-                           shape.d_head, l.stretches.data() + l.n_stretches * n_summary_bytes);
-    }
-    return l.stretches.data();
-}
-
 // rep: room for one summary.
 void kv_store::summarize(int il, int64_t chunk, actqkv_f16 * rep) {
     layer & l = layers[il];
@@ -300,9 +289,6 @@ void kv_store::restore_recent(const recent_state & state, int64_t n_tokens, int6
 void kv_store::set_closed(int64_t n) {
     n_closed_chunks = n;
     n_from_file = std::min(n_from_file, n); // chunks behind it will be written anew
-    for (layer & l : layers) {
-        l.n_stretches = std::min(l.n_stretches, n / N_STRETCH);
-    }
 }
 
 std::vector<kv_store::range> kv_store::sink_ranges(int il) const {

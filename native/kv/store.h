@@ -22,9 +22,6 @@ namespace actqkv {
 // Number of f16 per chunk and layer of a summary kind; 0 for spreads (kernels.h), which are of another make.
 int64_t summary_width(int32_t kind, const hparams & hp);
 
-// Chunks of a stretch: with spreads, such a run of closed chunks has a summary of its own.
-constexpr int32_t N_STRETCH = 8;
-
 // What a rewind needs beside closed chunks and sinks, which stay where they are: the blocks that were open.
 struct recent_state {
     std::vector<actqkv_f16> kv; // per layer and block: near and far keys and values, [G][c][d] each
@@ -78,12 +75,11 @@ public:
         check_summaries(il);
         return (const actqkv_f16 *) layers[il].reps.data();
     }
-    // Or spreads, [chunk] of summary_bytes() each; and those of all n_closed() / N_STRETCH stretches.
+    // Or spreads, [chunk] of summary_bytes() each.
     const uint8_t * spreads(int il) const {
         check_summaries(il);
         return layers[il].reps.data();
     }
-    const uint8_t * stretches(int il) const;
     const float * norms(int il) const { return layers[il].norms.data(); }
     // Sketches of closed chunks' keys in the form they are kept in, [chunk][G]; none where sketch_bytes() of a chunk is 0.
     const uint8_t * sketches(int il) const { return layers[il].sketches.data(); }
@@ -139,8 +135,6 @@ private:
     struct layer {
         reservation<uint8_t> k, v;                 // closed chunks [chunk][G][c], rows of shape.kv_type
         reservation<uint8_t> reps;                 // f16 [row][chunk][width / rows], or spreads [chunk]
-        mutable reservation<uint8_t> stretches;    // spreads [chunk / N_STRETCH], made of reps when they are needed
-        mutable int64_t n_stretches = 0;           // of them made
         reservation<float> norms;                  // [chunk], of summaries in f16
         reservation<uint8_t> sketches;             // [chunk][G]
         std::vector<actqkv_f16> near, far, v_open; // rings of [block][G][tokens][d]

@@ -27,7 +27,7 @@ constexpr actqkv_method ACTQKV = {
     1000, // statistics_cap
     ACTQKV_SCORE_DOT,
     16, // sketch
-    3,  // refine
+    2,  // refine
     ACTQKV_CUTOFF_LAYERWISE,
     1000.0f, // cutoff_temperature: shares that differ much, as at 1, cost answers
     0.0f,    // question_weight

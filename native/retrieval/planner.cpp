@@ -60,11 +60,13 @@ void split_heads(const hparams & hp, int32_t kind, const float * query, std::vec
     }
 }
 
-// An answering step scores so many chunks per chunk granted, at least: with fewer, stretches lose what it looks for
-// (native/README.md).
-constexpr int32_t N_SCORED = 96;
-
 } // namespace
+
+// Scores tell less the more chunks there are: of a million tokens, the chunk that is looked for is among the best eighth, but
+// not among the best sixteen per chunk granted (native/README.md).
+int64_t n_sketched(const actqkv_method & method, int64_t k, int64_t n_chunks) {
+    return std::max<int64_t>(k * method.sketch, n_chunks / 8);
+}
 
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published) {
     const int64_t rest = n_layers_left - 1;
@@ -149,7 +151,6 @@ void planner::make_probe(layer_memory & memory, const float * q_far, const float
 void planner::make_scores(int il, const layer_memory & memory, const kv_store & store) {
     const stopwatch watch(score_stage);
     const actqkv_method & method = now().method;
-    scored.clear();
     if (method.summary == ACTQKV_SUMMARY_SPREAD) {
         make_spread_scores(il, store);
         return;
@@ -172,34 +173,12 @@ void planner::make_scores(int il, const layer_memory & memory, const kv_store & 
 }
 
 void planner::make_spread_scores(int il, const kv_store & store) {
-    const int impl = actqkv_impl_best(), threads = reading.n_threads;
-    const choice sizes = choice_of(il);
-    const int32_t n_best = sizes.n_stretches;
-    const int64_t n_stretches = n_chunks / N_STRETCH;
     folded.resize(actqkv_spread_query_size(hp.n_head_kv, hp.d_head));
     actqkv_spread_query(probe.data(), hp.n_head, hp.n_head_kv, hp.d_head, folded.data());
-    const auto against = [&](const uint8_t * spreads, const int32_t * chunks, int64_t n) {
-        scores.resize(n);
-        actqkv_spread_scores(impl, folded.data(), spreads, chunks, n, hp.n_head_kv, hp.d_head, scores.data(), threads);
-        score_stage.bytes += (uint64_t) n * store.summary_bytes();
-    };
-    if (n_best == 0) {
-        against(store.spreads(il), nullptr, n_chunks);
-        return;
-    }
-    against(store.stretches(il), nullptr, n_stretches);
-    candidates.resize(n_best);
-    scratch.resize(n_stretches);
-    actqkv_top_k(impl, scores.data(), n_stretches, n_best, candidates.data(), scratch.data());
-    for (int32_t stretch : candidates) {
-        for (int32_t i = 0; i < N_STRETCH; i++) {
-            scored.push_back(stretch * N_STRETCH + i);
-        }
-    }
-    for (int64_t chunk = n_stretches * N_STRETCH; chunk < n_chunks; chunk++) {
-        scored.push_back((int32_t) chunk);
-    }
-    against(store.spreads(il), scored.data(), (int64_t) scored.size());
+    scores.resize(n_chunks);
+    actqkv_spread_scores(actqkv_impl_best(), folded.data(), store.spreads(il), n_chunks, hp.n_head_kv, hp.d_head,
+                         scores.data(), reading.n_threads);
+    score_stage.bytes += (uint64_t) n_chunks * store.summary_bytes();
 }
 
 void planner::make_votes(int il, const kv_store & store) {
@@ -238,24 +217,16 @@ void planner::note_entropy(layer_memory & memory, float entropy) {
     }
 }
 
-// An answering step scores the chunks of the best stretches, and those that are in no stretch yet, where that is less than
-// to score all.
 choice planner::choice_of(int il) const {
     const actqkv_method & method = now().method;
-    choice c = {std::min(share_of(il), n_chunks), n_chunks, 0, n_chunks, 0, 0};
-    const int64_t n_wanted = n_retrieved(now()) * std::max({N_SCORED, 2 * method.sketch, 2 * method.refine});
-    const int64_t n_best = (n_wanted + N_STRETCH - 1) / N_STRETCH, n_stretches = n_chunks / N_STRETCH;
-    if (is_decode && method.summary == ACTQKV_SUMMARY_SPREAD && n_stretches + (n_best + 1) * N_STRETCH <= n_chunks) {
-        c.n_stretches = (int32_t) n_best;
-        c.n_scored = n_best * N_STRETCH + n_chunks % N_STRETCH;
-    }
-    c.n_refined = is_decode ? std::min(c.n_scored, c.k * method.refine) : c.k;
-    c.n_sketched = is_decode && method.sketch > 1 ? std::min(c.n_scored, c.k * method.sketch) : c.n_refined;
+    choice c = {std::min(share_of(il), n_chunks), n_chunks, 0, 0};
+    c.n_refined = is_decode ? std::min(n_chunks, c.k * method.refine) : c.k;
+    c.n_sketched = is_decode && method.sketch > 1 ? std::min(n_chunks, n_sketched(method, c.k, n_chunks)) : c.n_refined;
     return c;
 }
 
-// The k best chunks by score. Answering, sketches of the best sketch * k of them decide which refine * k remain, and
-// the keys of those decide; query is the step's as it meets keys, stored_query as it meets keys in the store.
+// The k best chunks by score. Answering, sketches of n_sketched of them decide which refine * k remain, and the keys
+// of those decide; query is the step's as it meets keys, stored_query as it meets keys in the store.
 void planner::choose(int il, const choice & sizes, const kv_store & store, const float * query,
                      const float * stored_query) {
     const stopwatch watch(refine_stage);
@@ -263,12 +234,8 @@ void planner::choose(int il, const choice & sizes, const kv_store & store, const
     const int32_t c = reading.method.n_chunk_tokens;
     const float scale = hp.attn_scale;
     candidates.resize(n_sketched);
-    scratch.resize(n_scored());
-    actqkv_top_k(actqkv_impl_best(), scores.data(), n_scored(), (int32_t) n_sketched, candidates.data(),
-                 scratch.data());
-    for (size_t i = 0; !scored.empty() && i < candidates.size(); i++) {
-        candidates[i] = scored[candidates[i]];
-    }
+    scratch.resize(n_chunks);
+    actqkv_top_k(actqkv_impl_best(), scores.data(), n_chunks, (int32_t) n_sketched, candidates.data(), scratch.data());
     if (n_sketched > n_refined) {
         head_scores.resize(hp.n_head * n_sketched);
         store.check_chunks(il, FILE_SKETCHES, candidates.data(), n_sketched);
@@ -325,7 +292,7 @@ void planner::plan_by_score(int il, layer_memory & memory, const kv_store & stor
     }
     const choice sizes = choice_of(il);
     if (counts_entropy()) {
-        const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_scored(), now().method.cutoff_temperature);
+        const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_chunks, now().method.cutoff_temperature);
         note_entropy(memory, h);
         if (observe) {
             observe("entropy", &h, 1, 1, 1);
@@ -345,11 +312,7 @@ void planner::plan_by_score(int il, layer_memory & memory, const kv_store & stor
             observe("head_scores", head_scores.data(), n_chunks, hp.n_head, 1);
             observe("votes", votes.data(), n_chunks, hp.n_head_kv, 1);
         } else {
-            observe("scores", scores.data(), n_scored(), 1, 1);
-            if (!scored.empty()) {
-                const std::vector<float> of(scored.begin(), scored.end());
-                observe("scored", of.data(), (int64_t) of.size(), 1, 1);
-            }
+            observe("scores", scores.data(), n_chunks, 1, 1);
         }
         observe("share", &share, 1, 1, 1);
         observe(per_head ? "plans" : "plan", ids.data(), k, chosen.n_lists, 1);

@@ -32,6 +32,9 @@ using observer = std::function<void(const char * name, const float * data, int64
 // one on. published: clamp to [32, 2k] whatever the pool and the chunks say.
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published);
 
+// Whose sketches a step that is granted k of n_chunks looks at, where there are so many.
+int64_t n_sketched(const actqkv_method & method, int64_t k, int64_t n_chunks);
+
 // Chunks to attend beside sinks, remainder and local.
 struct chunk_plan {
     std::vector<int32_t> chunks; // n_lists lists of n ids, each ascending
@@ -41,10 +44,8 @@ struct chunk_plan {
 
 // How many candidates are left after each stage of choosing k chunks in an answering step.
 struct choice {
-    int64_t k;           // granted
-    int64_t n_chunks;    // in all
-    int32_t n_stretches; // best ones, whose chunks are scored; 0: all chunks are
-    int64_t n_scored;
+    int64_t k;          // granted
+    int64_t n_chunks;   // in all, every one scored
     int64_t n_sketched; // of the best scores; n_refined of them where sketches are not looked at
     int64_t n_refined;  // k where keys are not
 };
@@ -97,7 +98,6 @@ private:
     void make_probe(layer_memory & memory, const float * q_far, const float * q_met, int m, const observer & observe);
     void make_scores(int il, const layer_memory & memory, const kv_store & store);
     void make_spread_scores(int il, const kv_store & store);
-    int64_t n_scored() const { return (int64_t) scores.size(); }
     void make_votes(int il, const kv_store & store);
     void choose(int il, const choice & c, const kv_store & store, const float * query, const float * stored_query);
     void keep_candidates(int64_t k);
@@ -119,7 +119,6 @@ private:
     std::vector<double> mean_entropy; // [n_layer]
     std::vector<float> bias, weights, probe, folded, scores, question_scores;
     std::vector<float> head_scores, votes;
-    std::vector<int32_t> scored; // chunks that `scores` are of, ascending; empty: of all
     std::vector<int32_t> candidates, kept, scratch;
     chunk_plan chosen;
     trace traced = {};

@@ -34,8 +34,8 @@ gpu_planner::widths gpu_planner::widths_of(const hparams & hp, const actqkv_para
     w.kv_type = layout.kv_type;
     w.n_most = n_most;
     w.n_refined = n_most * params.method.refine;
-    w.n_sketched = std::max(w.n_refined, n_most * params.method.sketch);
     w.n_chunks = layout.n_chunks_max(params.n_ctx);
+    w.n_sketched = (int32_t) std::max<int64_t>(w.n_refined, n_sketched(params.method, n_most, w.n_chunks));
     w.spread_bytes = (int64_t) bytes[FILE_SUMMARIES];
     w.sketch_bytes = (int64_t) bytes[FILE_SKETCHES];
     w.key_bytes = (int64_t) bytes[FILE_KEYS];
@@ -47,16 +47,14 @@ uint64_t gpu_planner::lay_out(const widths & w, uint8_t * memory, arrays & to) {
     for (int32_t il = 0; il < w.n_layer; il++) {
         layer l = {};
         l.spreads = a.take<uint8_t>(w.n_chunks * w.spread_bytes);
-        l.stretches = a.take<uint8_t>(w.n_chunks / N_STRETCH * w.spread_bytes);
         l.sketches = a.take<uint8_t>(w.n_chunks * w.sketch_bytes);
         l.slot_of = a.take<int32_t>(w.n_chunks);
         to.layers.push_back(l);
     }
     to.folded = a.take<float>(actqkv_spread_query_size(w.n_head_kv, w.d_head));
     to.scores = a.take<float>(w.n_chunks);
-    to.scored = a.take<int32_t>(w.n_chunks);
     to.candidates = a.take<int32_t>(w.n_sketched);
-    to.at = a.take<int32_t>(std::max<int64_t>(w.n_chunks / N_STRETCH, w.n_sketched));
+    to.at = a.take<int32_t>(w.n_sketched);
     to.head_scores = a.take<float>((uint64_t) w.n_head * w.n_sketched);
     to.votes = a.take<float>(w.n_sketched);
     to.refined_keys = a.take<uint8_t>(w.n_refined * w.key_bytes);
@@ -107,9 +105,6 @@ uint64_t gpu_planner::bring(int il) {
     if (kb > 0) {
         check(cuda.copy(compute, l.sketches + from * kb, store.sketches(il) + from * kb, (to - from) * kb));
     }
-    const int64_t first = from / N_STRETCH, last = to / N_STRETCH;
-    check(cuda.spread_join(compute, l.spreads + first * N_STRETCH * sb, N_STRETCH, (int32_t) (last - first),
-                           width.n_head_kv, width.d_head, l.stretches + first * sb));
     l.n_there = to;
     return (to - from) * (sb + kb);
 }
@@ -126,19 +121,10 @@ void gpu_planner::set_slots(int il, const std::vector<int32_t> & slot_of) {
 
 // ---- a plan
 
-// Of all chunks, or of those of the best stretches and of no stretch: then `scored` lists them.
 void gpu_planner::make_scores(const layer & l, const choice & c, const float * query) {
     const int32_t G = width.n_head_kv, d = width.d_head;
     check(cuda.spread_query(compute, query, width.n_head, G, d, on_gpu.folded));
-    const int32_t * listed = nullptr;
-    if (c.n_stretches > 0) {
-        const int64_t n = c.n_chunks / N_STRETCH;
-        check(cuda.spread_scores(compute, on_gpu.folded, l.stretches, nullptr, n, G, d, on_gpu.scores));
-        check(cuda.top_k(compute, on_gpu.scores, n, c.n_stretches, on_gpu.at));
-        check(cuda.members(compute, on_gpu.at, c.n_stretches, N_STRETCH, c.n_chunks, on_gpu.scored));
-        listed = on_gpu.scored;
-    }
-    check(cuda.spread_scores(compute, on_gpu.folded, l.spreads, listed, c.n_scored, G, d, on_gpu.scores));
+    check(cuda.spread_scores(compute, on_gpu.folded, l.spreads, c.n_chunks, G, d, on_gpu.scores));
 }
 
 // Of n candidates, the k to whose best keys all query heads together pay the most attention, by head_scores; where among
@@ -154,16 +140,12 @@ void gpu_planner::make(int il, const choice & c, float temperature, const gpu_qu
     const int64_t bytes = width.key_bytes, n_refined = c.n_refined;
     make_scores(l, c, q.q_summaries);
     if (temperature > 0) {
-        check(cuda.entropy(compute, on_gpu.scores, c.n_scored, temperature, (float *) on_gpu.report));
+        check(cuda.entropy(compute, on_gpu.scores, c.n_chunks, temperature, (float *) on_gpu.report));
     }
     // Every stage leaves its chunks where the next one looks, the last one in chosen().
     const bool sketched = c.n_sketched > n_refined, by_keys = n_refined > c.k;
     int32_t *last = by_keys ? refined() : chosen(), *first = sketched ? on_gpu.candidates : last;
-    const bool listed = c.n_stretches > 0;
-    check(cuda.top_k(compute, on_gpu.scores, c.n_scored, (int32_t) c.n_sketched, listed ? on_gpu.at : first));
-    if (listed) {
-        check(cuda.pick(compute, on_gpu.scored, on_gpu.at, (int32_t) c.n_sketched, first));
-    }
+    check(cuda.top_k(compute, on_gpu.scores, c.n_chunks, (int32_t) c.n_sketched, first));
     if (sketched) {
         check(cuda.sketch_scores(compute, q.q_keys, l.sketches, first, (int32_t) c.n_sketched, H, G, d, tokens, scale,
                                  on_gpu.head_scores));

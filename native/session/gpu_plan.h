@@ -1,5 +1,5 @@
 // Plans of answering steps on a GPU: what planner::choose does on the CPU, by the same kernels, queued behind each other, so
-// that the host waits for attention only. Spreads, stretches and sketches have copies there, all of them; keys of
+// that the host waits for attention only. Spreads and sketches have copies there, all of them; keys of
 // candidates come from hot chunks, or over the bus from pinned memory.
 #pragma once
 
@@ -60,14 +60,14 @@ private:
         int64_t n_chunks, spread_bytes, sketch_bytes, key_bytes; // n_chunks at most; bytes of a chunk
     };
     struct layer {
-        uint8_t *spreads, *stretches, *sketches;
+        uint8_t *spreads, *sketches;
         int32_t * slot_of;
         int64_t n_there; // chunks
     };
     struct arrays {
         std::vector<layer> layers;
         float *folded, *scores, *head_scores, *votes;
-        int32_t *scored, *candidates, *at;
+        int32_t *candidates, *at;
         uint8_t *refined_keys, *chosen_keys, *chosen_values;
         int32_t * report; // the entropy as float, chosen [n_most], refined [n_refined]
     };

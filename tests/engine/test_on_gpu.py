@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 from ops_support import EMULATED, ON_GPU, ffi, gpu
 from ops_support import cpu as lib
 
-N_READ, N_ANSWER, SEVERAL, N_LONG = 170, 8, 4, 590  # SEVERAL: tokens answered before a rewind; N_LONG: with stretches
+N_READ, N_ANSWER, SEVERAL, N_LONG = 170, 8, 4, 590  # SEVERAL: tokens answered before a rewind
 PLENTY = 64 << 20
 
 
@@ -112,10 +112,10 @@ def planning_bytes(model: LlamaModel, retrieval: Retrieval, kv_type: str, table:
         ({"positions": "exact", "summary_keys": "attended"}, "q8_0"),
         ({"sketch": 1, "refine": 1}, "q4_0"),
         ({"sketch": 1, "refine": 2, "cutoff": "none"}, "f16"),
-        ({"chunk": 4, "budget": 4 + 32 + 4, "sketch": 4, "refine": 2}, "f16"),  # stretches first
+        ({"chunk": 4, "budget": 4 + 32 + 4, "sketch": 4, "refine": 2}, "f16"),
         ({"refine": 1}, "f16"),
     ],
-    ids=["default", "exact", "spreads alone", "keys", "stretches", "sketches"],
+    ids=["default", "exact", "spreads alone", "keys", "many chunks", "sketches"],
 )
 def test_steps_are_planned_there(
     tiny_llama: LlamaModel, table: Any, columns: dict[str, Any], kv_type: str, *, roomy: bool

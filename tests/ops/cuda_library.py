@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "native" / "kernels" / "cuda"
 EMULATOR = ROOT / "tests" / "emulator"
 
-WITHOUT_THREADS = {"to_f16", "summarize", "mean", "spread", "spread_join", "spread_query", "sketch", "entropy"} | {
-    "elect", "members", "pick", "gather",
+WITHOUT_THREADS = {"to_f16", "summarize", "mean", "spread", "spread_query", "sketch", "entropy"} | {
+    "elect", "gather",
 }  # fmt: skip
 ARRAYS_OF_ATTEND = ("q_near", "q_far", "q_turned", "k_window", "v_window", "out", "weight_sums", "span_mass")
 

@@ -180,13 +180,6 @@ def spread(keys: Array, centre: Array) -> tuple[Array, Array]:
     return turn(mean[:, :, 0] - centre), np.sqrt(square)
 
 
-def joined_spread(means: Array, spreads: Array, wider: float) -> tuple[Array, Array]:
-    """The same of all chunks together, as if every chunk had keys on both sides of its mean."""
-    mean = means.mean(axis=0)
-    square = (spreads**2).mean(axis=0) + ((means - mean) ** 2).mean(axis=(0, 2))
-    return mean, wider * np.sqrt(square)
-
-
 def spread_scores(query: Array, means: Array, spreads: Array) -> Array:
     """query [H, d] as keys meet it, turned means [n, G, d], spreads [n, G] -> [n]: the best product with a corner of
     the box of half-width s around the mean, added up over heads."""

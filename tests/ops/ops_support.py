@@ -75,7 +75,6 @@ WITHOUT_IMPL = (
     "actqkv_mean",
     "actqkv_spread",
     "actqkv_spread_bytes",
-    "actqkv_spread_join",
     "actqkv_spread_query",
     "actqkv_spread_query_size",
     "actqkv_row_bytes",

@@ -15,16 +15,6 @@ def impl(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-@pytest.mark.parametrize(("n", "n_all"), [(3, 40), (2, 47), (1, 8), (0, 5), (100, 8003)])
-def test_members_of_stretches(impl: int, rng: np.random.Generator, *, n: int, n_all: int) -> None:
-    stretches = np.sort(rng.choice(n_all // 8, n, replace=False)).astype(np.int32)
-    expected = [8 * s + i for s in stretches for i in range(8)] + list(range(n_all // 8 * 8, n_all))
-    found = Guarded(len(expected), np.int32)
-    gpu(impl).call("members", (pointer(stretches), n, 8, n_all, pointer(found)), ARRAYS)
-    found.check()
-    assert found.array.tolist() == expected
-
-
 @pytest.mark.parametrize(("n", "k"), [(2, 1), (20, 7), (736, 138)])
 @pytest.mark.parametrize("n_head", [1, 7, 32])
 def test_elected_chunks(impl: int, rng: np.random.Generator, *, n: int, k: int, n_head: int) -> None:
@@ -40,15 +30,6 @@ def test_elected_chunks(impl: int, rng: np.random.Generator, *, n: int, k: int, 
     check("vote", votes.array, expected, np.full(expected.shape, 6.0))
     assert (elected.array == candidates[np.sort(np.argsort(-expected[0])[:k])]).all()
     assert (elected.array == candidates[at.array]).all()
-
-
-@pytest.mark.parametrize("n", [0, 1, 300])
-def test_picking(impl: int, rng: np.random.Generator, n: int) -> None:
-    numbers, at = rng.permutation(500).astype(np.int32), rng.choice(500, n).astype(np.int32)
-    found = Guarded(n, np.int32)
-    gpu(impl).call("pick", (pointer(numbers), pointer(at), n, pointer(found)), ARRAYS)
-    found.check()
-    assert (found.array == numbers[at]).all()
 
 
 @pytest.mark.parametrize("n_bytes", [2, 34, 48, 16_400, 18_002])

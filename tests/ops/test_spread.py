@@ -1,4 +1,4 @@
-"""When this fails, chunks that hold the answer are not among the candidates, or a stretch hides them."""
+"""When this fails, chunks that hold the answer are not among the candidates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from ops_support import ALONE, ARRAYS, EMULATED, ON_GPU, Guarded, check, ffi, gpu, half, lib, pointer
 
 Bytes = reference.Bytes
-WIDER = 1.5  # what a stretch's spread is multiplied by
 EXACT = (0, EMULATED, ON_GPU)  # impls that do not round the query
 
 
@@ -46,18 +45,6 @@ def spreads_of(maker: int, keys: np.ndarray, centre: np.ndarray) -> Bytes:
     return found
 
 
-def joined(maker: int, spreads: Bytes, n: int, n_head_kv: int, d: int) -> Bytes:
-    """Every n spreads as a stretch."""
-    found = Guarded((len(spreads) // n, spreads.shape[1]), np.uint8)
-    if maker >= EMULATED:
-        call("spread_join", maker, pointer(spreads), n, len(found.array), n_head_kv, d, pointer(found))
-    else:
-        for i, stretch in enumerate(found.array):
-            lib.actqkv_spread_join(pointer(np.ascontiguousarray(spreads[i * n :])), n, n_head_kv, d, pointer(stretch))
-    found.check()
-    return found.array
-
-
 def parts(spreads: Bytes, n_head_kv: int, d: int) -> tuple[reference.Array, reference.Array]:
     """Means [n, G, d] and spreads [n, G] as the bytes have them; between heads lies what fills up their last block."""
     padded = -(-d // 32) * 32
@@ -85,15 +72,13 @@ def almost_equal(found: reference.Array, expected: reference.Array) -> None:
     assert np.abs(found - expected).max() <= np.abs(expected).max() / 7
 
 
-def scores_of(
-    impl: int, query: np.ndarray, spreads: Bytes, chunks: np.ndarray | None, *, n_head_kv: int, n: int
-) -> np.ndarray:
+def scores_of(impl: int, query: np.ndarray, spreads: Bytes, *, n_head_kv: int, n: int) -> np.ndarray:
     n_head, d = query.shape
     folded, scores = Guarded(n_head_kv * (-(-d // 32) * 32 + 1)), Guarded(n)
     call("spread_query", impl, pointer(query), n_head, n_head_kv, d, pointer(folded))
     folded.check()
-    arguments = (pointer(spreads), pointer(chunks), n, n_head_kv, d)
-    lib.actqkv_spread_scores(impl, pointer(folded), *arguments, pointer(scores), 2 if n % 2 else 1)
+    arguments = (pointer(spreads), n, n_head_kv, d, pointer(scores), 2 if n % 2 else 1)
+    lib.actqkv_spread_scores(impl, pointer(folded), *arguments)
     scores.check()
     return scores.array
 
@@ -112,30 +97,17 @@ def test_spreads_are_the_definition(maker: int, rng: np.random.Generator, *, n_h
     np.testing.assert_allclose(spreads, expected_spreads, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("d", "n"), [(64, 8), (80, 8), (96, 3), (256, 1), (20, 8)])
-def test_a_stretch_is_as_wide_as_its_chunks(maker: int, rng: np.random.Generator, *, d: int, n: int) -> None:
-    keys = half(rng.normal(size=(3 * n, 2, 4, d)) + 2 * rng.normal(size=(3 * n, 2, 1, d)))
-    spreads = spreads_of(maker, keys, np.zeros((2, d), np.float32))
-    means, wide = parts(joined(maker, spreads, n, 2, d), 2, d)
-    for i in range(3):
-        expected, expected_wide = reference.joined_spread(*parts(spreads[i * n : (i + 1) * n], 2, d), WIDER)
-        almost_equal(means[i], rounded(expected))
-        np.testing.assert_allclose(wide[i], expected_wide, rtol=1e-3)
-
-
 @pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 2), (7, 1), (9, 3), (1, 1), (64, 8)])
 @pytest.mark.parametrize("d", [64, 80, 96, 256, 20])
 @pytest.mark.parametrize("n", [1, 5, 16, 33, 100])
-@pytest.mark.parametrize("listed", [False, True], ids=["all", "some"])
 def test_scores_follow_the_formula(
-    impl: int, rng: np.random.Generator, *, n_head: int, n_head_kv: int, d: int, n: int, listed: bool
+    impl: int, rng: np.random.Generator, *, n_head: int, n_head_kv: int, d: int, n: int
 ) -> None:
     query = (rng.normal(size=(n_head, d)) * rng.uniform(0.1, 10, size=(n_head, 1))).astype(np.float32)
-    keys = half(rng.normal(size=(n + 4, n_head_kv, 4, d)))
+    keys = half(rng.normal(size=(n, n_head_kv, 4, d)))
     spreads = spreads_of(impl if ALONE else 0, keys, np.zeros((n_head_kv, d), np.float32))
-    chunks = np.sort(rng.choice(n + 4, n, replace=False)).astype(np.int32) if listed else None
-    scores = scores_of(impl, query, spreads, chunks, n_head_kv=n_head_kv, n=n)
-    means, wide = (part[np.arange(n) if chunks is None else chunks] for part in parts(spreads, n_head_kv, d))
+    scores = scores_of(impl, query, spreads, n_head_kv=n_head_kv, n=n)
+    means, wide = parts(spreads, n_head_kv, d)
     expected = reference.spread_scores(query.astype(np.float64), means, wide)
     r = n_head // n_head_kv
     most = np.repeat(np.linalg.norm(means, axis=2) + wide * np.sqrt(d), r, axis=1) @ np.linalg.norm(query, axis=1)
@@ -147,20 +119,18 @@ def test_a_long_row_is_scored_in_parts(impl: int, rng: np.random.Generator) -> N
     query, keys = rng.normal(size=(40, 256)).astype(np.float32), half(rng.normal(size=(5, 40, 2, 256)))
     spreads = spreads_of(impl if ALONE else 0, keys, np.zeros((40, 256), np.float32))
     expected = reference.spread_scores(query.astype(np.float64), *parts(spreads, 40, 256))
-    np.testing.assert_allclose(scores_of(impl, query, spreads, None, n_head_kv=40, n=5), expected, rtol=1e-4)
+    np.testing.assert_allclose(scores_of(impl, query, spreads, n_head_kv=40, n=5), expected, rtol=1e-4)
 
 
 def test_spreads_find_the_key(impl: int, rng: np.random.Generator) -> None:
-    """Of 200 chunks of keys that share a large offset, those around the query are first, and so is their stretch."""
+    """Of 200 chunks of keys that share a large offset, those around the query are first."""
     keys = rng.normal(size=(200, 1, 32, 64))
     query = rng.normal(size=(1, 64)).astype(np.float32)
     keys[123] += 0.7 * query[0]
     keys += 30 * rng.normal(size=64)
     centre = keys[0, :, 0].astype(np.float32)
     spreads = spreads_of(impl, half(keys), centre)
-    assert scores_of(impl, query, spreads, None, n_head_kv=1, n=200).argmax() == 123
-    stretches = joined(impl, spreads, 8, 1, 64)
-    assert scores_of(impl, query, stretches, None, n_head_kv=1, n=25).argmax() == 123 // 8
+    assert scores_of(impl, query, spreads, n_head_kv=1, n=200).argmax() == 123
 
 
 def test_odd_inputs(impl: int) -> None:
@@ -172,9 +142,9 @@ def test_odd_inputs(impl: int) -> None:
     assert (none == 0).all()
     spreads = spreads_of(impl, alike, none)
     query = np.ones((2, 16), np.float32)
-    assert scores_of(impl, query, spreads, None, n_head_kv=1, n=0).size == 0
-    np.testing.assert_allclose(scores_of(impl, query, spreads, None, n_head_kv=1, n=3), 32, rtol=1e-3)
-    assert (scores_of(impl, 0 * query, spreads, None, n_head_kv=1, n=3) == 0).all()
+    assert scores_of(impl, query, spreads, n_head_kv=1, n=0).size == 0
+    np.testing.assert_allclose(scores_of(impl, query, spreads, n_head_kv=1, n=3), 32, rtol=1e-3)
+    assert (scores_of(impl, 0 * query, spreads, n_head_kv=1, n=3) == 0).all()
     alike[1] = np.nan
-    found = scores_of(impl, query, spreads_of(impl, alike, none), None, n_head_kv=1, n=3)
+    found = scores_of(impl, query, spreads_of(impl, alike, none), n_head_kv=1, n=3)
     np.testing.assert_allclose(found[[0, 2]], 32, rtol=1e-3)

@@ -99,9 +99,9 @@ struct ops {
     int sketch_rows;
 
     // scores[i] = query . row, and the sum over g < n_head_kv of reach[g] (f32) times the half that lies 2*g behind the
-    // row's n_blocks blocks of q4_0; row is at spreads + bytes * (chunks ? chunks[i] : i). query [32*n_blocks].
+    // row's n_blocks blocks of q4_0; rows lie one behind the other. query [32*n_blocks].
     void (*spread_scores)(const float * query, int64_t n_blocks, const float * reach, int32_t n_head_kv,
-                          const uint8_t * spreads, const int32_t * chunks, int64_t n, float * scores);
+                          const uint8_t * spreads, int64_t n, float * scores);
 
     float (*max)(const float * x, int64_t n);
 

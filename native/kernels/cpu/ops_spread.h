@@ -1,4 +1,4 @@
-// Products with rows of q4_0 that lie anywhere, and what follows each (ops.h: spread_scores). Included once per instruction
+// Products with rows of q4_0, and what follows each (ops.h: spread_scores). Included once per instruction
 // set, behind ops_integer.h where there is one; all static.
 #pragma once
 
@@ -10,9 +10,8 @@ constexpr int64_t QUERY_BLOCKS = 128; // at a time, so that no memory is needed 
 
 // W rows at a time, a row per lane; where rows run out, the first stands in for the missing ones.
 static void simd_spread_scores(const float * query, int64_t n_blocks, const float * reach, int32_t n_head_kv,
-                               const uint8_t * spreads, const int32_t * chunks, int64_t n, float * scores) {
+                               const uint8_t * spreads, int64_t n, float * scores) {
     const int64_t tail = n_blocks * actqkv::Q4_BYTES, bytes = tail + 2 * n_head_kv;
-    const auto row_of = [&](int64_t i) { return spreads + bytes * (chunks ? chunks[i] : i); };
     for (int64_t from = 0; from < n_blocks; from += QUERY_BLOCKS) {
         const int64_t n_here = n_blocks - from < QUERY_BLOCKS ? n_blocks - from : QUERY_BLOCKS;
         query_block packed[QUERY_BLOCKS];
@@ -21,9 +20,9 @@ static void simd_spread_scores(const float * query, int64_t n_blocks, const floa
             const int n_row = n - b < W ? (int) (n - b) : W;
             const uint8_t * row[W];
             for (int i = 0; i < W; i++) {
-                row[i] = row_of(b + (i < n_row ? i : 0)) + from * actqkv::Q4_BYTES;
+                row[i] = spreads + (b + (i < n_row ? i : 0)) * bytes + from * actqkv::Q4_BYTES;
                 if (b + W + i < n) {
-                    fetch(row_of(b + W + i) + from * actqkv::Q4_BYTES, n_here * actqkv::Q4_BYTES);
+                    fetch(spreads + (b + W + i) * bytes + from * actqkv::Q4_BYTES, n_here * actqkv::Q4_BYTES);
                 }
             }
             vf sum;
@@ -43,10 +42,10 @@ static void simd_spread_scores(const float * query, int64_t n_blocks, const floa
 #else
 
 static void simd_spread_scores(const float * query, int64_t n_blocks, const float * reach, int32_t n_head_kv,
-                               const uint8_t * spreads, const int32_t * chunks, int64_t n, float * scores) {
+                               const uint8_t * spreads, int64_t n, float * scores) {
     const int64_t tail = n_blocks * actqkv::Q4_BYTES, bytes = tail + 2 * n_head_kv;
     for (int64_t i = 0; i < n; i++) {
-        const uint8_t * row = spreads + bytes * (chunks ? chunks[i] : i);
+        const uint8_t * row = spreads + i * bytes;
         vf sum = v_zero();
         for (int64_t e = 0; e < n_blocks * actqkv::BLOCK; e += W) {
             sum = v_fma(q4_rows::load_at(row, e), v_load(query + e), sum);

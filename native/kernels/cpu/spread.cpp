@@ -8,10 +8,6 @@
 // (docs/algorithms.md, 4) for a box of the keys' own, as large as most of them need instead of all. All vectors are turned
 // (kernels.h), so that four bits hold them alike; mu - centre is rounded to q4_0.
 //
-// A stretch of n chunks has the mean of their means and, by the law of total variance,
-//
-//     s^2 = WIDER^2 ( mean_i s_i^2 + mean over i and e of (mu_ie - mu_e)^2 )
-//
 // Layout: per KV head ceil(d / 32) blocks of q4_0 (rows.h), filled up with zeros; then f16 s[G]. Reads what it scores once:
 // memory-bound.
 #include <math.h>
@@ -24,9 +20,6 @@ namespace actqkv {
 namespace {
 
 constexpr int MAX_D = 1024; // head dimensions with a mean on the stack
-
-// The best of more keys lies further out. Of 1, 1.5 and 2: measured, native/README.md has the table.
-constexpr float WIDER = 1.5f;
 
 int64_t blocks_of_head(int32_t d) { return (d + BLOCK - 1) / BLOCK; }
 int64_t means_bytes(int32_t n_head_kv, int32_t d) { return n_head_kv * blocks_of_head(d) * Q4_BYTES; }
@@ -98,32 +91,6 @@ extern "C" void actqkv_spread(const actqkv_f16 * keys, int64_t key_stride, const
     }
 }
 
-extern "C" void actqkv_spread_join(const uint8_t * spreads, int32_t n, int32_t n_head_kv, int32_t d_head,
-                                   uint8_t * joined) {
-    using namespace actqkv;
-    const int64_t bytes = actqkv_spread_bytes(n_head_kv, d_head), tail = means_bytes(n_head_kv, d_head);
-    for (int32_t g = 0; g < n_head_kv; g++) {
-        const int64_t first = g * blocks_of_head(d_head) * BLOCK;
-        float mean[MAX_D];
-        double variance = 0;
-        for (int32_t i = 0; i < n; i++) {
-            const float s = load_half(spreads + i * bytes + tail + 2 * g);
-            variance += s * s / n;
-        }
-        for (int32_t e = 0; e < d_head; e++) {
-            double sum = 0, squares = 0;
-            for (int32_t i = 0; i < n; i++) {
-                const double x = row_value(ACTQKV_KV_Q4_0, spreads + i * bytes, first + e);
-                sum += x;
-                squares += x * x;
-            }
-            mean[e] = (float) (sum / n);
-            variance += fmax(0, squares / n - sum / n * (sum / n)) / d_head;
-        }
-        store_head(mean, d_head, WIDER * WIDER * variance, n_head_kv, g, joined);
-    }
-}
-
 extern "C" int64_t actqkv_spread_query_size(int32_t n_head_kv, int32_t d_head) {
     return n_head_kv * (actqkv::blocks_of_head(d_head) * actqkv::BLOCK + 1);
 }
@@ -146,9 +113,8 @@ extern "C" void actqkv_spread_query(const float * query, int32_t n_head, int32_t
     }
 }
 
-extern "C" void actqkv_spread_scores(int32_t impl, const float * folded, const uint8_t * spreads,
-                                     const int32_t * chunks, int64_t n, int32_t n_head_kv, int32_t d_head,
-                                     float * scores, int32_t n_threads) {
+extern "C" void actqkv_spread_scores(int32_t impl, const float * folded, const uint8_t * spreads, int64_t n,
+                                     int32_t n_head_kv, int32_t d_head, float * scores, int32_t n_threads) {
     using namespace actqkv;
     const ops * op = ops_for(impl);
     const int64_t n_blocks = n_head_kv * blocks_of_head(d_head), bytes = actqkv_spread_bytes(n_head_kv, d_head);
@@ -156,13 +122,11 @@ extern "C" void actqkv_spread_scores(int32_t impl, const float * folded, const u
     parallel(n_threads, [=](int ith, int nth) {
         const int64_t from = n * ith / nth, to = n * (ith + 1) / nth;
         if (op) {
-            const uint8_t * rows = chunks ? spreads : spreads + from * bytes;
-            op->spread_scores(folded, n_blocks, reach, n_head_kv, rows, chunks ? chunks + from : nullptr, to - from,
-                              scores + from);
+            op->spread_scores(folded, n_blocks, reach, n_head_kv, spreads + from * bytes, to - from, scores + from);
             return;
         }
         for (int64_t i = from; i < to; i++) {
-            scores[i] = score_scalar(folded, n_head_kv, d_head, spreads + bytes * (chunks ? chunks[i] : i));
+            scores[i] = score_scalar(folded, n_head_kv, d_head, spreads + i * bytes);
         }
     });
 }

@@ -217,10 +217,8 @@ int32_t score(actqkv_cuda_stream *, const float *, float, const actqkv_f16 *, co
               float *);
 int32_t mean(actqkv_cuda_stream *, const actqkv_f16 *, int64_t, int32_t, int32_t, int32_t, float *);
 int32_t spread(actqkv_cuda_stream *, const actqkv_f16 *, int64_t, const float *, int32_t, int32_t, int32_t, uint8_t *);
-int32_t spread_join(actqkv_cuda_stream *, const uint8_t *, int32_t, int32_t, int32_t, int32_t, uint8_t *);
 int32_t spread_query(actqkv_cuda_stream *, const float *, int32_t, int32_t, int32_t, float *);
-int32_t spread_scores(actqkv_cuda_stream *, const float *, const uint8_t *, const int32_t *, int64_t, int32_t, int32_t,
-                      float *);
+int32_t spread_scores(actqkv_cuda_stream *, const float *, const uint8_t *, int64_t, int32_t, int32_t, float *);
 int32_t head_scores(actqkv_cuda_stream *, const float *, const actqkv_f16 *, int64_t, int32_t, int64_t, int64_t,
                     int32_t, float *);
 int32_t vote(actqkv_cuda_stream *, const float *, int64_t, int32_t, int32_t, int32_t, float *);
@@ -233,8 +231,6 @@ int32_t entropy(actqkv_cuda_stream *, const float *, int64_t, float, float *);
 int32_t top_k(actqkv_cuda_stream *, const float *, int64_t, int32_t, int32_t *);
 int32_t elect(actqkv_cuda_stream *, const float *, int32_t, int32_t, int32_t, const int32_t *, float *, int32_t *,
               int32_t *);
-int32_t members(actqkv_cuda_stream *, const int32_t *, int64_t, int32_t, int64_t, int32_t *);
-int32_t pick(actqkv_cuda_stream *, const int32_t *, const int32_t *, int32_t, int32_t *);
 int32_t gather(actqkv_cuda_stream *, const uint8_t *, int64_t, const int32_t *, const uint8_t *, const int32_t *,
                int32_t, int64_t, uint8_t *);
 uint64_t attend_scratch(int32_t, int32_t, int32_t, int32_t, int64_t, int32_t, int32_t);

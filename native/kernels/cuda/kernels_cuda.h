@@ -100,14 +100,12 @@ struct actqkv_cuda {
                     int32_t d_head, int32_t c, float * mean);
     int32_t (*spread)(struct actqkv_cuda_stream * stream, const actqkv_f16 * keys, int64_t key_stride,
                       const float * centre, int32_t n_head_kv, int32_t d_head, int32_t c, uint8_t * spread);
-    // n_joined stretches, of n spreads each. Spreads lie at a multiple of 2 bytes, here and below.
-    int32_t (*spread_join)(struct actqkv_cuda_stream * stream, const uint8_t * spreads, int32_t n, int32_t n_joined,
-                           int32_t n_head_kv, int32_t d_head, uint8_t * joined);
+    // Spreads lie at a multiple of 2 bytes.
     int32_t (*spread_query)(struct actqkv_cuda_stream * stream, const float * query, int32_t n_head, int32_t n_head_kv,
                             int32_t d_head, float * folded);
     // The query is not rounded.
     int32_t (*spread_scores)(struct actqkv_cuda_stream * stream, const float * folded, const uint8_t * spreads,
-                             const int32_t * chunks, int64_t n, int32_t n_head_kv, int32_t d_head, float * scores);
+                             int64_t n, int32_t n_head_kv, int32_t d_head, float * scores);
 
     int32_t (*head_scores)(struct actqkv_cuda_stream * stream, const float * queries, const actqkv_f16 * reps,
                            int64_t block_stride, int32_t n_blocks, int64_t n, int64_t width, int32_t n_head,
@@ -139,13 +137,6 @@ struct actqkv_cuda {
     // elected[i] = candidates[at[i]], i < k; votes [n] and at [k] are left as well.
     int32_t (*elect)(struct actqkv_cuda_stream * stream, const float * scores, int32_t n, int32_t n_head, int32_t k,
                      const int32_t * candidates, float * votes, int32_t * at, int32_t * elected);
-    // chunks [n*per + n_all % per]: the members of n stretches of `per` chunks, in their order, then those of n_all chunks
-    // that are in no stretch.
-    int32_t (*members)(struct actqkv_cuda_stream * stream, const int32_t * stretches, int64_t n, int32_t per,
-                       int64_t n_all, int32_t * chunks);
-    // to[i] = from[at[i]], i < n
-    int32_t (*pick)(struct actqkv_cuda_stream * stream, const int32_t * from, const int32_t * at, int32_t n,
-                    int32_t * to);
     // `bytes` each of the n listed chunks, one behind the other: of chunk b at slots + slot_of[b] * slot_stride, or, where
     // slot_of[b] is negative, at rest + b * bytes, which may be pinned memory of the host. slot_of NULL: slot b. All lie at
     // multiples of 2 bytes, and `bytes` is one.

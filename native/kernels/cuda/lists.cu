@@ -1,5 +1,4 @@
-// lists - what keeps a plan on the GPU from its scores to its attention: lists of chunks, and the chunks of a list brought
-// together, be they hot or in the host's pinned memory.
+// lists - the chunks of a list brought together, be they hot or in the memory of the host, which is pinned.
 #include "common.cuh"
 
 namespace actqkv::cuda {
@@ -7,22 +6,6 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int64_t PART_BYTES = 8 << 10; // of a chunk, copied by one block
-
-__global__ void members_kernel(const int32_t * stretches, int64_t n, int per, int64_t n_all, int64_t n_members,
-                               int32_t * chunks) {
-    const int64_t i = (int64_t) blockIdx.x * THREADS + threadIdx.x;
-    if (i < n_members) {
-        chunks[i] =
-            (int32_t) (i < n * per ? (int64_t) stretches[i / per] * per + i % per : n_all / per * per + (i - n * per));
-    }
-}
-
-__global__ void pick_kernel(const int32_t * from, const int32_t * at, int n, int32_t * to) {
-    const int i = (int) (blockIdx.x * THREADS + threadIdx.x);
-    if (i < n) {
-        to[i] = from[at[i]];
-    }
-}
 
 struct gathering {
     const uint8_t * slots;
@@ -54,17 +37,6 @@ template <typename Word> int32_t run(actqkv_cuda_stream * s, const gathering & a
 }
 
 } // namespace
-
-int32_t members(actqkv_cuda_stream * s, const int32_t * stretches, int64_t n, int32_t per, int64_t n_all,
-                int32_t * chunks) {
-    const int64_t n_members = n * per + n_all % per;
-    return launch(s, members_kernel, dim3((unsigned) divided_up(n_members, THREADS)), dim3(THREADS), 0, stretches, n,
-                  per, n_all, n_members, chunks);
-}
-
-int32_t pick(actqkv_cuda_stream * s, const int32_t * from, const int32_t * at, int32_t n, int32_t * to) {
-    return launch(s, pick_kernel, dim3((unsigned) divided_up(n, THREADS)), dim3(THREADS), 0, from, at, n, to);
-}
 
 int32_t gather(actqkv_cuda_stream * s, const uint8_t * slots, int64_t slot_stride, const int32_t * slot_of,
                const uint8_t * rest, const int32_t * chunks, int32_t n, int64_t bytes, uint8_t * to) {

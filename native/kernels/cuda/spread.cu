@@ -1,5 +1,4 @@
-// spread - a summary of where a chunk's keys lie and how far they spread, of stretches of chunks, and their scores;
-// formulas and layout: ../cpu/spread.cpp.
+// spread - a summary of where a chunk's keys lie and how far they spread, and their scores; formulas and layout: ../cpu/spread.cpp.
 //
 // Scores: a warp per summary, a lane per block of q4_0, against a query in shared memory, whose blocks lie a word further
 // apart than they need to, so that the lanes read from different banks: memory-bound.
@@ -11,7 +10,6 @@ namespace {
 constexpr int THREADS = 128, N_WARPS = 8, BLOCK = 32, Q4_BYTES = 18;
 constexpr int MOST_TURNED = 256;  // channels of a segment of actqkv_turn
 constexpr int QUERY_BLOCKS = 256; // of a query in shared memory at a time
-constexpr float WIDER = 1.5f;     // of a stretch
 
 __host__ __device__ inline int64_t blocks_of_head(int d) { return divided_up(d, BLOCK); }
 
@@ -118,39 +116,6 @@ __global__ void __launch_bounds__(THREADS) spread_kernel(const actqkv_f16 * keys
     store_head(x, squares / ((double) c * d), shape, g, spread);
 }
 
-// Value e of a row of q4_0.
-__device__ float q4_value(const uint8_t * row, int64_t e) {
-    const uint8_t * block = row + e / BLOCK * Q4_BYTES;
-    const int i = (int) (e % BLOCK), pair = block[2 + i % (BLOCK / 2)];
-    return wide(*halfs_at(block)) * (float) ((i < BLOCK / 2 ? pair & 15 : pair >> 4) - 8);
-}
-
-// grid.x: stretches of n spreads each; grid.y: KV heads.
-__global__ void __launch_bounds__(THREADS) join_kernel(const uint8_t * spreads, int n, layout shape, uint8_t * joined) {
-    float * x = reinterpret_cast<float *>(dynamic_shared()); // [d]
-    __shared__ double part[WARP];
-    const int g = (int) blockIdx.y, d = shape.d;
-    const uint8_t * from = spreads + (int64_t) blockIdx.x * n * shape.bytes();
-    double variance = 0;
-    for (int e = (int) threadIdx.x; e < d; e += THREADS) {
-        double sum = 0, squares = 0;
-        for (int i = 0; i < n; i++) {
-            const double value = q4_value(from + i * shape.bytes(), g * shape.padded() + e);
-            sum += value;
-            squares += value * value;
-        }
-        x[e] = (float) (sum / n);
-        const double rest = squares / n - sum / n * (sum / n);
-        variance += rest > 0 ? rest / d : 0;
-    }
-    for (int i = (int) threadIdx.x; i < n; i += THREADS) {
-        const float s = wide(halfs_at(from + i * shape.bytes() + shape.tail())[g]);
-        variance += s * s / n;
-    }
-    variance = sum_block(variance, part);
-    store_head(x, WIDER * WIDER * variance, shape, g, joined + blockIdx.x * shape.bytes());
-}
-
 // A block per KV head.
 __global__ void __launch_bounds__(THREADS) query_kernel(const float * query, int r, layout shape, float * folded) {
     float * x = reinterpret_cast<float *>(dynamic_shared()); // [d]
@@ -192,8 +157,7 @@ __device__ float q4_product(const uint8_t * block, const float * query) {
 
 // grid.x: summaries, in turns.
 __global__ void __launch_bounds__(N_WARPS * WARP)
-    scores_kernel(const float * folded, const uint8_t * spreads, const int32_t * chunks, int64_t n, layout shape,
-                  float * scores) {
+    scores_kernel(const float * folded, const uint8_t * spreads, int64_t n, layout shape, float * scores) {
     __shared__ float query[QUERY_BLOCKS][BLOCK + 1];
     const int warp = (int) threadIdx.x / WARP, lane = (int) threadIdx.x % WARP;
     const int64_t n_blocks = shape.n_head_kv * blocks_of_head(shape.d), tail = shape.tail(), bytes = shape.bytes();
@@ -206,7 +170,7 @@ __global__ void __launch_bounds__(N_WARPS * WARP)
         }
         __syncthreads();
         for (int64_t i = (int64_t) blockIdx.x * N_WARPS + warp; i < n; i += (int64_t) gridDim.x * N_WARPS) {
-            const uint8_t * row = spreads + bytes * (chunks != nullptr ? chunks[i] : i);
+            const uint8_t * row = spreads + i * bytes;
             float sum = 0;
             for (int b = lane; b < n_here; b += WARP) {
                 sum += q4_product(row + (first + b) * Q4_BYTES, query[b]);
@@ -235,24 +199,18 @@ int32_t spread(actqkv_cuda_stream * s, const actqkv_f16 * keys, int64_t key_stri
                   centre, layout{n_head_kv, d_head}, c, spread);
 }
 
-int32_t spread_join(actqkv_cuda_stream * s, const uint8_t * spreads, int32_t n, int32_t n_joined, int32_t n_head_kv,
-                    int32_t d_head, uint8_t * joined) {
-    return launch(s, join_kernel, dim3((unsigned) n_joined, (unsigned) n_head_kv), dim3(THREADS),
-                  d_head * sizeof(float), spreads, n, layout{n_head_kv, d_head}, joined);
-}
-
 int32_t spread_query(actqkv_cuda_stream * s, const float * query, int32_t n_head, int32_t n_head_kv, int32_t d_head,
                      float * folded) {
     return launch(s, query_kernel, dim3((unsigned) n_head_kv), dim3(THREADS), d_head * sizeof(float), query,
                   n_head / n_head_kv, layout{n_head_kv, d_head}, folded);
 }
 
-int32_t spread_scores(actqkv_cuda_stream * s, const float * folded, const uint8_t * spreads, const int32_t * chunks,
-                      int64_t n, int32_t n_head_kv, int32_t d_head, float * scores) {
+int32_t spread_scores(actqkv_cuda_stream * s, const float * folded, const uint8_t * spreads, int64_t n,
+                      int32_t n_head_kv, int32_t d_head, float * scores) {
     // So many blocks that every multiprocessor has some, and a query is loaded for several summaries.
     const int64_t wanted = divided_up(n, N_WARPS), most = 4 * (int64_t) s->n_multiprocessors;
     return launch(s, scores_kernel, dim3((unsigned) (wanted < most ? wanted : most)), dim3(N_WARPS * WARP), 0, folded,
-                  spreads, chunks, n, layout{n_head_kv, d_head}, scores);
+                  spreads, n, layout{n_head_kv, d_head}, scores);
 }
 
 } // namespace actqkv::cuda
