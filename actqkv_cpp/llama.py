@@ -342,7 +342,8 @@ class Llama(llama_cpp.Llama):
             self._require_context()
             return cast(int, super().sample(*args, **kwargs, idx=idx))  # type: ignore[misc]
         self._rows.truncate(self.n_tokens)
-        row = self._rows.last() if idx is None else self.scores[idx] if idx < self._rows.end else None
+        end = self._rows.end
+        row = self._rows.last() if idx is None else self.scores[idx] if -end <= idx < end else None
         if row is None or np.isnan(row[0]):
             raise StateError("there are no logits to sample from", "eval() some tokens first")
         sampler = self._sampler if self._sampler is not None else self._init_sampler(*args, **kwargs)

@@ -348,6 +348,15 @@ def test_arguments_that_abort_libllama(ours: Llama) -> None:
     assert ours.create_completion("the", max_tokens=2)["usage"]["completion_tokens"] > 0  # type: ignore[index]
 
 
+def test_nothing_to_sample_from(ours: Llama) -> None:
+    """Breaks when an empty prompt, or a row that is not there, ends in the words of an array."""
+    ours.reset()
+    ours.n_tokens = 0
+    for call in (lambda: ours.create_completion([], max_tokens=2), lambda: ours.sample(idx=-1000)):
+        with pytest.raises(StateError, match="no logits to sample from"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
