@@ -92,7 +92,7 @@ def test_summaries_are_planned(tiny_llama: LlamaModel) -> None:
     sketch, norm = 2 * (2 * 32 + (2 + 32 // 8) * 32), 4
     spread = 2 * (18 + 2)  # a block of 4-bit values and a number in half for each head
     plan = memory_plan(tiny_llama, SMALL, n_ctx=100_000)
-    assert plan.summary_bytes == 3 * (n_chunks * (spread + sketch) + n_chunks // 8 * spread)
+    assert plan.summary_bytes == 3 * n_chunks * (spread + sketch)
     plan = memory_plan(tiny_llama, small(summary="bounds", sketch=1), n_ctx=100_000)
     assert plan.summary_bytes == 3 * n_chunks * (2 * 2 * 2 * 32 + norm)
 
