@@ -11,10 +11,7 @@
 namespace actqkv {
 namespace {
 
-constexpr uint64_t ALIGNMENT = 256;
 constexpr double MIB = 1024.0 * 1024.0;
-
-uint64_t padded(uint64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
 double now_ms() {
     using namespace std::chrono;

@@ -15,7 +15,7 @@ struct arena {
 
     template <typename T> T * take(uint64_t n) {
         T * array = base == nullptr ? nullptr : (T *) (base + used);
-        used += (n * sizeof(T) + 255) / 256 * 256;
+        used += padded(n * sizeof(T));
         return array;
     }
 };
