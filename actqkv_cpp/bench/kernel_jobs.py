@@ -61,7 +61,7 @@ class Shape:
     budget: int = 2048
     granted: int = 46
     sketched: int = 736
-    refined: int = 138
+    refined: int = 92
     window: int = 256
     kv_type: str = "f16"
 

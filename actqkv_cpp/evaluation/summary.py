@@ -95,16 +95,14 @@ def _tasks(suite: str, rows: Sequence[Row], width: int) -> Iterator[Table]:
     tasks = dict.fromkeys(task for row in rows for task in row.tasks)
     lengths = dict.fromkeys(row.cell.length for row in rows)
     room = width - max(map(len, tasks)) - _N_TASK_COLUMNS * _PADDING - len("length")
-    columns = {(row.cell.method, row.cell.budget): len(_column((row.cell.method, row.cell.budget))) for row in rows}
+    columns = {_method(row): len(_column(_method(row))) for row in rows}
     for methods in _side_by_side(columns, room):
         names = map(_column, methods)
         table = tables.table(f"{suite}, by task (samples)", ("task", "length", *names))
         for task in tasks:
             for length in lengths:
                 found = {
-                    (row.cell.method, row.cell.budget): row.tasks[task]
-                    for row in rows
-                    if row.cell.length == length and task in row.tasks
+                    _method(row): row.tasks[task] for row in rows if row.cell.length == length and task in row.tasks
                 }
                 cells = (f"{percent(found[m].score)} ({found[m].n})" if m in found else "n/a" for m in methods)
                 table.add_row(task, size(length), *cells)
@@ -120,6 +118,10 @@ def _side_by_side(widths: Mapping[_T, int], room: int) -> Iterator[list[_T]]:
             group = []
         group.append(column)
     yield group
+
+
+def _method(row: Row) -> _Method:
+    return row.cell.method, row.cell.budget
 
 
 def _column(method: _Method) -> str:
