@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import llama_cpp  # first: its libllama and ggml must be the ones that our module binds to
 import numpy as np
@@ -41,11 +41,7 @@ RecordFn: TypeAlias = Callable[[Record], object]
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type, stable since GGUF files store it
 
-_PHASES: dict[Phase, int] = {
-    "prefill": lib.ACTQKV_PREFILL,
-    "decode": lib.ACTQKV_DECODE,
-    "question": lib.ACTQKV_QUESTION,
-}
+_PHASES: dict[Phase, int] = {name: getattr(lib, f"ACTQKV_{name.upper()}") for name in get_args(Phase)}
 _PHASE_NAMES: dict[int, Phase] = {value: name for name, value in _PHASES.items()}
 _STATUS_NAMES = {getattr(lib, name): name for name in dir(lib) if name.startswith("ACTQKV_ERR_")}
 
@@ -508,6 +504,11 @@ class Session:
         """Keep a checkpoint here, so that a rewind to this point reads nothing again."""
         with self._exclusive() as handle:
             call(lib.actqkv_checkpoint, handle)
+
+    def repeat(self, n_tokens: int) -> None:
+        """Make the history `n_tokens` long by copies of its chunks: for measurements, its answers then mean nothing."""
+        with self._exclusive() as handle:
+            call(lib.actqkv_repeat, handle, n_tokens)
 
     def state_get(self) -> bytearray:
         """All of the session as one self-contained blob."""

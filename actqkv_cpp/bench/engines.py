@@ -57,24 +57,38 @@ class Engine(Protocol):
 
 
 class Ours:
-    """A session of ours. Its statistics are of the last sample."""
+    """A session of ours. Its statistics are of the last sample.
+
+    Args:
+        session: one that holds nothing.
+        read: tokens that are really read; deeper contexts are made of copies of their chunks. None: all.
+    """
 
     name: EngineName = "actqkv"
-    copied = False
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, read: int | None = None) -> None:
         self.session = session
         self.method = session.params.method
         self.kv_type = session.params.kv_type
         self.depth = 0
+        self.copied = False
+        self._read = read
 
     def reach(self, tokens: Tokens, progress: Progress) -> None:
-        """Read on until the context holds all of `tokens`, which begin with what was read before."""
-        for begin in range(self.depth, len(tokens), _READ_TOKENS):
-            self.session.decode(tokens[begin : begin + _READ_TOKENS])
-            progress(min(begin + _READ_TOKENS, len(tokens)), len(tokens))
+        """Read on until the context is as long as `tokens`, which begin with what was read before."""
+        n_read = self.to_read(len(tokens))
+        for begin in range(self.depth, n_read, _READ_TOKENS):
+            self.session.decode(tokens[begin : min(begin + _READ_TOKENS, n_read)])
+            progress(min(begin + _READ_TOKENS, n_read), n_read)
+        if n_read < len(tokens):
+            self.session.repeat(len(tokens))
+            self.copied = True
         self.depth = len(tokens)
         self.session.checkpoint()  # so that a rewind reads nothing again
+
+    def to_read(self, depth: int) -> int:
+        """Of a context of `depth` tokens, how many are read and not copied."""
+        return depth if self._read is None else min(depth, self._read)
 
     def decode(self, tokens: Tokens) -> float:
         self._step(int(tokens[0]))

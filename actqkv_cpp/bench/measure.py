@@ -21,6 +21,7 @@ from actqkv_cpp.figures import GpuStats, Stage, Stats
 PREFILL_TOKENS = 512
 _PHASES: tuple[Phase, ...] = ("decode", "prefill")
 _PHASE_LIMIT_S = 60.0  # an engine that has spent this much in one phase at one depth takes no further samples
+_SAMPLE_LIMIT_S = 300.0  # llama.cpp is extrapolated where one sample would take longer
 _READING_LIMIT_S = 1800.0  # a depth that would take our engine longer to reach is extrapolated
 _FREE_BYTES = 512 << 20  # left to the rest of the machine beside llama.cpp's context
 
@@ -37,7 +38,8 @@ class Spec:
         methods: of ours, one after another; the first alternates with llama.cpp.
         decode_tokens: of one sample; a whole chunk's worth includes the closing of one.
         repeat: samples of each engine, phase and depth, at most.
-        peer_read: tokens that llama.cpp really reads; deeper contexts are made of copies.
+        read: tokens that our session really reads; deeper contexts are made of copies. None: all.
+        peer_read: the same of llama.cpp.
         peer_python: an interpreter whose llama_cpp is measured beside the one that we link.
         peer_kv_in_ram: llama.cpp keeps keys and values off the GPU that weights are on.
 
@@ -49,6 +51,7 @@ class Spec:
     methods: tuple[str, ...]
     decode_tokens: int
     repeat: int
+    read: int | None
     peer_read: int
     kv_type: str
     peer_python: str | None = None
@@ -126,10 +129,9 @@ class Benchmark:
         assert llm.session is not None, "the caller refuses models that run on llama.cpp only"
         window = llm.session.params.n_window
         for length in spec.lengths:
-            if length < 1 or length % window:
-                raise ParameterError(
-                    f"a length of {length} tokens is not whole windows of {window}", f"use multiples of {window}"
-                )
+            _require_windows("a length", length, window)
+        if spec.read is not None:
+            _require_windows("--read", spec.read, window)
         llm.session.close()
         self._model = llm._model
         self._d_head = head_dimension(llm)
@@ -160,7 +162,7 @@ class Benchmark:
         try:
             for i, method in enumerate(self._spec.methods):
                 with self._session(method) as session:
-                    yield from self._method(Ours(session), self._peers if i == 0 else [])
+                    yield from self._method(Ours(session, read=self._spec.read), self._peers if i == 0 else [])
         finally:
             for peer in self._peers:
                 peer.quit()
@@ -187,7 +189,7 @@ class Benchmark:
         missing: dict[EngineName, list[int]] = {name: [] for name in names}
         for depth in self._spec.lengths:
             engines: list[Engine] = []
-            if self._reading_takes(measured[ours.name], ours.depth, depth) > _READING_LIMIT_S:
+            if self._reading_takes(measured[ours.name], ours.depth, ours.to_read(depth)) > _READING_LIMIT_S:
                 missing[ours.name].append(depth)
             else:
                 with self._show(f"{ours.method}, reading", "tokens") as progress:
@@ -196,7 +198,7 @@ class Benchmark:
             memory = self._memory(ours.session) if engines else None
             try:
                 for peer in peers:
-                    if self._filled(peer, ours.session, depth):
+                    if self._in_time(measured[peer.name], depth) and self._filled(peer, ours.session, depth):
                         engines.append(peer)
                     else:
                         missing[peer.name].append(depth)
@@ -213,7 +215,7 @@ class Benchmark:
         """Rows of all engines at one depth, sample by sample in turn."""
         spec = self._spec
         for phase in _PHASES:
-            samples = [_Samples(spec.decode_tokens if phase == "decode" else PREFILL_TOKENS) for _ in engines]
+            samples = [_Samples(self._sample_tokens(phase)) for _ in engines]
             with self._show(f"{phase} after {depth:,}", "samples") as progress:
                 for i in range(spec.repeat):
                     for engine, own in zip(engines, samples, strict=True):
@@ -223,13 +225,14 @@ class Benchmark:
             for engine, own in zip(engines, samples, strict=True):
                 yield own.row(engine, phase, memory if isinstance(engine, Ours) else None)
 
+    def _sample_tokens(self, phase: Phase) -> int:
+        return self._spec.decode_tokens if phase == "decode" else PREFILL_TOKENS
+
     def _sample(self, engine: Engine, phase: Phase) -> tuple[float, Stats | None]:
         """Seconds of one sample, and our stages' share; the engine is back at its depth afterwards."""
         tokens = self._tokens[engine.depth :]
-        if phase == "decode":
-            seconds = engine.decode(tokens[: self._spec.decode_tokens + 1])
-        else:
-            seconds = engine.prefill(tokens[:PREFILL_TOKENS])
+        n_tokens = self._sample_tokens(phase)
+        seconds = engine.decode(tokens[: n_tokens + 1]) if phase == "decode" else engine.prefill(tokens[:n_tokens])
         stats = engine.session.stats() if isinstance(engine, Ours) else None
         engine.rewind()
         return seconds, stats
@@ -276,12 +279,23 @@ class Benchmark:
             peer.fill(self._tokens[: depth + 1], n_read=n_read, keep=keep, progress=progress)
         return True
 
+    def _in_time(self, measured: Sequence[Row], depth: int) -> bool:
+        """Whether samples at `depth` take a bearable time, by what two depths or more have taken; if not, with a note."""
+        for phase in _PHASES:
+            known = [row for row in measured if row.phase == phase]
+            if len(known) > 1 and (takes := line(known, depth) * self._sample_tokens(phase) / 1000) > _SAMPLE_LIMIT_S:
+                self._note(
+                    f"{known[0].engine} is not measured at {depth:,}: a sample of {phase} would take {takes:,.0f} s"
+                )
+                return False
+        return True
+
     # -- what was not measured
 
     def _reading_takes(self, measured: Sequence[Row], depth: int, target: int) -> float:
         """Seconds it takes to read on from `depth` to `target`, by the prefill rates measured so far."""
         prefill = [row for row in measured if row.phase == "prefill"]
-        if not prefill:
+        if not prefill or target <= depth:
             return 0.0
         rates = [line(prefill, at) if len(prefill) > 1 else prefill[0].ms_per_token for at in (depth, target)]
         return (target - depth) * sum(rates) / 2 / 1000
@@ -307,6 +321,13 @@ class Benchmark:
                     spread_ms=(ms, ms),
                     context="none",
                 )
+
+
+def _require_windows(what: str, n_tokens: int, window: int) -> None:
+    if n_tokens < 1 or n_tokens % window:
+        raise ParameterError(
+            f"{what} of {n_tokens} tokens is not whole windows of {window}", f"use multiples of {window}"
+        )
 
 
 def line(measured: Sequence[Row], depth: int) -> float:

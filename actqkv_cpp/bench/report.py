@@ -170,9 +170,9 @@ def _words(result: Result) -> Iterator[str]:
     yield (
         f"Measured: medians of up to {settings['repeat']} samples per engine, in turn, on the same loaded weights: "
         f"{PREFILL_TOKENS} tokens of prefill, {settings['decode_tokens']} steps of decode. Our session read every "
-        f"token before them{_exception(result.rows, 'actqkv')}."
+        f"token before them{_except_copies(result)}{_exception(result.rows, 'actqkv')}."
     )
-    copied = [row.depth for row in result.rows if row.context == "copied"]
+    copied = _copied(result, *_PEERS)
     for name in _PEERS:
         read = [row.depth for row in result.rows if row.engine == name and row.context == "read"]
         if read:
@@ -189,6 +189,17 @@ def _words(result: Result) -> Iterator[str]:
         )
     yield from _busy(result.machine)
     yield from result.notes
+
+
+def _except_copies(result: Result) -> str:
+    copied = _copied(result, "actqkv")
+    if not copied:
+        return ""
+    return f", except at {_list(copied)}: copies of chunks follow the first {result.settings['read']:,} there"
+
+
+def _copied(result: Result, *engines: EngineName) -> list[int]:
+    return [row.depth for row in result.rows if row.engine in engines and row.context == "copied"]
 
 
 def _busy(machine: dict[str, Any]) -> Iterator[str]:

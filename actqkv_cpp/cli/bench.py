@@ -35,6 +35,7 @@ _TABLE_WIDTH = 120  # where standard output is not a terminal
 class _Request:
     lengths: tuple[int, ...]
     methods: tuple[str, ...]
+    read: int | None
     peer_read: int
     peer_python: str | None
     peer_kv_in_ram: bool
@@ -53,6 +54,10 @@ def bench(
     methods: Annotated[
         str, o._option("--methods", metavar="NAMES", help="Methods of ours, one after another.", default="actqkv")
     ] = "actqkv",
+    read: Annotated[
+        int | None,
+        o._size("--read", help="Tokens that our session really reads; deeper contexts are copies.", default="all"),
+    ] = None,
     peer_read: Annotated[
         int,
         o._size("--peer-read", help="Tokens that llama.cpp really reads; deeper contexts are copies.", default="8k"),
@@ -112,6 +117,7 @@ def bench(
         request = _Request(
             lengths=o.parse_list(lengths, parse_size),
             methods=o.parse_list(methods, str),
+            read=read,
             peer_read=peer_read,
             peer_python=peer_python,
             peer_kv_in_ram=peer_kv_in_ram,
@@ -205,6 +211,7 @@ def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
         methods=request.methods,
         decode_tokens=_QUICK_DECODE_TOKENS if request.quick else _DECODE_TOKENS,
         repeat=request.repeat,
+        read=request.read,
         peer_read=request.peer_read,
         peer_python=request.peer_python,
         peer_kv_in_ram=request.peer_kv_in_ram,

@@ -146,6 +146,10 @@ int32_t actqkv_checkpoint(actqkv_session * session, actqkv_error * err) {
     return guarded(err, [&] { session->impl.keep_checkpoint(); });
 }
 
+int32_t actqkv_repeat(actqkv_session * session, int64_t n_tokens, actqkv_error * err) {
+    return guarded(err, [&] { session->impl.repeat(n_tokens); });
+}
+
 void actqkv_set_progress(actqkv_session * session, actqkv_progress_fn fn, void * user) {
     session->impl.progress = fn;
     session->impl.progress_user = user;

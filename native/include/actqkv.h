@@ -256,6 +256,13 @@ ACTQKV_API int32_t actqkv_rewind(actqkv_session * session, int64_t n_past, struc
 // Keeps a checkpoint here, so that a later rewind to this point reads nothing again (end of a document or turn).
 ACTQKV_API int32_t actqkv_checkpoint(actqkv_session * session, struct actqkv_error * err);
 
+// For measurements at lengths that would take hours to read: the history becomes n_tokens long, by copies of its closed
+// chunks and their tokens behind these. A step then costs what it does after a reading; what it says means nothing.
+// Both lengths are whole windows, and what is added is whole chunks. ACTQKV_ERR_ARGUMENT where they are not, no chunk is
+// closed, tokens are still to be read, positions are exact, or chunks are those of a KV file; ACTQKV_ERR_FULL. The session
+// is then unchanged. It cannot be rewound to before the end.
+ACTQKV_API int32_t actqkv_repeat(actqkv_session * session, int64_t n_tokens, struct actqkv_error * err);
+
 ACTQKV_API void actqkv_set_progress(actqkv_session * session, actqkv_progress_fn fn, void * user); // NULL: off
 ACTQKV_API void actqkv_set_observer(actqkv_session * session, actqkv_observe_fn fn, void * user);  // NULL: off
 

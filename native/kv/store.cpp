@@ -189,6 +189,23 @@ void kv_store::close_until(int64_t limit, int n_threads) {
     n_closed_chunks = last;
 }
 
+void kv_store::repeat_chunks(int64_t n, int64_t n_tokens) {
+    const recent_state open = save_recent(n_tokens);
+    const int64_t n_before = n_closed_chunks, n_after = n_before + n;
+    for (size_t il = 0; il < layers.size(); il++) {
+        for (const chunk_array & array : chunk_arrays((int) il)) {
+            const uint64_t bytes = array.chunk_bytes / array.n_rows;
+            for (int64_t i = 0; i < array.n_rows; i++) {
+                uint8_t * row = array.data + i * array.row_stride;
+                for (int64_t chunk = n_before; chunk < n_after; chunk += n_before) {
+                    memcpy(row + chunk * bytes, row, std::min(n_before, n_after - chunk) * bytes);
+                }
+            }
+        }
+    }
+    restore_recent(open, n_tokens + n * shape.n_chunk_tokens, n_after);
+}
+
 void kv_store::store_chunk(int il, int64_t chunk) {
     layer & l = layers[il];
     const int64_t from = shape.recent_offset(chunk + 1), to = chunk * shape.chunk_bytes();

@@ -60,6 +60,10 @@ public:
     // Closes every chunk that ends at or before `limit`: stores and summarises it in all layers.
     void close_until(int64_t limit, int n_threads);
 
+    // Inserts n copies of closed chunks, the first again and again, behind them: of n_tokens tokens, those of no closed chunk
+    // follow n chunks later.
+    void repeat_chunks(int64_t n, int64_t n_tokens);
+
     // The ring of a layer: sinks, then open blocks, at layout().recent_offset().
     struct ring {
         const actqkv_f16 *near, *far, *v;

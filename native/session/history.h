@@ -22,6 +22,12 @@ struct history {
         phases.insert(phases.end(), n, (int8_t) phase);
     }
 
+    // Tokens [first, last) of another history, as they were read.
+    void append(const history & other, int64_t first, int64_t last) {
+        tokens.insert(tokens.end(), other.tokens.begin() + first, other.tokens.begin() + last);
+        phases.insert(phases.end(), other.phases.begin() + first, other.phases.begin() + last);
+    }
+
     void truncate(int64_t n) {
         tokens.resize(n);
         phases.resize(n);

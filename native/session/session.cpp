@@ -533,6 +533,44 @@ void session::rewind(int64_t n_past) {
     }
 }
 
+// A history of that length for measurements: copies of closed chunks, and of their tokens, behind them.
+void session::repeat(int64_t n_tokens) {
+    const int64_t n = tokens.size(), more = n_tokens - n, c = params.method.n_chunk_tokens;
+    if (params.method.positions == ACTQKV_POSITIONS_EXACT || file != nullptr || store.is_mapped()) {
+        throw error(ACTQKV_ERR_ARGUMENT, "copies of chunks need clamped positions, and no KV file");
+    }
+    if (n_tokens > params.n_ctx) {
+        throw error(ACTQKV_ERR_FULL, format("%lld tokens do not fit n_ctx %d", (long long) n_tokens, params.n_ctx));
+    }
+    if (n_done < n || n % params.n_window != 0 || more < 0 || more % params.n_window != 0 || more % c != 0) {
+        throw error(ACTQKV_ERR_ARGUMENT,
+                    format("%lld tokens, %lld of them read, cannot become %lld: expected more, in "
+                           "whole windows of %d and chunks of %lld",
+                           (long long) n, (long long) n_done, (long long) n_tokens, params.n_window, (long long) c));
+    }
+    close_chunks(n);
+    const int64_t n_closed = store.n_closed(), first = params.n_sink, end = first + n_closed * c;
+    if (n_closed == 0) {
+        throw error(ACTQKV_ERR_ARGUMENT, format("of %lld tokens no chunk is closed yet, read more", (long long) n));
+    }
+    history longer;
+    longer.tokens.reserve(n_tokens);
+    longer.phases.reserve(n_tokens);
+    longer.append(tokens, 0, end);
+    for (int64_t left = more; left > 0; left -= end - first) {
+        longer.append(tokens, first, std::min(end, first + left));
+    }
+    longer.append(tokens, end, n);
+    store.repeat_chunks(more / c, n);
+    tokens = std::move(longer);
+    n_done = n_tokens;
+    saved.clear(); // of open blocks that are elsewhere now
+    if (gpu != nullptr) {
+        gpu->forget_from(n_closed);
+    }
+    keep_checkpoint();
+}
+
 // ---- statistics
 
 actqkv_stats session::stats() const {

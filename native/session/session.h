@@ -33,6 +33,7 @@ public:
     bool decode(const int32_t * more, int64_t n, int32_t phase, float * logits, int64_t n_logits);
     void rewind(int64_t n_past);
     void keep_checkpoint();
+    void repeat(int64_t n_tokens);
 
     // gpu.h: attention there where it fits, on the CPU otherwise.
     void use_gpu(const actqkv_cuda & cuda, int32_t device, uint64_t limit_bytes);

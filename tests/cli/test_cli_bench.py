@@ -54,6 +54,21 @@ def test_json(actqkv: Actqkv, babbler: Path) -> None:
     assert math.isclose(2 * ours[0]["memory"]["kv_bytes"], ours[2]["memory"]["kv_bytes"], rel_tol=0.1)
 
 
+def test_copies_of_ours(actqkv: Actqkv, babbler: Path) -> None:
+    """--read reads on all the same, or a session made of copies is called read."""
+    lengths = ("--lengths", "1k,2560", "--read", "1k", "--peer-read", "256", "--budget", "640")
+    found = actqkv("bench", babbler, *lengths, "--json", *FAST)
+    assert found.status == 0, found.err
+    ours = [row for row in json.loads(found.out)["rows"] if row["engine"] == "actqkv"]
+    assert [(row["depth"], row["context"]) for row in ours if row["phase"] == "decode"] == [
+        (1024, "read"),
+        (2560, "copied"),
+    ]
+    assert ours[3]["memory"]["kv_bytes"] > 2 * ours[0]["memory"]["kv_bytes"] > 0
+    found = actqkv("bench", babbler, *lengths, *FAST)
+    assert "except at 2,560: copies of chunks follow the first 1,024 there" in " ".join(found.out.split())
+
+
 def test_kv_type(actqkv: Actqkv, babbler: Path) -> None:
     """--kv-type does not reach both engines, or the plan is that of f16."""
     rows = {}
@@ -142,6 +157,8 @@ def test_tables(actqkv: Actqkv, babbler: Path) -> None:
         (["--methods", ""], ["no method"]),
         (["--lengths", "256", "--budget", "128"], ["budget"]),
         (["--lengths", "256", "--peer-read", "0"], ["--peer-read"]),
+        (["--lengths", "512", "--read", "300"], ["--read", "256"]),
+        (["--lengths", "512", "--read", "256"], ["clamped"]),
         (["--kernels", "--lengths", "1k"], ["chunks", "--lengths"]),
         (["--kernels", "--peer-python", "python"], ["--kernels", "--peer-python"]),
         (["--kernels", "--methods", "dense"], ["--kernels", "--methods"]),
