@@ -280,7 +280,7 @@ class Benchmark:
         return True
 
     def _in_time(self, measured: Sequence[Row], depth: int) -> bool:
-        """Whether samples at `depth` take a bearable time, by what two depths or more have taken; if not, with a note."""
+        """Whether samples at `depth` take a bearable time, by what earlier depths have taken; not, with a note."""
         for phase in _PHASES:
             known = [row for row in measured if row.phase == phase]
             if len(known) > 1 and (takes := line(known, depth) * self._sample_tokens(phase) / 1000) > _SAMPLE_LIMIT_S:
