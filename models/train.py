@@ -1,7 +1,8 @@
 """Training: cycles of the learning rate, in stages of growing length; a killed run resumes exactly from its
 checkpoint.
 
-Matrices inside the layers are trained by Muon, everything else by AdamW, in bfloat16 with float32 master weights. The
+Matrices inside the layers are trained by Muon, everything else by AdamW, in bfloat16 (where the
+processor is fast at it, else in float32) with float32 master weights. The
 run's folder receives `checkpoint.pt` and `log.jsonl`, one JSON object per line: `step` lines with the losses, `eval`
 lines with the share of held-out answers predicted in full (teacher-forced).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import timeit
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -81,10 +83,20 @@ class Muon:
         lr: peak learning rate.
         momentum: of the running mean of gradients, with a Nesterov step.
         weight_decay: times the learning rate, per step.
+        dtype: that updates are computed in.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.02):
+    def __init__(
+        self,
+        matrices: Sequence[Tensor],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.02,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         self.matrices = list(matrices)
+        self.dtype = dtype
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.means = [torch.zeros_like(matrix) for matrix in self.matrices]
 
@@ -95,22 +107,36 @@ class Muon:
             if matrix.grad is None:
                 raise RuntimeError("step before backward")
             mean.lerp_(matrix.grad, 1 - self.momentum)
-            update = orthogonalised(matrix.grad.lerp(mean, self.momentum))
+            update = orthogonalised(matrix.grad.lerp(mean, self.momentum).to(self.dtype))
             matrix.mul_(1 - lr * self.weight_decay)
             n_rows, n_columns = matrix.shape
             matrix.add_(update, alpha=-lr * max(1.0, n_rows / n_columns) ** 0.5)
 
 
 def orthogonalised(matrix: Tensor, n_iterations: int = 5) -> Tensor:
-    """About the nearest matrix with singular values 1, by a quintic Newton-Schulz iteration in bfloat16."""
+    """About the nearest matrix with singular values 1, by a quintic Newton-Schulz iteration in the type of `matrix`."""
     tall = matrix.size(0) > matrix.size(1)
-    x: Tensor = (matrix.mT if tall else matrix).bfloat16()
+    x: Tensor = matrix.mT if tall else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(n_iterations):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
     result: Tensor = x.mT if tall else x
     return result.float()
+
+
+def fastest_type(device: torch.device, *, n: int = 512) -> torch.dtype:
+    """bfloat16, or float32 where products of n x n matrices are faster in it: by tens of times on a processor without
+    instructions for bfloat16.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.eye(n, dtype=dtype)
+        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=4))
+
+    return min((torch.bfloat16, torch.float32), key=seconds)
 
 
 class Trainer:
@@ -121,6 +147,7 @@ class Trainer:
     ) -> None:
         self.tokenizer = tokenizer
         self.device = device
+        self.dtype = fastest_type(device)
         self.config = config
         self.step = 0
         self.n_tokens_seen = 0
@@ -164,7 +191,7 @@ class Trainer:
         for _ in range(n_samples):
             batch = sampler.batch(stage.n_tokens - 1, 1, haystack_share=stage.haystack_share)
             tokens, positions = batch.tokens[:, :-1].to(self.device), batch.positions[:, :-1].to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with self._autocast():
                 predicted = self.network.output(self.network.features(tokens, positions))[0].argmax(-1).cpu()
             for span in batch.spans[0]:
                 answer = batch.tokens[0, span.start : span.start + span.length]
@@ -212,11 +239,11 @@ class Trainer:
             weight_decay=0.0,
             fused=True,
         )
-        return Muon(matrices, lr=config.matrix_lr), adam, [*others, embedding]
+        return Muon(matrices, lr=config.matrix_lr, dtype=self.dtype), adam, [*others, embedding]
 
     def _loss(self, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss; detached, the plain one per selected token, [n], and that of guided attention, [1]."""
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with self._autocast():
             features, looks = self.network.guided_features(
                 selection.tokens, selection.positions, indices=selection.indices, rows=selection.rows
             )
@@ -226,6 +253,9 @@ class Trainer:
         total = (per_token * selection.weights).sum() + misplaced
         mean = misplaced.detach() / selection.place_weights.sum().clamp(min=1e-9)
         return total, per_token.detach(), mean[None]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _update(self, lr_scale: float) -> None:
         torch.nn.utils.clip_grad_norm_(self._others, 1.0)

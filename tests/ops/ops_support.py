@@ -1,6 +1,7 @@
 """Calls the kernels through cffi on arrays with guard bytes, and the error bound of every op.
 
-On a machine with a GPU and without llama-cpp-python, ACTQKV_TEST_CUDA names a libactqkv_cuda to test, alone.
+On a machine with a GPU and without llama-cpp-python, ACTQKV_TEST_CUDA names a libactqkv_cuda to test, alone; on one of
+another kind (tests/neon.py), ACTQKV_TEST_KERNELS a library of native/kernels/cpu.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy.typing as npt
 import pytest
 from cuda_library import CUDA, ROOT, Gpu, build_emulated
 
-ALONE = os.environ.get("ACTQKV_TEST_CUDA")
-if ALONE:
+ALONE, KERNELS = os.environ.get("ACTQKV_TEST_CUDA"), os.environ.get("ACTQKV_TEST_KERNELS")
+if ALONE or KERNELS:
     from cffi import FFI
 
     sys.path.insert(0, str(ROOT / "bindings"))
@@ -26,6 +27,7 @@ if ALONE:
     ffi = FFI()
     ffi.cdef(declarations(ROOT / "native/kernels/kernels.h") + declarations(CUDA / "kernels_cuda.h"))
     ffi.cdef("const struct actqkv_cuda * actqkv_cuda_table(void);")
+    cpu = ffi.dlopen(KERNELS) if KERNELS else None
 else:
     import llama_cpp  # noqa: F401  first: our module links to the libraries that it loads
 
@@ -38,8 +40,10 @@ EMULATED, ON_GPU = 100, 101  # the CUDA kernels: on the host, on a GPU
 
 def impls() -> list[Any]:
     """Every impl: those that this machine's processor runs (one with AVX-512 has AVX2), and the CUDA kernels."""
-    own = [] if ALONE else [0, *{0: (), 1: (1,), 2: (1, 2), 3: (3,), 4: (1, 2, 4)}[cpu.actqkv_impl_best()], EMULATED]
-    return [*own, pytest.param(ON_GPU, marks=pytest.mark.cuda)]
+    if ALONE:
+        return [pytest.param(ON_GPU, marks=pytest.mark.cuda)]
+    own = [0, *{0: (), 1: (1,), 2: (1, 2), 3: (3,), 4: (1, 2, 4)}[cpu.actqkv_impl_best()]]
+    return own if KERNELS else [*own, EMULATED, pytest.param(ON_GPU, marks=pytest.mark.cuda)]
 
 
 def table_at(path: str | None) -> Any:
