@@ -47,6 +47,8 @@ SHAPES = {
     "tiny": Shape(n_embd=256, n_layers=2, n_heads=4, n_kv_heads=2, n_ff=512, n_vocab=3072),
     "s160": Shape(n_embd=1024, n_layers=8, n_heads=16, n_kv_heads=4, n_ff=2816, n_vocab=32000),
     "s1b": Shape(n_embd=2048, n_layers=16, n_heads=32, n_kv_heads=8, n_ff=8192, n_vocab=32000),
+    # keys and values of s1b, and little else, so that a million tokens are read in an hour
+    "s1b-kv": Shape(n_embd=256, n_layers=16, n_heads=8, n_kv_heads=8, n_ff=256, n_vocab=4096),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from actqkv_cpp._native import KV_TYPES, ffi, lib  # type: ignore[attr-defined]
+from actqkv_cpp._native import KV_TYPES, call, ffi, lib  # type: ignore[attr-defined]
 from actqkv_cpp.errors import ParameterError
 
 Call = Callable[[], object]
@@ -50,7 +50,7 @@ class Shape:
         window: queries of a window that reads.
 
     Raises:
-        ParameterError: fewer chunks than candidates, or heads that do not go together.
+        ParameterError: no chunks to choose from, or heads that do not go together.
     """
 
     n_head: int = 32
@@ -72,15 +72,23 @@ class Shape:
                 f"{self.n_head_kv} KV heads of {self.d_head} are not",
                 "measure another model",
             )
-        if self.granted < 1 or self.n_chunks < self.sketched:
+        if not 1 <= self.granted < self.n_chunks:
             raise ParameterError(
-                f"a depth of {self.depth} tokens has {self.n_chunks} chunks, {self.sketched} candidates are wanted",
+                f"a depth of {self.depth} tokens has {self.n_chunks} chunks, {self.granted} are to be attended",
                 "give a greater --lengths, or a smaller --budget",
             )
 
     @property
     def n_chunks(self) -> int:
         return self.depth // self.chunk
+
+
+def candidates(method: str, share: int, n_chunks: int) -> tuple[int, int]:
+    """Of how many chunks an answering step looks at the sketches, and then at the keys, where `share` are attended."""
+    row, found = ffi.new("struct actqkv_method *"), ffi.new("int64_t[2]")
+    call(lib.actqkv_method_find, method.encode(), row)
+    call(lib.actqkv_method_candidates, row, share, n_chunks, found, found + 1)
+    return found[0], found[1]
 
 
 @dataclass(frozen=True, kw_only=True)

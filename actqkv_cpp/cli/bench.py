@@ -162,18 +162,18 @@ def _shape(output: Output, engine: o.EngineOptions, depth: int) -> Shape:
     import llama_cpp  # noqa: PLC0415 (heavy)
 
     from actqkv_cpp.bench.engines import head_dimension  # noqa: PLC0415 (heavy)
-    from actqkv_cpp.bench.kernel_jobs import Shape  # noqa: PLC0415 (heavy)
+    from actqkv_cpp.bench.kernel_jobs import Shape, candidates  # noqa: PLC0415 (heavy)
 
-    method = actqkv_cpp.methods()[_KERNELS_OF]
-    chunk = engine.chunk or method["chunk"]
+    chunk = engine.chunk or actqkv_cpp.methods()[_KERNELS_OF]["chunk"]
     granted = (engine.budget - engine.sink - engine.local) // chunk
+    sketched, refined = candidates(_KERNELS_OF, max(granted, 1), depth // chunk)
     found = Shape(
         chunk=chunk,
         depth=depth,
         budget=engine.budget,
         granted=granted,
-        sketched=max(granted * method["sketch"], depth // chunk // 8),  # as Retrieval's sketch says
-        refined=granted * method["refine"],
+        sketched=sketched,
+        refined=refined,
         kv_type=engine.kv_type,
     )
     if engine.model is None:

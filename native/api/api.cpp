@@ -57,6 +57,17 @@ int32_t actqkv_method_find(const char * name, actqkv_method * method, actqkv_err
     });
 }
 
+int32_t actqkv_method_candidates(const actqkv_method * method, int64_t share, int64_t n_chunks, int64_t * n_sketched,
+                                 int64_t * n_refined, actqkv_error * err) {
+    return guarded(err, [&] {
+        require(method != nullptr && n_sketched != nullptr && n_refined != nullptr, "pointers must not be NULL");
+        require(share >= 1 && n_chunks >= 0, "share must be at least 1, n_chunks at least 0");
+        const actqkv::choice c = actqkv::choice_of(*method, share, n_chunks);
+        *n_sketched = c.n_sketched;
+        *n_refined = c.n_refined;
+    });
+}
+
 actqkv_params actqkv_default_params(void) { return actqkv::default_params(); }
 
 int32_t actqkv_model_check(const llama_model * model, actqkv_error * err) {

@@ -203,6 +203,11 @@ ACTQKV_API int32_t actqkv_method_table(int32_t i, struct actqkv_method * method)
 // ACTQKV_ERR_ARGUMENT names the known methods when `name` is none of them.
 ACTQKV_API int32_t actqkv_method_find(const char * name, struct actqkv_method * method, struct actqkv_error * err);
 
+// Of n_chunks, how many an answering step that may attend `share` of them in a layer looks at the sketches of, and then at
+// the keys of. ACTQKV_ERR_ARGUMENT where share is below 1 or n_chunks negative.
+ACTQKV_API int32_t actqkv_method_candidates(const struct actqkv_method * method, int64_t share, int64_t n_chunks,
+                                            int64_t * n_sketched, int64_t * n_refined, struct actqkv_error * err);
+
 // Defaults of docs/algorithms.md section 1 with method `actqkv`; n_ctx 0 must be set by the caller.
 ACTQKV_API struct actqkv_params actqkv_default_params(void);
 

@@ -64,8 +64,10 @@ void split_heads(const hparams & hp, int32_t kind, const float * query, std::vec
 
 // Scores tell less the more chunks there are: of a million tokens, the chunk that is looked for is among the best eighth, but
 // not among the best sixteen per chunk granted (native/README.md).
-int64_t n_sketched(const actqkv_method & method, int64_t k, int64_t n_chunks) {
-    return std::max<int64_t>(k * method.sketch, n_chunks / 8);
+choice choice_of(const actqkv_method & method, int64_t share, int64_t n_chunks) {
+    const int64_t k = std::min(share, n_chunks), n_refined = std::min(n_chunks, k * method.refine);
+    const int64_t n_sketched = std::min(n_chunks, std::max(k * method.sketch, n_chunks / 8));
+    return {k, n_chunks, method.sketch > 1 ? n_sketched : n_refined, n_refined};
 }
 
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published) {
@@ -218,11 +220,8 @@ void planner::note_entropy(layer_memory & memory, float entropy) {
 }
 
 choice planner::choice_of(int il) const {
-    const actqkv_method & method = now().method;
-    choice c = {std::min(share_of(il), n_chunks), n_chunks, 0, 0};
-    c.n_refined = is_decode ? std::min(n_chunks, c.k * method.refine) : c.k;
-    c.n_sketched = is_decode && method.sketch > 1 ? std::min(n_chunks, n_sketched(method, c.k, n_chunks)) : c.n_refined;
-    return c;
+    const int64_t share = share_of(il), k = std::min(share, n_chunks);
+    return is_decode ? actqkv::choice_of(now().method, share, n_chunks) : choice{k, n_chunks, k, k};
 }
 
 // The k best chunks by score. Answering, sketches of n_sketched of them decide which refine * k remain, and the keys

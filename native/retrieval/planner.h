@@ -32,9 +32,6 @@ using observer = std::function<void(const char * name, const float * data, int64
 // one on. published: clamp to [32, 2k] whatever the pool and the chunks say.
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published);
 
-// Whose sketches a step that is granted k of n_chunks looks at, where there are so many.
-int64_t n_sketched(const actqkv_method & method, int64_t k, int64_t n_chunks);
-
 // Chunks to attend beside sinks, remainder and local.
 struct chunk_plan {
     std::vector<int32_t> chunks; // n_lists lists of n ids, each ascending
@@ -49,6 +46,7 @@ struct choice {
     int64_t n_sketched; // of the best scores; n_refined of them where sketches are not looked at
     int64_t n_refined;  // k where keys are not
 };
+choice choice_of(const actqkv_method & method, int64_t share, int64_t n_chunks);
 
 // The true attention mass of the current window in the layer that is planned, [n_chunks], or per KV head [G][n_chunks].
 using mass_source = std::function<const std::vector<double> &(bool per_head)>;

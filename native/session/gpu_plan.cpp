@@ -33,9 +33,10 @@ gpu_planner::widths gpu_planner::widths_of(const hparams & hp, const actqkv_para
     w.n_chunk_tokens = layout.n_chunk_tokens;
     w.kv_type = layout.kv_type;
     w.n_most = n_most;
-    w.n_refined = n_most * params.method.refine;
     w.n_chunks = layout.n_chunks_max(params.n_ctx);
-    w.n_sketched = (int32_t) std::max<int64_t>(w.n_refined, n_sketched(params.method, n_most, w.n_chunks));
+    const choice most = choice_of(params.method, n_most, w.n_chunks);
+    w.n_refined = (int32_t) most.n_refined;
+    w.n_sketched = (int32_t) std::max(most.n_refined, most.n_sketched);
     w.spread_bytes = (int64_t) bytes[FILE_SUMMARIES];
     w.sketch_bytes = (int64_t) bytes[FILE_SKETCHES];
     w.key_bytes = (int64_t) bytes[FILE_KEYS];

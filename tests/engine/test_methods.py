@@ -12,6 +12,7 @@ from llama_cpp._internals import LlamaModel
 
 from actqkv_cpp import ParameterError, Retrieval, methods
 from actqkv_cpp._native import Session
+from actqkv_cpp.bench.kernel_jobs import candidates
 
 N = 220
 TOKENS = random_tokens(N + 20)
@@ -47,6 +48,20 @@ def test_a_small_budget_is_not_dense(name: str, tiny_llama: LlamaModel) -> None:
         with open_session(tiny_llama, row) as session:
             logits.append(read(session, TOKENS, PIECES, n_logits=1))
     assert (np.abs(logits[1] - logits[0]).max() > 1e-3) == (name != "dense")
+
+
+@pytest.mark.parametrize(("chunk", "share", "n_chunks"), [(8, 5, 45), (1, 1, 364)])
+def test_candidates_are_those_of_a_step(tiny_llama: LlamaModel, *, chunk: int, share: int, n_chunks: int) -> None:
+    """Breaks when a benchmark of kernels measures other numbers of sketches and keys than an answering step reads."""
+    row = small(chunk=chunk, representatives=1, budget=4 + 32 + share * chunk)
+    n_sketched, n_refined = candidates("actqkv", share, n_chunks)
+    sketch_bytes, key_bytes = 2 * (2 * 32 + (2 + 32 // 8) * 32), chunk * 2 * 32 * 2  # 2 KV heads of 32
+    with open_session(tiny_llama, row) as session:
+        session.decode(random_tokens(400))
+        session.stats_reset()
+        session.decode(TOKENS[:1], phase="decode")
+        assert session.n_chunks == n_chunks
+        assert session.stats().refine.bytes == session.n_layer * (n_sketched * sketch_bytes + n_refined * key_bytes)
 
 
 def test_exact_positions_end_at_the_trained_length(tiny_llama: LlamaModel) -> None:

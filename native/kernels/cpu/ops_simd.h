@@ -7,6 +7,7 @@
 
 // What the compiler keeps in registers depends on these loops being unrolled: all bounds are template arguments.
 #define UNROLL _Pragma("GCC unroll 16")
+#define LOOP _Pragma("GCC unroll 1") // where they would not fit
 
 // ---- streams: each row is read once from memory
 
@@ -277,15 +278,18 @@ template <class R, int NX, int NE> static inline void mix_block(const float * we
     }
 }
 
-constexpr int MIX_VECS = W == 8 ? 2 : 4; // 4*4 accumulators, or 2*4 where there are 16 registers
+// Accumulators are 4*4, or 8 where there are 16 registers: of f16 four sums, which read a row once for all, of two vectors.
+template <class R> constexpr bool MIXES_STRIPS = W == 8 && R::STEP == W;
+template <class R> constexpr int MIX_VECS = W == 8 && !MIXES_STRIPS<R> ? 2 : 4;
+template <class R> constexpr int MIX_WIDTH = MIXES_STRIPS<R> ? 2 : R::STEP / W > 4 ? R::STEP / W : 4;
 
 template <class R, int NE> static void mix_columns(const float * weights, int64_t ldw, int n_vec, const uint8_t * rows,
                                                    int64_t n, int64_t row_bytes, float * out, int64_t ldo,
                                                    const uint8_t * ahead) {
-    for (int x = 0; x < n_vec; x += MIX_VECS) {
+    for (int x = 0; x < n_vec; x += MIX_VECS<R>) {
         const float * w = weights + x * ldw;
         float * o = out + x * ldo;
-        switch (n_vec - x < MIX_VECS ? n_vec - x : MIX_VECS) {
+        switch (n_vec - x < MIX_VECS<R> ? n_vec - x : MIX_VECS<R>) {
         case 1:
             mix_block<R, 1, NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
             break;
@@ -293,10 +297,10 @@ template <class R, int NE> static void mix_columns(const float * weights, int64_
             mix_block<R, 2, NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
             break;
         case 3:
-            mix_block < R, MIX_VECS<3 ? MIX_VECS : 3, NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
+            mix_block<R, (MIX_VECS<R> < 3 ? MIX_VECS<R> : 3), NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
             break;
         default:
-            mix_block<R, MIX_VECS, NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
+            mix_block<R, MIX_VECS<R>, NE>(w, ldw, rows, n, row_bytes, o, ldo, ahead);
             break;
         }
         ahead = nullptr; // fetched once
@@ -317,9 +321,8 @@ template <class R, int NE> static int64_t mix_from(const float * weights, int64_
 
 template <class R> static void simd_mix(const float * weights, int64_t ldw, int n_vec, const void * rows, int64_t n,
                                         int64_t width, float * out, int64_t ldo, const void * ahead) {
-    constexpr int MANY = R::STEP / W > 4 ? R::STEP / W : 4; // vectors
     const uint8_t *from = (const uint8_t *) rows, *next = (const uint8_t *) ahead;
-    int64_t e = mix_from<R, MANY>(weights, ldw, n_vec, from, n, width, out, ldo, next, 0);
+    int64_t e = mix_from<R, MIX_WIDTH<R>>(weights, ldw, n_vec, from, n, width, out, ldo, next, 0);
     e = mix_from<R, R::STEP / W>(weights, ldw, n_vec, from, n, width, out, ldo, next, e);
     if constexpr (R::REST > 0) {
         e = mix_from<R, R::REST / W>(weights, ldw, n_vec, from, n, width, out, ldo, next, e);

@@ -20,6 +20,38 @@ template <int NV> static inline void sketch_heads(const float * queries, const u
         greatest[x] = v_set1(-__FLT_MAX__);
     }
     const uint16_t * mu = (const uint16_t *) sketch;
+    const uint16_t * sizes = mu + d;
+    const uint8_t * signs = (const uint8_t *) (sizes + n);
+    for (int32_t at = 0; at < n; at += VB) {
+        vsums sums[NV];
+        UNROLL
+        for (int x = 0; x < NV; x++) {
+            sums[x] = vb_start(-actqkv::SKETCH_OFFSET * (d / 4));
+        }
+        LOOP
+        for (int32_t i = 0; i < d / 8; i += SKETCH_ROWS) {
+            const vb pattern = vb_load_rows(signs + (int64_t) i * n + at, n, d / 8 - i);
+            const vb low = vb_low(pattern), high = vb_high(pattern);
+            const uint8_t * table = tables + i / SKETCH_ROWS * SKETCH_STEP;
+            UNROLL
+            for (int x = 0; x < NV; x++) {
+                const vb a = vb_lookup(table + x * table_bytes, low);
+                const vb b = vb_lookup(table + x * table_bytes + SKETCH_STEP / 2, high);
+                sums[x] = vb_sum(sums[x], vb_add(a, b));
+            }
+        }
+        vf size[VB / W];
+        vb_sizes(sizes + at, size);
+        UNROLL
+        for (int x = 0; x < NV; x++) {
+            vf whole[VB / W];
+            vb_floats(sums[x], whole);
+            UNROLL
+            for (int j = 0; j < VB / W; j++) {
+                greatest[x] = v_max(greatest[x], v_mul(whole[j], size[j]));
+            }
+        }
+    }
     int32_t e = 0;
     for (; e + W <= d; e += W) {
         const vf m = v_load_f16(mu + e);
@@ -33,41 +65,6 @@ template <int NV> static inline void sketch_heads(const float * queries, const u
         UNROLL
         for (int x = 0; x < NV; x++) {
             sum[x] = v_fma(v_load_n(queries + x * d + e, d - e, 0), m, sum[x]);
-        }
-    }
-    const uint16_t * sizes = mu + d;
-    const uint8_t * signs = (const uint8_t *) (sizes + n);
-    for (int32_t at = 0; at < n; at += VB) {
-        vsums sums[NV];
-        UNROLL
-        for (int x = 0; x < NV; x++) {
-            sums[x] = vb_no_sums();
-        }
-        for (int32_t i = 0; i < d / 8; i += SKETCH_ROWS) {
-            const vb pattern = vb_load_rows(signs + (int64_t) i * n + at, n, d / 8 - i);
-            const vb low = vb_low(pattern), high = vb_high(pattern);
-            const uint8_t * table = tables + i / SKETCH_ROWS * SKETCH_STEP;
-            UNROLL
-            for (int x = 0; x < NV; x++) {
-                const vb a = vb_lookup(table + x * table_bytes, low);
-                const vb b = vb_lookup(table + x * table_bytes + SKETCH_STEP / 2, high);
-                sums[x] = vb_sum(sums[x], vb_add(a, b));
-            }
-        }
-        vf size[VB / W], none[VB / W]; // none: what a sum of 0 comes to
-        vb_sizes(sizes + at, size);
-        UNROLL
-        for (int j = 0; j < VB / W; j++) {
-            none[j] = v_mul(size[j], v_set1((float) (-actqkv::SKETCH_OFFSET * (d / 4))));
-        }
-        UNROLL
-        for (int x = 0; x < NV; x++) {
-            vf whole[VB / W];
-            vb_floats(sums[x], whole);
-            UNROLL
-            for (int j = 0; j < VB / W; j++) {
-                greatest[x] = v_max(greatest[x], v_fma(whole[j], size[j], none[j]));
-            }
         }
     }
     UNROLL

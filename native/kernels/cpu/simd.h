@@ -292,7 +292,7 @@ static inline void vi_load_quads(const uint8_t * const * row, int64_t at, vi * q
 }
 
 // ---- sketches: bytes of SKETCH_ROWS rows of VB keys, looked up and added. The keys of vb_floats and vb_sizes have one
-// order, which is not theirs in memory: even ones first.
+// order, which is not theirs in memory: even ones first. vb_start: every key's sum is that much, which may be negative.
 
 constexpr int VB = 32;
 
@@ -301,7 +301,7 @@ static inline __m256i load_32(const uint8_t * p) { return _mm256_loadu_si256((co
 #if defined(__AVX512F__)
 constexpr int SKETCH_ROWS = 2;
 typedef __m512i vb;
-struct vsums { // in 16 bits, of all words as they are, and of their upper bytes
+struct vsums { // in 16 bits, of all words as they are, and of their upper bytes; they may wrap around
     __m512i words, upper;
 };
 
@@ -319,13 +319,16 @@ static inline vb vb_lookup(const uint8_t * table, vb index) {
     return _mm512_shuffle_epi8(_mm512_load_si512(table), index);
 }
 static inline vb vb_add(vb a, vb b) { return _mm512_add_epi8(a, b); }
-static inline vsums vb_no_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+static inline vsums vb_start(int sum) { // in the lanes of the first row
+    return {_mm512_zextsi256_si512(_mm256_set1_epi16((short) (sum + sum * 256))),
+            _mm512_zextsi256_si512(_mm256_set1_epi16((short) sum))};
+}
 static inline vsums vb_sum(vsums sums, vb x) {
     return {_mm512_add_epi16(sums.words, x), _mm512_add_epi16(sums.upper, _mm512_srli_epi16(x, 8))};
 }
 static inline vf floats_of_rows(__m512i x) {
     const __m256i sum = _mm256_add_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-    return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(sum));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(sum));
 }
 static inline void vb_floats(vsums sums, vf * out) {
     out[0] = floats_of_rows(_mm512_sub_epi16(sums.words, _mm512_slli_epi16(sums.upper, 8)));
@@ -350,13 +353,15 @@ static inline vb vb_lookup(const uint8_t * table, vb index) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) table)), index);
 }
 static inline vb vb_add(vb a, vb b) { return _mm256_add_epi8(a, b); }
-static inline vsums vb_no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline vsums vb_start(int sum) {
+    return {_mm256_set1_epi16((short) (sum + sum * 256)), _mm256_set1_epi16((short) sum)};
+}
 static inline vsums vb_sum(vsums sums, vb x) {
     return {_mm256_add_epi16(sums.words, x), _mm256_add_epi16(sums.upper, _mm256_srli_epi16(x, 8))};
 }
 static inline void floats_of_words(__m256i x, vf * out) {
-    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)));
-    out[1] = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
+    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)));
+    out[1] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1)));
 }
 static inline void vb_floats(vsums sums, vf * out) {
     floats_of_words(_mm256_sub_epi16(sums.words, _mm256_slli_epi16(sums.upper, 8)), out);
@@ -389,15 +394,16 @@ static inline vb vb_low(vb x) { return vandq_u8(x, vdupq_n_u8(15)); }
 static inline vb vb_high(vb x) { return vshrq_n_u8(x, 4); }
 static inline vb vb_lookup(const uint8_t * table, vb index) { return vqtbl1q_u8(vld1q_u8(table), index); }
 static inline vb vb_add(vb a, vb b) { return vaddq_u8(a, b); }
-static inline vsums vb_no_sums() { return {vdupq_n_u16(0), vdupq_n_u16(0)}; }
+static inline vsums vb_start(int sum) { return {vdupq_n_u16((uint16_t) sum), vdupq_n_u16((uint16_t) sum)}; }
 static inline vsums vb_sum(vsums sums, vb x) {
     return {vaddw_u8(sums.low, vget_low_u8(x)), vaddw_u8(sums.high, vget_high_u8(x))};
 }
 static inline void vb_floats(vsums sums, vf * out) {
-    out[0] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(sums.low)));
-    out[1] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(sums.low)));
-    out[2] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(sums.high)));
-    out[3] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(sums.high)));
+    const int16x8_t low = vreinterpretq_s16_u16(sums.low), high = vreinterpretq_s16_u16(sums.high);
+    out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
+    out[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(low)));
+    out[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
+    out[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)));
 }
 static inline void vb_sizes(const uint16_t * p, vf * out) {
     for (int i = 0; i < VB / W; i++) {
