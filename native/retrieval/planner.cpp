@@ -10,6 +10,8 @@
 namespace actqkv {
 namespace {
 
+constexpr int64_t ALONE_BYTES = 64 << 10; // of summaries, that one thread scores: about 5 us
+
 class stopwatch {
 public:
     explicit stopwatch(planner_stage & stage) : stage(stage), start(std::chrono::steady_clock::now()) {}
@@ -178,8 +180,10 @@ void planner::make_spread_scores(int il, const kv_store & store) {
     folded.resize(actqkv_spread_query_size(hp.n_head_kv, hp.d_head));
     actqkv_spread_query(probe.data(), hp.n_head, hp.n_head_kv, hp.d_head, folded.data());
     scores.resize(n_chunks);
+    // Waking threads takes longer than a few chunks do.
+    const int n_threads = n_chunks * store.summary_bytes() < ALONE_BYTES ? 1 : reading.n_threads;
     actqkv_spread_scores(actqkv_impl_best(), folded.data(), store.spreads(il), n_chunks, hp.n_head_kv, hp.d_head,
-                         scores.data(), reading.n_threads);
+                         scores.data(), n_threads);
     score_stage.bytes += (uint64_t) n_chunks * store.summary_bytes();
 }
 
@@ -229,6 +233,10 @@ choice planner::choice_of(int il) const {
 void planner::choose(int il, const choice & sizes, const kv_store & store, const float * query,
                      const float * stored_query) {
     const stopwatch watch(refine_stage);
+    if (sizes.k == n_chunks) {
+        choose_all();
+        return;
+    }
     const int64_t k = sizes.k, n_sketched = sizes.n_sketched, n_refined = sizes.n_refined;
     const int32_t c = reading.method.n_chunk_tokens;
     const float scale = hp.attn_scale;
@@ -254,6 +262,12 @@ void planner::choose(int il, const choice & sizes, const kv_store & store, const
     }
     chosen.chunks = candidates;
     chosen.n = (int32_t) k;
+}
+
+void planner::choose_all() {
+    chosen.n = (int32_t) n_chunks;
+    chosen.chunks.resize(n_chunks);
+    std::iota(chosen.chunks.begin(), chosen.chunks.end(), 0);
 }
 
 // Of the candidates, the k to whose best keys all query heads together pay the most attention, by their head_scores.
@@ -368,9 +382,7 @@ const chunk_plan & planner::plan(int il, layer_memory & memory, const kv_store &
         make_probe(memory, q_far, met_by_summaries(q_far, q_near), m, observe);
     }
     if (retrieval == ACTQKV_RETRIEVE_ALL) {
-        chosen.n = (int32_t) n_chunks;
-        chosen.chunks.resize(n_chunks);
-        std::iota(chosen.chunks.begin(), chosen.chunks.end(), 0);
+        choose_all();
     } else if (retrieval == ACTQKV_RETRIEVE_TOP && n_chunks > 0) {
         plan_by_score(il, memory, store, met_by_keys(q_far, q_near), q_stored, observe);
     } else if (retrieval == ACTQKV_RETRIEVE_ORACLE && n_chunks > 0) {

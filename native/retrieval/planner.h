@@ -97,6 +97,7 @@ private:
     void make_scores(int il, const layer_memory & memory, const kv_store & store);
     void make_spread_scores(int il, const kv_store & store);
     void make_votes(int il, const kv_store & store);
+    void choose_all();
     void choose(int il, const choice & c, const kv_store & store, const float * query, const float * stored_query);
     void keep_candidates(int64_t k);
     void choose_each(const float * list_scores, int64_t k, int32_t n_lists);

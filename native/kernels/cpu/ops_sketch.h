@@ -28,8 +28,7 @@ template <int NV> static inline void sketch_heads(const float * queries, const u
         for (int x = 0; x < NV; x++) {
             sums[x] = vb_start(-actqkv::SKETCH_OFFSET * (d / 4));
         }
-        LOOP
-        for (int32_t i = 0; i < d / 8; i += SKETCH_ROWS) {
+        LOOP for (int32_t i = 0; i < d / 8; i += SKETCH_ROWS) {
             const vb pattern = vb_load_rows(signs + (int64_t) i * n + at, n, d / 8 - i);
             const vb low = vb_low(pattern), high = vb_high(pattern);
             const uint8_t * table = tables + i / SKETCH_ROWS * SKETCH_STEP;
