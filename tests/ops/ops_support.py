@@ -60,6 +60,8 @@ def table_at(path: str | None) -> Any:
 @functools.cache
 def gpu(impl: int) -> Gpu:
     """The GPU, or what stands for it. Skips the test where there is none."""
+    if KERNELS:
+        pytest.skip("kernels of a CPU alone")
     if impl == EMULATED:
         try:
             return Gpu(ffi, table_at(str(build_emulated())))
