@@ -1,10 +1,10 @@
 """Training: cycles of the learning rate, in stages of growing length; a killed run resumes exactly from its
 checkpoint.
 
-Matrices inside the layers are trained by Muon, everything else by AdamW, in bfloat16 (where the
-processor is fast at it, else in float32) with float32 master weights. The
-run's folder receives `checkpoint.pt` and `log.jsonl`, one JSON object per line: `step` lines with the losses, `eval`
-lines with the share of held-out answers predicted in full (teacher-forced).
+Matrices inside the layers are trained by Muon, everything else by AdamW, in bfloat16 with float32 master weights, or in
+float32 alone where a processor is slow at bfloat16. The run's folder receives `checkpoint.pt` and `log.jsonl`, one JSON
+object per line: `step` lines with the losses, `eval` lines with the share of held-out answers predicted in full
+(teacher-forced).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The NEON kernels on a machine without an ARM processor: cross-compiled, run by qemu, checked by the op tests.
 
     dpkg --add-architecture arm64 && apt-get update && apt-get install g++-aarch64-linux-gnu qemu-user
-    python tests/neon.py FOLDER [FILE ...]      # op tests, all of them by default; about 30 minutes on one core
+    python tests/neon.py FOLDER [FILE ...]      # op tests, all by default: test_attend.py takes over ten minutes
 
 FOLDER receives the library and an ARM Python of Debian 12 with NumPy, unpacked and not installed. On a machine with an
 ARM processor `pytest` runs these kernels like all others.

@@ -224,8 +224,8 @@ void planner::note_entropy(layer_memory & memory, float entropy) {
 }
 
 choice planner::choice_of(int il) const {
-    const int64_t share = share_of(il), k = std::min(share, n_chunks);
-    return is_decode ? actqkv::choice_of(now().method, share, n_chunks) : choice{k, n_chunks, k, k};
+    const choice c = actqkv::choice_of(now().method, share_of(il), n_chunks);
+    return is_decode ? c : choice{c.k, n_chunks, c.k, c.k};
 }
 
 // The k best chunks by score. Answering, sketches of n_sketched of them decide which refine * k remain, and the keys

@@ -7,7 +7,7 @@
 
 // What the compiler keeps in registers depends on these loops being unrolled: all bounds are template arguments.
 #define UNROLL _Pragma("GCC unroll 16")
-#define LOOP _Pragma("GCC unroll 1") // where they would not fit
+#define LOOP _Pragma("GCC unroll 1") // where sums of all turns at once would not fit the registers
 
 // ---- streams: each row is read once from memory
 
