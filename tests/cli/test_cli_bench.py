@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -12,6 +13,9 @@ import llama_cpp
 import pytest
 from cli_support import Actqkv, assert_failed
 from tiny_gguf import make_tiny_gguf
+
+from actqkv_cpp.__main__ import main
+from actqkv_cpp.bench import measure
 
 FAST = ("--quick", "--threads", "1")
 KEYS = {"engine", "method", "kv_type", "phase", "depth", "tokens_per_s", "ms_per_token", "measured", "n"}
@@ -67,6 +71,25 @@ def test_copies_of_ours(actqkv: Actqkv, babbler: Path) -> None:
     assert ours[3]["memory"]["kv_bytes"] > 2 * ours[0]["memory"]["kv_bytes"] > 0
     found = actqkv("bench", babbler, *lengths, *FAST)
     assert "except at 2,560: copies of chunks follow the first 1,024 there" in " ".join(found.out.split())
+
+
+def test_samples_that_take_too_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], babbler: Path
+) -> None:
+    """A depth at which llama.cpp would take hours is measured all the same, or left out in silence."""
+    monkeypatch.setattr(measure, "_SAMPLE_LIMIT_S", 0.0)
+    arguments = ["bench", str(babbler), "--lengths", "256,512,768", "--peer-read", "256", "--json", *FAST]
+    monkeypatch.setattr(sys, "argv", ["actqkv", *arguments])
+    with contextlib.suppress(SystemExit):
+        main()
+    result = json.loads(capsys.readouterr().out)
+    measured = {(row["engine"], row["depth"]): row["measured"] for row in result["rows"] if row["phase"] == "decode"}
+    assert measured == {
+        (engine, depth): engine == "actqkv" or depth < 768
+        for engine in ("actqkv", "llama.cpp")
+        for depth in (256, 512, 768)
+    }
+    assert "llama.cpp is not measured at 768: a sample of decode would take" in " ".join(result["notes"])
 
 
 def test_kv_type(actqkv: Actqkv, babbler: Path) -> None:
