@@ -17,7 +17,7 @@ from typing import Any
 OPS = Path(__file__).resolve().parent / "ops"
 LIBRARY = "libactqkv_cuda.so"
 HEADS, KV_HEADS, D, CHUNK, LAYERS = 32, 8, 128, 32, 32  # Llama-8B's attention
-SKETCH = 2 * D + (2 + D // 8) * CHUNK  # bytes of a chunk's sketch for one KV head
+SKETCH = 4 + D + (1 + D // 8) * CHUNK  # bytes of a chunk's sketch for one KV head
 SPREAD = KV_HEADS * (D // 32 * 18 + 2)  # bytes of a chunk's spread
 MIB = 1 << 20
 

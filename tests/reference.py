@@ -441,24 +441,31 @@ def spread_scores(query: Floats, spreads: Floats) -> Floats:
 SKETCHED_PART = 8  # sketches of the best eighth of all chunks are looked at, and of more where the budget asks for it
 
 
-def sketched_keys(keys: Floats, stored: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:
-    """Mean [G, d] of a chunk's keys [c, G, d], and what each differs by: one size, as many signs."""
-    mean = keys.mean(axis=0)
-    rest = keys - mean
-    size = stored(np.abs(rest).mean(axis=2, keepdims=True))
-    return stored(mean), np.where(rest < 0, -size, size)
+def _in_units(x: Floats, n_units: int) -> tuple[Floats, Floats]:
+    """x [..., n] in whole units, n_units of which are the greatest magnitude among n; and the unit [..., 1], in f16."""
+    unit = (np.abs(x).max(axis=-1, keepdims=True) / n_units).astype(np.float16).astype(np.float64)
+    whole = np.rint(np.divide(x, unit, out=np.zeros_like(x), where=unit > 0))
+    return whole.clip(-n_units, n_units), unit
 
 
-def sketch_scores(query: Floats, keys: Sequence[Floats], stored: Callable[[Floats], Floats]) -> Floats:
-    """`key_scores` of sketched keys. What four channels give is rounded to 1/63 of the most that any four can."""
-    query = query.reshape(len(query), -1, 4)
-    unit = np.abs(query).sum(axis=2).max(axis=1)[:, None] / 63
+def sketch_scores(query: Floats, keys: Sequence[Floats]) -> Floats:
+    """`key_scores` of sketched keys: of a chunk's keys [c, G, d], turned, the mean, whose greatest value has 127 units;
+    and what each differs by: signs, and a size, of which the greatest has 255. What four channels give is rounded to
+    1/63 of the most that any four can; its sum times a size to 256 of the sizes' units."""
+    query = turned(query)
+    fours = query.reshape(len(query), -1, 4)
+    unit = np.abs(fours).sum(axis=2).max(axis=1) / 63
     found = []
-    for chunk in keys:
-        mean, rest = (np.repeat(part, len(query) // chunk.shape[1], axis=-2) for part in sketched_keys(chunk, stored))
-        of_four = np.einsum("hpe,jhpe->jhp", query, np.sign(rest).reshape(len(rest), *query.shape))
-        around = np.abs(rest[:, :, 0]) * (np.rint(of_four / unit) * unit).sum(axis=2)
-        found.append(np.einsum("hd,hd->h", query.reshape(mean.shape), mean) + around.max(axis=0))
+    for chunk in map(turned, keys):
+        n_group = len(query) // chunk.shape[1]
+        mean = chunk.mean(axis=0)
+        rest = chunk - mean
+        means, mean_unit = (np.repeat(part, n_group, axis=0) for part in _in_units(mean, 127))
+        sizes, size_unit = (np.repeat(part, n_group, axis=0) for part in _in_units(np.abs(rest).mean(axis=2).T, 255))
+        signs = np.repeat(np.where(rest < 0, -1.0, 1.0), n_group, axis=1).reshape(len(rest), *fours.shape)
+        sums = np.rint(np.einsum("hpe,jhpe->jhp", fours, signs) / unit[:, None]).sum(axis=2)
+        best = np.floor((sums * sizes.T + 128) / 256).max(axis=0)
+        found.append(mean_unit[:, 0] * (query * means).sum(axis=1) + 256 * size_unit[:, 0] * unit * best)
     return np.array(found).T
 
 

@@ -253,7 +253,7 @@ class ReferenceSession:
             closed = np.ones(len(tokens), dtype=bool)
             keys.append(params.stored(rotated) if by_sketch else params.kept_keys(rotated, closed))
         scale = query.shape[1] ** -0.5 if params.scale is None else params.scale
-        best = ref.sketch_scores(query, keys, params.stored) if by_sketch else ref.key_scores(query, keys)
+        best = ref.sketch_scores(query, keys) if by_sketch else ref.key_scores(query, keys)
         votes = np.full(len(scores), -np.inf)
         votes[candidates] = np.log(ref.quest_group_scores(scale * best, 1, "sum")[0])
         return votes

@@ -135,15 +135,16 @@ void actqkv_vote(int32_t impl, const float * scores, int64_t n, int32_t n_head, 
 
 // ---- sketch
 
-// Bytes of the sketch of one KV head's c keys; 0 where d_head is no multiple of 8, or beyond 1024.
+// Bytes of the sketch of one KV head's c keys; 0 where d_head is no multiple of 8, or one of both is beyond 1024.
 int64_t actqkv_sketch_bytes(int32_t d_head, int32_t c);
 
-// Sketches [G] of one chunk, actqkv_sketch_bytes() each, of its keys as actqkv_summarize takes them.
+// Sketches [G] of one chunk, actqkv_sketch_bytes() each, of its keys as actqkv_summarize takes them, before they are turned.
 void actqkv_sketch(const actqkv_f16 * keys, int64_t key_stride, int32_t n_head_kv, int32_t d_head, int32_t c,
                    uint8_t * sketches);
 
-// scores [H][n]: scale times the greatest q_h . k' among the keys of chunk chunks[i] as their sketch has them, with q
-// rounded, in every impl alike, to 1/63 of what four channels can give at most. query [H][d]; sketches [chunk][G].
+// scores [H][n]: scale times the greatest q_h . k' among the keys of chunk chunks[i] as their sketch has them, with what
+// four channels of q give rounded, in every impl alike, to 1/63 of the most that any four can. query [H][d], not turned;
+// sketches [chunk][G].
 void actqkv_sketch_scores(int32_t impl, const float * query, const uint8_t * sketches, const int32_t * chunks,
                           int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t c, float scale,
                           float * scores, int32_t n_threads);

@@ -17,7 +17,7 @@ namespace {
 
 constexpr uint64_t MAGIC = 0x00454C4946564B41;      // "AKVFILE\0"
 constexpr uint64_t SLOT_MAGIC = 0x00544F4C53564B41; // "AKVSLOT\0"
-constexpr uint32_t VERSION = 1;
+constexpr uint32_t VERSION = 2;
 constexpr uint64_t ALIGN = 65536; // the largest page size of the systems we run on
 constexpr uint64_t HEADER_BYTES = 4096;
 

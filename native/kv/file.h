@@ -6,7 +6,7 @@
 //
 //   offset  bytes  header
 //        0      8  magic "AKVFILE\0"
-//        8      4  version: 1
+//        8      4  version: 2
 //       12      4  bytes of actqkv_params
 //       16      8  model: shape, vocabulary and norms (session/serial.h); another quantisation has the same
 //       24      8  n_tokens of the whole reading, also those that are still to be read

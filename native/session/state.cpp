@@ -22,7 +22,7 @@ namespace actqkv {
 namespace {
 
 constexpr uint64_t MAGIC = 0x4554415453564B41; // "AKVSTATE"
-constexpr uint32_t VERSION = 3;
+constexpr uint32_t VERSION = 4;
 
 // Weights of another type give other results, so a state is of one file's weights.
 uint64_t fingerprint(const llama_model * model, const hparams & hp, const weights & w) {

@@ -51,6 +51,7 @@ inline const dim3 &threadIdx = emulator::here.thread, &blockIdx = emulator::here
 inline const dim3 &blockDim = emulator::here.block_size, &gridDim = emulator::here.grid;
 
 inline void __syncthreads() { emulator::wait_block(); }
+inline void __syncwarp() { emulator::exchange(0); }
 inline void __threadfence() {}
 
 template <typename T> T __shfl_xor_sync(unsigned, T x, int step) {

@@ -145,7 +145,7 @@ def test_the_layout_is_as_described(model: LlamaModel, data: bytes, tmp_path: Pa
     """Breaks when the description in file.h is no longer true."""
     layout = layout_of(data)
     assert data[:8] == b"AKVFILE\0"
-    assert struct.unpack_from("<II", data, 8) == (1, N_PARAMS)
+    assert struct.unpack_from("<II", data, 8) == (2, N_PARAMS)
     assert layout.end == len(data)
     assert (layout.n_tokens, layout.n_section, layout.n_layer) == (len(TOKENS), len(SECTION), MODEL["n_layer"])
     assert struct.unpack_from("<Q", data, HEADER)[0] == checksum(data[:HEADER])
@@ -186,7 +186,7 @@ def test_not_a_kv_file(model: LlamaModel, model_path: Path, data: bytes, tmp_pat
     path = tmp_path / "a.akv"
     for other in (b"text " * 1000, bytes(len(data)), model_path.read_bytes()):
         refuse(model, path, other, "not a KV file of actqkv")
-    refuse(model, path, with_header(data, 8, struct.pack("<I", 99)), "version 99, expected 1: index the document again")
+    refuse(model, path, with_header(data, 8, struct.pack("<I", 99)), "version 99, expected 2: index the document again")
 
 
 @pytest.mark.parametrize("name", [name for name in OTHER_MODELS if name != "another type"])

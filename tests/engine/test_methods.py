@@ -55,7 +55,7 @@ def test_candidates_are_those_of_a_step(tiny_llama: LlamaModel, *, chunk: int, s
     """Breaks when a benchmark of kernels measures other numbers of sketches and keys than an answering step reads."""
     row = small(chunk=chunk, representatives=1, budget=4 + 32 + share * chunk)
     n_sketched, n_refined = candidates("actqkv", share, n_chunks)
-    sketch_bytes, key_bytes = 2 * (2 * 32 + (2 + 32 // 8) * 32), chunk * 2 * 32 * 2  # 2 KV heads of 32
+    sketch_bytes, key_bytes = 2 * (4 + 32 + (1 + 32 // 8) * 32), chunk * 2 * 32 * 2  # 2 KV heads of 32
     with open_session(tiny_llama, row) as session:
         session.decode(random_tokens(400))
         session.stats_reset()

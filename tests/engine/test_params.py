@@ -89,7 +89,7 @@ def test_kv_types_take_whole_half_blocks(kv_type: str, tmp_path: Path) -> None:
 def test_summaries_are_planned(tiny_llama: LlamaModel) -> None:
     """Breaks when the plan counts other summaries than there are: 3 layers, 2 KV heads of 32, chunks of 8."""
     n_chunks = (100_000 - SMALL.n_sink) // 8
-    sketch, norm = 2 * (2 * 32 + (2 + 32 // 8) * 32), 4
+    sketch, norm = 2 * (4 + 32 + (1 + 32 // 8) * 32), 4
     spread = 2 * (18 + 2)  # a block of 4-bit values and a number in half for each head
     plan = memory_plan(tiny_llama, SMALL, n_ctx=100_000)
     assert plan.summary_bytes == 3 * n_chunks * (spread + sketch)

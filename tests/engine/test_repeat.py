@@ -27,7 +27,7 @@ N_LAYERS = 3
 KV_BYTES = (2 * 32 * 2, 2 * 18)  # of a token's keys: 2 KV heads of 32 in f16, in q4_0
 SINK_BYTES = 3 * SINK * 2 * 32 * 2  # of a layer: keys in both forms, and values
 CHECKSUM_BYTES = 8
-SKETCH_BYTES = 2 * (2 * 32 + (2 + 32 // 8) * 32)  # native/kernels/cpu/sketch.cpp has the layout
+SKETCH_BYTES = 2 * (4 + 32 + (1 + 32 // 8) * 32)  # native/kernels/cpu/sketch.cpp has the layout
 OTHER_BYTES = {  # of a chunk, behind its summary: sketches; norms; the second KV head's bounds, and norms
     "default": (SKETCH_BYTES,),
     "q4_0": (SKETCH_BYTES,),

@@ -163,7 +163,7 @@ def test_the_layout_is_as_described(blob: bytes) -> None:
     n_closed = struct.unpack_from("<q", blob, fields.numbers["n_closed"])[0]
     assert n_closed == (N_PAST - RETRIEVAL.n_local - RETRIEVAL.n_sink) // 8
     sinks, chunks = 3 * RETRIEVAL.n_sink, 2 * 8 * n_closed  # near and far keys, values; keys, values
-    sketch = 2 * 32 + (2 + 32 // 8) * 32  # for chunks of up to 32 keys
+    sketch = 4 + 32 + (1 + 32 // 8) * 32  # for chunks of up to 32 keys
     summaries = n_closed * (2 * 32 + 4 + sketch)
     assert fields.end == len(blob) - 8 - N_LAYER * ((sinks + chunks) * 2 * 32 + summaries)
 
@@ -206,7 +206,7 @@ def test_not_a_state(session: Session, path: Path) -> None:
 
 def test_another_version(session: Session, blob: bytes) -> None:
     """Breaks when the state of a later version is read as if it were of this one."""
-    refuse(session, written(blob, AT_VERSION, struct.pack("<I", 99)), "version is 99, expected 3")
+    refuse(session, written(blob, AT_VERSION, struct.pack("<I", 99)), "version is 99, expected 4")
 
 
 OTHER_MODELS: dict[str, dict[str, Any]] = {

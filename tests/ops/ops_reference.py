@@ -163,7 +163,8 @@ def refine(query: Array, keys: Array) -> Array:
 
 
 def sketched(keys: Array) -> Array:
-    """Keys [..., c, d] as their sketch has them: the mean, and signs of one size per key around it."""
+    """Turned keys [..., c, d] as their sketch has them: the mean, and signs of one size per key around it."""
+    keys = turn(keys)
     mean = keys.mean(axis=-2, keepdims=True)
     size = np.abs(keys - mean).mean(axis=-1, keepdims=True)
     return np.asarray(mean + np.where(keys < mean, -size, size))

@@ -12,8 +12,8 @@ constexpr int N_PANEL = 64;
 
 constexpr int N_GREATEST = 16; // queries; see row_ops::greatest
 
-// Keys of a sketch come in multiples of this.
-constexpr int SKETCH_KEYS = 32;
+// Keys of a sketch come in multiples of this; the bytes of its two steps.
+constexpr int SKETCH_KEYS = 32, SKETCH_HEADER = 4;
 
 // Added to every entry of a sketch's tables, so that none is negative.
 constexpr int SKETCH_OFFSET = 63;
@@ -26,10 +26,11 @@ static inline int64_t sketch_table_bytes(int32_t d, int rows) {
 
 // Some heads' queries against sketches of chunks (sketch.cpp has the formula and the layout).
 struct sketch_job {
-    const float * queries;  // [n_head][d], of which heads [head, head + n_vec) are wanted
-    int32_t head, n_vec;    //
-    const uint8_t * tables; // theirs, sketch_table_bytes() each, 64-byte aligned
-    const float * steps;    // what an entry of 1 stands for, of each of them
+    int32_t head, n_vec;    // heads [head, head + n_vec) are wanted
+    const float * queries;  // theirs, turned, [n_vec][stride], zeros from d on
+    int64_t stride;         // a multiple of SKETCH_KEYS
+    const uint8_t * tables; // sketch_table_bytes() each, 64-byte aligned
+    const float * steps;    // what a best sum of 1 stands for, times the step of sizes
     int32_t r;              // query heads of a KV head
     int32_t d;
     int32_t n_keys;           // of a sketch, a multiple of SKETCH_KEYS

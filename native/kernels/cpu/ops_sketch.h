@@ -10,18 +10,15 @@ constexpr int SKETCH_STEP = 2 * 16 * SKETCH_ROWS * SKETCH_ROWS; // bytes of tabl
 constexpr int SKETCHES_AHEAD = 2;                               // chunks fetched before they are needed
 
 // mean[x] = query x . mu, best[x] = the greatest sum of entries times size, of NV queries; beyond, the first's
-template <int NV> static inline void sketch_heads(const float * queries, const uint8_t * tables, int64_t table_bytes,
-                                                  const uint8_t * sketch, int32_t d, int32_t n, float * mean,
-                                                  float * best) {
-    vf sum[SKETCH_HEADS], greatest[SKETCH_HEADS];
+template <int NV> static inline void sketch_heads(const float * queries, int64_t stride, const uint8_t * tables,
+                                                  int64_t table_bytes, const uint8_t * sketch, int32_t d, int32_t n,
+                                                  float * mean, float * best) {
+    const uint8_t *mu = sketch + actqkv::SKETCH_HEADER, *sizes = mu + d, *signs = sizes + n;
+    vw greatest[NV];
     UNROLL
     for (int x = 0; x < NV; x++) {
-        sum[x] = v_zero();
-        greatest[x] = v_set1(-__FLT_MAX__);
+        greatest[x] = vw_set1(INT16_MIN);
     }
-    const uint16_t * mu = (const uint16_t *) sketch;
-    const uint16_t * sizes = mu + d;
-    const uint8_t * signs = (const uint8_t *) (sizes + n);
     for (int32_t at = 0; at < n; at += VB) {
         vsums sums[NV];
         UNROLL
@@ -39,40 +36,31 @@ template <int NV> static inline void sketch_heads(const float * queries, const u
                 sums[x] = vb_sum(sums[x], vb_add(a, b));
             }
         }
-        vf size[VB / W];
+        vw size[2];
         vb_sizes(sizes + at, size);
         UNROLL
         for (int x = 0; x < NV; x++) {
-            vf whole[VB / W];
-            vb_floats(sums[x], whole);
-            UNROLL
-            for (int j = 0; j < VB / W; j++) {
-                greatest[x] = v_max(greatest[x], v_mul(whole[j], size[j]));
-            }
+            vw sum[2];
+            vb_words(sums[x], sum);
+            const vw most = vw_max(vw_scaled(sum[0], size[0]), vw_scaled(sum[1], size[1]));
+            greatest[x] = vw_max(greatest[x], most);
         }
     }
-    int32_t e = 0;
-    for (; e + W <= d; e += W) {
-        const vf m = v_load_f16(mu + e);
-        UNROLL
-        for (int x = 0; x < NV; x++) {
-            sum[x] = v_fma(v_load(queries + x * d + e), m, sum[x]);
-        }
-    }
-    if (e < d) {
-        const vf m = v_load_f16_n(mu + e, d - e);
-        UNROLL
-        for (int x = 0; x < NV; x++) {
-            sum[x] = v_fma(v_load_n(queries + x * d + e, d - e, 0), m, sum[x]);
-        }
-    }
+    vf product[SKETCH_HEADS], most[SKETCH_HEADS];
     UNROLL
-    for (int x = NV; x < SKETCH_HEADS; x++) {
-        sum[x] = sum[0];
-        greatest[x] = greatest[0];
+    for (int x = 0; x < SKETCH_HEADS; x++) {
+        product[x] = v_zero();
+        most[x] = vw_greatest(greatest[x < NV ? x : 0]);
     }
-    v_sum_four(sum, mean);
-    v_greatest_four(greatest, best);
+    LOOP for (int32_t e = 0; e < d; e += W) { // queries end with zeros, and sizes lie behind mu
+        const vf m = v_load_i8(mu + e);
+        UNROLL
+        for (int x = 0; x < NV; x++) {
+            product[x] = v_fma(v_load(queries + x * stride + e), m, product[x]);
+        }
+    }
+    v_sum_four(product, mean);
+    v_greatest_four(most, best);
 }
 
 static void simd_sketch_scores(const actqkv::sketch_job * job) {
@@ -90,25 +78,27 @@ static void simd_sketch_scores(const actqkv::sketch_job * job) {
             if (next && (x == 0 || h % job->r == 0)) {
                 fetch(next + at, job->bytes);
             }
-            const float * queries = job->queries + (int64_t) h * job->d;
+            const float * queries = job->queries + x * job->stride;
             const uint8_t * tables = job->tables + x * table_bytes;
             float mean[SKETCH_HEADS], best[SKETCH_HEADS];
             switch (n_vec) {
             case 1:
-                sketch_heads<1>(queries, tables, table_bytes, chunk + at, job->d, job->n_keys, mean, best);
+                sketch_heads<1>(queries, job->stride, tables, table_bytes, chunk + at, job->d, job->n_keys, mean, best);
                 break;
             case 2:
-                sketch_heads<2>(queries, tables, table_bytes, chunk + at, job->d, job->n_keys, mean, best);
+                sketch_heads<2>(queries, job->stride, tables, table_bytes, chunk + at, job->d, job->n_keys, mean, best);
                 break;
             case 3:
-                sketch_heads<3>(queries, tables, table_bytes, chunk + at, job->d, job->n_keys, mean, best);
+                sketch_heads<3>(queries, job->stride, tables, table_bytes, chunk + at, job->d, job->n_keys, mean, best);
                 break;
             default:
-                sketch_heads<4>(queries, tables, table_bytes, chunk + at, job->d, job->n_keys, mean, best);
+                sketch_heads<4>(queries, job->stride, tables, table_bytes, chunk + at, job->d, job->n_keys, mean, best);
                 break;
             }
+            const float mean_step = v_half(chunk + at), size_step = v_half(chunk + at + 2);
             for (int32_t j = 0; j < n_vec; j++) {
-                job->scores[(int64_t) (h + j) * job->n + i] = job->scale * (mean[j] + job->steps[x + j] * best[j]);
+                job->scores[(int64_t) (h + j) * job->n + i] =
+                    job->scale * (mean_step * mean[j] + size_step * job->steps[x + j] * best[j]);
             }
         }
     }

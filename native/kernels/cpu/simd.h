@@ -291,12 +291,23 @@ static inline void vi_load_quads(const uint8_t * const * row, int64_t at, vi * q
     quads[3] = vi_high64(ab_high, cd_high);
 }
 
-// ---- sketches: bytes of SKETCH_ROWS rows of VB keys, looked up and added. The keys of vb_floats and vb_sizes have one
-// order, which is not theirs in memory: even ones first. vb_start: every key's sum is that much, which may be negative.
+// ---- sketches: bytes of SKETCH_ROWS rows of VB keys, looked up and added, and two vectors of 16-bit words that those sums
+// become. The keys of vb_words and vb_sizes have one order, which is not theirs in memory: even ones first. vb_start: every
+// key's sum is that much, which may be negative. vb_sizes: bytes as 15 bits. vw_scaled: round(a b / 2^15).
 
 constexpr int VB = 32;
 
+typedef __m256i vw;
+
 static inline __m256i load_32(const uint8_t * p) { return _mm256_loadu_si256((const __m256i *) p); }
+static inline vw vw_set1(int16_t x) { return _mm256_set1_epi16(x); }
+static inline vw vw_max(vw a, vw b) { return _mm256_max_epi16(a, b); }
+static inline vw vw_scaled(vw a, vw b) { return _mm256_mulhrs_epi16(a, b); }
+static inline void vb_sizes(const uint8_t * p, vw * out) {
+    const __m256i bytes = load_32(p);
+    out[0] = _mm256_srli_epi16(_mm256_slli_epi16(bytes, 8), 1);
+    out[1] = _mm256_slli_epi16(_mm256_srli_epi16(bytes, 8), 7);
+}
 
 #if defined(__AVX512F__)
 constexpr int SKETCH_ROWS = 2;
@@ -326,19 +337,14 @@ static inline vsums vb_start(int sum) { // in the lanes of the first row
 static inline vsums vb_sum(vsums sums, vb x) {
     return {_mm512_add_epi16(sums.words, x), _mm512_add_epi16(sums.upper, _mm512_srli_epi16(x, 8))};
 }
-static inline vf floats_of_rows(__m512i x) {
-    const __m256i sum = _mm256_add_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-    return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(sum));
+static inline __m256i both_rows(__m512i x) {
+    return _mm256_add_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
 }
-static inline void vb_floats(vsums sums, vf * out) {
-    out[0] = floats_of_rows(_mm512_sub_epi16(sums.words, _mm512_slli_epi16(sums.upper, 8)));
-    out[1] = floats_of_rows(sums.upper);
+static inline void vb_words(vsums sums, vw * out) {
+    out[0] = both_rows(_mm512_sub_epi16(sums.words, _mm512_slli_epi16(sums.upper, 8)));
+    out[1] = both_rows(sums.upper);
 }
-static inline void vb_sizes(const uint16_t * p, vf * out) {
-    const __m512i words = _mm512_loadu_si512(p);
-    out[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
-    out[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
-}
+static inline vf vw_greatest(vw x) { return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(x)); }
 #else
 constexpr int SKETCH_ROWS = 1;
 typedef __m256i vb;
@@ -359,24 +365,13 @@ static inline vsums vb_start(int sum) {
 static inline vsums vb_sum(vsums sums, vb x) {
     return {_mm256_add_epi16(sums.words, x), _mm256_add_epi16(sums.upper, _mm256_srli_epi16(x, 8))};
 }
-static inline void floats_of_words(__m256i x, vf * out) {
-    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)));
-    out[1] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1)));
+static inline void vb_words(vsums sums, vw * out) {
+    out[0] = _mm256_sub_epi16(sums.words, _mm256_slli_epi16(sums.upper, 8));
+    out[1] = sums.upper;
 }
-static inline void vb_floats(vsums sums, vf * out) {
-    floats_of_words(_mm256_sub_epi16(sums.words, _mm256_slli_epi16(sums.upper, 8)), out);
-    floats_of_words(sums.upper, out + 2);
-}
-static inline void floats_of_halves(__m256i a, __m256i b, vf * out) { // in the low 16 bits of words
-    const __m256i x = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
-    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(x));
-    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1));
-}
-static inline void vb_sizes(const uint16_t * p, vf * out) {
-    const __m256i a = load_32((const uint8_t *) p), b = load_32((const uint8_t *) (p + 16));
-    const __m256i low = _mm256_set1_epi32(0xffff);
-    floats_of_halves(_mm256_and_si256(a, low), _mm256_and_si256(b, low), out);
-    floats_of_halves(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16), out + 2);
+static inline vf vw_greatest(vw x) {
+    const __m128i most = _mm_max_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(most));
 }
 #endif
 
@@ -385,6 +380,7 @@ static inline void vb_sizes(const uint16_t * p, vf * out) {
 constexpr int VB = 16;
 constexpr int SKETCH_ROWS = 1;
 typedef uint8x16_t vb;
+typedef int16x8_t vw;
 struct vsums {
     uint16x8_t low, high;
 };
@@ -398,18 +394,19 @@ static inline vsums vb_start(int sum) { return {vdupq_n_u16((uint16_t) sum), vdu
 static inline vsums vb_sum(vsums sums, vb x) {
     return {vaddw_u8(sums.low, vget_low_u8(x)), vaddw_u8(sums.high, vget_high_u8(x))};
 }
-static inline void vb_floats(vsums sums, vf * out) {
-    const int16x8_t low = vreinterpretq_s16_u16(sums.low), high = vreinterpretq_s16_u16(sums.high);
-    out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
-    out[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(low)));
-    out[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
-    out[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)));
+static inline void vb_words(vsums sums, vw * out) {
+    out[0] = vreinterpretq_s16_u16(sums.low);
+    out[1] = vreinterpretq_s16_u16(sums.high);
 }
-static inline void vb_sizes(const uint16_t * p, vf * out) {
-    for (int i = 0; i < VB / W; i++) {
-        out[i] = v_load_f16(p + i * W);
-    }
+static inline vw vw_set1(int16_t x) { return vdupq_n_s16(x); }
+static inline vw vw_max(vw a, vw b) { return vmaxq_s16(a, b); }
+static inline vw vw_scaled(vw a, vw b) { return vqrdmulhq_s16(a, b); }
+static inline void vb_sizes(const uint8_t * p, vw * out) {
+    const uint8x16_t bytes = vld1q_u8(p);
+    out[0] = vreinterpretq_s16_u16(vshll_n_u8(vget_low_u8(bytes), 7));
+    out[1] = vreinterpretq_s16_u16(vshll_n_u8(vget_high_u8(bytes), 7));
 }
+static inline vf vw_greatest(vw x) { return vcvtq_f32_s32(vmovl_s16(vmax_s16(vget_low_s16(x), vget_high_s16(x)))); }
 
 #endif
 

@@ -112,6 +112,31 @@ __host__ __device__ inline uint16_t narrow(float x) {
 #endif
 }
 
+// ---- turning
+
+constexpr int MOST_TURNED = 256; // values of a segment of actqkv_turn
+
+// A row in shared memory times the Hadamard matrix, in place, by n_threads threads, of which this is one. wait() has all of
+// them come together; begins and ends with it.
+template <typename Wait> __device__ void turn(float * x, int d, int thread, int n_threads, Wait && wait) {
+    const int power = d & -d, p = power < MOST_TURNED ? power : MOST_TURNED;
+    for (int half = 1; half < p; half *= 2) {
+        wait();
+        for (int i = thread; i < d / 2; i += n_threads) {
+            const int at = i / half * 2 * half + i % half;
+            const float a = x[at], b = x[at + half];
+            x[at] = a + b;
+            x[at + half] = a - b;
+        }
+    }
+    wait();
+    const float factor = 1 / sqrtf((float) p);
+    for (int i = thread; i < d; i += n_threads) {
+        x[i] *= factor;
+    }
+    wait();
+}
+
 // ---- rows of keys, values and summaries
 
 constexpr int F16 = ACTQKV_KV_F16, Q4_0 = ACTQKV_KV_Q4_0, Q8_0 = ACTQKV_KV_Q8_0;

@@ -8,7 +8,6 @@ namespace actqkv::cuda {
 namespace {
 
 constexpr int THREADS = 128, N_WARPS = 8, BLOCK = 32, Q4_BYTES = 18;
-constexpr int MOST_TURNED = 256;  // channels of a segment of actqkv_turn
 constexpr int QUERY_BLOCKS = 256; // of a query in shared memory at a time
 
 __host__ __device__ inline int64_t blocks_of_head(int d) { return divided_up(d, BLOCK); }
@@ -32,24 +31,9 @@ __device__ float mean_of(const actqkv_f16 * keys, int d, int c, int e) {
     return c > 0 ? sum / (float) c : 0;
 }
 
-// A row in shared memory times the Hadamard matrix, in place, by the block. Begins and ends with a barrier.
-__device__ void turn(float * x, int d) {
-    const int power = d & -d, p = power < MOST_TURNED ? power : MOST_TURNED;
-    for (int half = 1; half < p; half *= 2) {
-        __syncthreads();
-        for (int i = (int) threadIdx.x; i < d / 2; i += THREADS) {
-            const int at = i / half * 2 * half + i % half;
-            const float a = x[at], b = x[at + half];
-            x[at] = a + b;
-            x[at + half] = a - b;
-        }
-    }
-    __syncthreads();
-    const float factor = 1 / sqrtf((float) p);
-    for (int i = (int) threadIdx.x; i < d; i += THREADS) {
-        x[i] *= factor;
-    }
-    __syncthreads();
+// A row in shared memory, turned by the block.
+__device__ void turn_by_block(float * x, int d) {
+    turn(x, d, (int) threadIdx.x, THREADS, [] { __syncthreads(); });
 }
 
 // x in [0, 15] as a whole number, 0 for NaN.
@@ -112,7 +96,7 @@ __global__ void __launch_bounds__(THREADS) spread_kernel(const actqkv_f16 * keys
         x[e] = mean - centre[(int64_t) g * d + e];
     }
     squares = sum_block(squares, part);
-    turn(x, d);
+    turn_by_block(x, d);
     store_head(x, squares / ((double) c * d), shape, g, spread);
 }
 
@@ -127,7 +111,7 @@ __global__ void __launch_bounds__(THREADS) query_kernel(const float * query, int
         for (int e = (int) threadIdx.x; e < d; e += THREADS) {
             x[e] = query[((int64_t) g * r + h) * d + e];
         }
-        turn(x, d);
+        turn_by_block(x, d);
         for (int e = (int) threadIdx.x; e < shape.padded(); e += THREADS) { // each thread its own channels
             const float value = e < d ? x[e] : 0;
             to[e] = h == 0 ? value : to[e] + value;
