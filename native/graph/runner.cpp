@@ -158,6 +158,7 @@ void runner::allocate(built & b) {
     for (const segment & s : b.segments) {
         for (const graph_part & part : s.parts) {
             if (!ggml_gallocr_reserve(computers[part.place].allocator.get(), part.graph)) {
+                cache.clear(); // the buffer that their tensors lay in is gone
                 throw error(ACTQKV_ERR_MEMORY, format("cannot allocate the graph's buffer for %d tokens", b.m));
             }
         }

@@ -360,10 +360,11 @@ ACTQKV_API int32_t actqkv_session_open(const struct llama_model * model, const c
 ACTQKV_API int32_t actqkv_file_begin(actqkv_session * session, const char * path, const int32_t * tokens,
                                      const int8_t * phases, int64_t n_tokens, const uint8_t * section,
                                      uint64_t section_bytes, int32_t checkpoint_tokens, struct actqkv_error * err);
-// Whether chunks leave memory as they are written; the file then stands for them as after opening.
+// Whether chunks leave memory as they are written; the file then stands for them, unlike after opening without their checksums
+// being looked at. Off when a file is begun.
 ACTQKV_API int32_t actqkv_file_spill(actqkv_session * session, bool on, struct actqkv_error * err);
-// Writes a checkpoint at the last window's start, and waits until it is on the disk. The tokens of an unfinished last window are read again by the next
-// actqkv_decode.
+// Writes a checkpoint at the last window's start, and waits until it is on the disk. The tokens of an unfinished last window
+// are read again by the next actqkv_decode.
 ACTQKV_API int32_t actqkv_file_sync(actqkv_session * session, struct actqkv_error * err);
 // The same, of a reading that is all read; the file is complete then, and no longer the session's.
 ACTQKV_API int32_t actqkv_file_end(actqkv_session * session, struct actqkv_error * err);

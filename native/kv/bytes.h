@@ -46,6 +46,8 @@ struct writer {
         value((uint64_t) x.size());
         raw(x.data(), x.size() * sizeof(T));
     }
+    // As much as an array of n values takes.
+    template <typename T> void count(uint64_t n) { used += sizeof(n) + n * sizeof(T); }
 };
 
 // Throws ACTQKV_ERR_STATE rather than read past `size`, or take memory for more than there is.

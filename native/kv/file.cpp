@@ -57,6 +57,36 @@ std::string folder_of(const std::string & path) {
     return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
 }
 
+// The file that is to become `path`, locked: a new one, or what a killed process left under the name. Not put_in_place's
+// second name of a file that is whole.
+int open_temporary(const std::string & temporary, const std::string & path) {
+    if (access(path.c_str(), F_OK) == 0) {
+        throw error(ACTQKV_ERR_FILE, format("%s exists already", path.c_str()));
+    }
+    const int fd = ::open(temporary.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0) {
+        fail_os("make", path, errno);
+    }
+    struct stat found = {};
+    uint64_t magic = 0; // stays that where the file is empty
+    const bool locked = flock(fd, LOCK_EX | LOCK_NB) == 0;
+    const bool ours = fstat(fd, &found) == 0 && S_ISREG(found.st_mode) && pread(fd, &magic, sizeof(magic), 0) >= 0 &&
+                      (magic == 0 || magic == MAGIC);
+    if (locked && ours && found.st_nlink == 1) {
+        return fd;
+    }
+    close(fd);
+    if (locked && ours) {
+        unlink(temporary.c_str());
+        return open_temporary(temporary, path);
+    }
+    if (!locked) {
+        throw error(ACTQKV_ERR_FILE, format("%s is being made by another process", path.c_str()));
+    }
+    throw error(ACTQKV_ERR_FILE,
+                format("%s is in the way, and not what a reading that was cut short left: move it", temporary.c_str()));
+}
+
 // Gives `from` the name `to`, where nothing has that name.
 void put_in_place(const std::string & from, const std::string & to) {
     if (link(from.c_str(), to.c_str()) == 0) {
@@ -166,13 +196,7 @@ kv_file kv_file::create(const std::string & path, file_header header, const int3
     file.layout = layout_of(header, path);
     file.all_tokens.assign(tokens, tokens + header.n_tokens);
     file.all_phases.assign(phases, phases + header.n_tokens);
-    file.fd = ::open(temporary.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (file.fd < 0) {
-        fail_os("make", path, errno);
-    }
-    if (flock(file.fd, LOCK_EX | LOCK_NB) != 0) {
-        throw error(ACTQKV_ERR_FILE, format("%s is being made by another process", path.c_str()));
-    }
+    file.fd = open_temporary(temporary, path);
     try {
         // What a killed process left under this name is emptied; holes read as zeros.
         if (ftruncate(file.fd, 0) != 0 || ftruncate(file.fd, (off_t) file.layout.end) != 0) {

@@ -93,6 +93,7 @@ kv_store::kv_store(const hparams & hp, const actqkv_params & p)
             ring->resize(shape.recent_tokens() * shape.token_stride());
         }
         l.sums.resize(n_sums);
+        l.centre.resize(shape.token_stride());
     }
 }
 
@@ -222,7 +223,7 @@ void kv_store::store_chunk(int il, int64_t chunk) {
 // Spreads of chunks [first, last). What all keys have in common is the mean of the sinks', which stay where they are.
 void kv_store::spread(int il, int64_t first, int64_t last) {
     const actqkv_f16 * keys = (summarises_near ? layers[il].near : layers[il].far).data();
-    std::vector<float> centre(shape.token_stride());
+    std::vector<float> & centre = layers[il].centre;
     actqkv_mean(keys, shape.head_stride(0), shape.n_head_kv, shape.d_head, shape.n_sink, centre.data());
     for (int64_t chunk = first; chunk < last; chunk++) {
         actqkv_spread(keys + shape.recent_offset(chunk + 1), shape.head_stride(chunk + 1), centre.data(),
@@ -376,14 +377,15 @@ void kv_store::map_from(std::shared_ptr<const kv_file> file) {
     }
 }
 
-void kv_store::spill(std::shared_ptr<const kv_file> file, int64_t first, int64_t last) {
+void kv_store::spill(std::shared_ptr<const kv_file> file, int64_t n) {
+    const int64_t first = source == file ? std::min(n_spilled, n) : 0; // of another file nothing is mapped yet
     map_from(file);
     const uint64_t granule = kv_file::map_granule();
     for (size_t il = 0; il < layers.size(); il++) {
         const auto arrays = chunk_arrays((int) il);
         for (int a = 0; a < N_FILE_ARRAYS; a++) {
             const uint64_t bytes = arrays[a].chunk_bytes;
-            const uint64_t begin = first * bytes / granule * granule, end = last * bytes / granule * granule;
+            const uint64_t begin = first * bytes / granule * granule, end = n * bytes / granule * granule;
             const bool mapped = file->map((int) il, a, begin, end, arrays[a]);
             // A chunk that was closed again after a rewind has the bits that the file has (native/README.md, Sameness).
             if (mapped && begin > 0 && (a == FILE_KEYS || a == FILE_VALUES)) {
@@ -391,6 +393,7 @@ void kv_store::spill(std::shared_ptr<const kv_file> file, int64_t first, int64_t
             }
         }
     }
+    n_spilled = n;
 }
 
 void kv_store::take_chunks(std::shared_ptr<const kv_file> file, int64_t n) {
@@ -407,7 +410,7 @@ void kv_store::take_chunks(std::shared_ptr<const kv_file> file, int64_t n) {
     }
     checked.assign(layers.size() * N_FILE_ARRAYS * n, 0);
     summaries_checked.assign(layers.size(), 0);
-    n_from_file = n_closed_chunks = n;
+    n_from_file = n_spilled = n_closed_chunks = n;
 }
 
 void kv_store::check_file() const {
@@ -439,10 +442,10 @@ void kv_store::check_chunks(int il, file_array array, const int32_t * chunks, in
     }
 }
 
-void kv_store::check_all() const {
+void kv_store::check_between(int64_t first, int64_t last) const {
     for (size_t il = 0; il < layers.size(); il++) {
         for (int a = 0; a < N_FILE_ARRAYS; a++) {
-            for (int64_t chunk = 0; chunk < n_from_file; chunk++) {
+            for (int64_t chunk = first; chunk < std::min(last, n_from_file); chunk++) {
                 check_array((int) il, (file_array) a, chunk);
             }
         }

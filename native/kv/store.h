@@ -120,9 +120,9 @@ public:
     static std::array<uint64_t, N_FILE_ARRAYS> chunk_bytes(const hparams & hp, const actqkv_params & params);
 
     void write_chunks(kv_file & file, int64_t first, int64_t last) const;
-    // Gives memory of written chunks [first, last) back: from now on the file stands for it, where whole pages of memory
-    // can be mapped. What was read back of keys and values before them leaves memory as well.
-    void spill(std::shared_ptr<const kv_file> file, int64_t first, int64_t last);
+    // Gives the memory of the first n chunks, all of them written, back: from now on the file stands for it, where whole pages
+    // of memory can be mapped. What was read back of their keys and values leaves memory as well.
+    void spill(std::shared_ptr<const kv_file> file, int64_t n);
     // The first n chunks of the file become this store's; they are checked when they are first read.
     void take_chunks(std::shared_ptr<const kv_file> file, int64_t n);
     // Whether chunks are, or have been, mapped from a file.
@@ -130,8 +130,8 @@ public:
     // ACTQKV_ERR_STATE where the file that chunks are mapped from was cut short, or could not be read (guard.h): what was
     // computed since the last time this returned is then worth nothing, and the store is lost.
     void check_file() const;
-    // Checks all chunks of the file. Attention and scoring check what they read.
-    void check_all() const;
+    // Checks those of chunks [first, last) that the file had when it was opened. Attention and scoring check what they read.
+    void check_between(int64_t first, int64_t last) const;
     // Whoever reads chunk_keys() or sketches() says first which chunks.
     void check_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const;
 
@@ -143,6 +143,7 @@ private:
         reservation<uint8_t> sketches;             // [chunk][G]
         std::vector<actqkv_f16> near, far, v_open; // rings of [block][G][tokens][d]
         std::vector<float> sums;                   // ring of [block][H][c]
+        std::vector<float> centre;                 // room for spread(): threads cannot report that there is no memory
     };
 
     void store_chunk(int il, int64_t chunk);
@@ -171,6 +172,7 @@ private:
     std::shared_ptr<const kv_file> source;          // mapped here
     std::vector<guard> guards;                      // of all arrays, since something is
     int64_t n_from_file = 0;                        // its first chunks, as it had them when it was opened
+    int64_t n_spilled = 0;                          // its first chunks, which it stands for
     mutable std::vector<uint8_t> checked;           // [layer][array][chunk], those of the file
     mutable std::vector<uint8_t> summaries_checked; // [layer]
 };

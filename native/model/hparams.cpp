@@ -13,6 +13,12 @@
 namespace actqkv {
 namespace {
 
+void require(bool holds, const char * what) {
+    if (!holds) {
+        throw error(ACTQKV_ERR_MODEL, what);
+    }
+}
+
 struct metadata {
     const llama_model * model;
     std::string prefix; // "llama."
@@ -64,11 +70,13 @@ rope_params read_rope(const metadata & meta, const hparams & hp) {
     }
     rope.n_dims = (int) meta.number("rope.dimension_count", hp.d_head);
     rope.freq_base = (float) meta.number("rope.freq_base", 10000.0);
+    require(rope.freq_base > 0.0f && std::isfinite(rope.freq_base), "rope.freq_base is not a positive number");
     const std::string type = meta.text(meta.prefix + "rope.scaling.type", "linear");
     if (type != "none" && type != "linear" && type != "yarn") {
         throw error(ACTQKV_ERR_MODEL, format("rope scaling '%s' is not one of none, linear, yarn", type.c_str()));
     }
     const double factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 0.0));
+    require(factor >= 0.0, "rope.scaling.factor is negative");
     rope.freq_scale = factor == 0.0 || type == "none" ? 1.0f : 1.0f / (float) factor;
     rope.n_ctx_orig = (int) meta.number("rope.scaling.original_context_length", 0);
     if (rope.n_ctx_orig == 0) {
@@ -80,12 +88,6 @@ rope_params read_rope(const metadata & meta, const hparams & hp) {
     rope.beta_slow = 1.0f;
     rope.attn_factor = yarn_attn_factor(meta, rope);
     return rope;
-}
-
-void require(bool holds, const char * what) {
-    if (!holds) {
-        throw error(ACTQKV_ERR_MODEL, what);
-    }
 }
 
 } // namespace
@@ -110,6 +112,7 @@ hparams read_hparams(const llama_model * model) {
             "the number of query heads is not a multiple of the number of KV heads");
     require(meta.number("expert_count", 0) == 0, "mixture of experts");
     require(llama_model_n_swa(model) == 0, "sliding-window attention");
+    require(meta.text(meta.prefix + "attention.causal", "true") == "true", "attention that is not causal");
 
     meta.number("attention.head_count", 0); // one number for all layers, not a list
     meta.number("attention.head_count_kv", 0);
@@ -117,6 +120,7 @@ hparams read_hparams(const llama_model * model) {
     require(meta.number("attention.value_length", hp.d_head) == hp.d_head, "key and value heads differ in size");
     require(hp.d_head > 0 && hp.d_head % 2 == 0, "the head size is odd");
     hp.rms_eps = (float) meta.number("attention.layer_norm_rms_epsilon", 0.0);
+    require(hp.rms_eps >= 0.0f && std::isfinite(hp.rms_eps), "the epsilon of its norms is negative or not finite");
     hp.rope = read_rope(meta, hp);
     hp.attn_scale = 1.0f / sqrtf((float) hp.d_head);
     return hp;

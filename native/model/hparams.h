@@ -15,7 +15,7 @@ struct rope_params {
     float freq_base;
     float freq_scale;  // 1 / scaling factor
     float ext_factor;  // 1 for YaRN, else 0
-    float attn_factor; // magnitude, see resolve_yarn in hparams.cpp
+    float attn_factor; // magnitude, see yarn_attn_factor in hparams.cpp
     float beta_fast;
     float beta_slow;
 };

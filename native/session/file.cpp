@@ -138,6 +138,7 @@ void session::file_begin(const std::string & path, history && reading, const uin
     file =
         std::make_shared<kv_file>(kv_file::create(path, head, reading.tokens.data(), reading.phases.data(), section));
     planned = std::move(reading);
+    spilling = false;
     n_written = n_written_chunks = 0;
 }
 
@@ -151,7 +152,7 @@ std::vector<uint8_t> session::make_payload() const {
     for (const bool counting : {true, false}) {
         writer out = {counting ? nullptr : payload.data()};
         write_memory(out, memory);
-        write_recent(out, store.save_recent(n_done));
+        write_recent(out, store, n_done);
         for (int il = 0; il < hp.n_layer; il++) {
             for (const kv_store::range & r : store.sink_ranges(il)) {
                 out.raw(r.data, r.bytes);
@@ -174,6 +175,7 @@ void session::write_closed() {
     }
     close_chunks(n_done);
     const int64_t first = n_written_chunks, last = store.n_closed();
+    store.check_between(first, last); // of another file: damage must not be written with a checksum that fits
     store.write_chunks(*file, first, last);
     n_written_chunks = std::max(first, last);
     n_written = n_done;
@@ -181,7 +183,7 @@ void session::write_closed() {
         if (gpu != nullptr) {
             gpu->unpin();
         }
-        store.spill(file, first, last);
+        store.spill(file, last);
     }
 }
 
@@ -220,8 +222,13 @@ void session::settle() {
     if (at < n_done) {
         restore(at);
     }
-    while (n_done < at) {
-        run_next(tokens.size());
+    try {
+        while (n_done < at) {
+            run_next(tokens.size());
+        }
+    } catch (...) { // as in decode
+        restore(n_done);
+        throw;
     }
 }
 

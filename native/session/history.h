@@ -18,12 +18,14 @@ struct history {
     int64_t size() const { return (int64_t) tokens.size(); }
 
     void append(const int32_t * more, int64_t n, int32_t phase) {
+        phases.reserve(phases.size() + n); // both are as long as each other, also where memory runs out
         tokens.insert(tokens.end(), more, more + n);
         phases.insert(phases.end(), n, (int8_t) phase);
     }
 
     // Tokens [first, last) of another history, as they were read.
     void append(const history & other, int64_t first, int64_t last) {
+        phases.reserve(phases.size() + last - first);
         tokens.insert(tokens.end(), other.tokens.begin() + first, other.tokens.begin() + last);
         phases.insert(phases.end(), other.phases.begin() + first, other.phases.begin() + last);
     }

@@ -61,6 +61,15 @@ void write_recent(writer & out, const recent_state & recent) {
     out.array(recent.sums);
 }
 
+void write_recent(writer & out, const kv_store & store, int64_t n_tokens) {
+    if (out.to != nullptr) {
+        write_recent(out, store.save_recent(n_tokens));
+        return;
+    }
+    out.count<actqkv_f16>(store.recent_kv(n_tokens, store.n_closed()));
+    out.count<float>(store.recent_sums(n_tokens, store.n_closed()));
+}
+
 recent_state read_recent(reader & in, const kv_store & store, int64_t n_tokens, int64_t n_closed) {
     const kv_layout & shape = store.layout();
     const bool known = n_closed >= 0 && n_closed <= shape.n_chunks_max(n_tokens);

@@ -14,6 +14,8 @@ uint64_t model_fingerprint(const hparams & hp, const weights & w);
 
 void write_memory(writer & out, const std::vector<layer_memory> & memory);
 void write_recent(writer & out, const recent_state & recent);
+// That of the store, of which nothing is copied where out only counts.
+void write_recent(writer & out, const kv_store & store, int64_t n_tokens);
 
 // Throw ACTQKV_ERR_STATE where sizes are not those of this model, or of so many tokens and closed chunks in this store.
 std::vector<layer_memory> read_memory(reader & in, const hparams & hp);

@@ -245,9 +245,9 @@ void session::run_layer(const window & w, int il) {
         if (n > 0) {
             store.add_sums(il, from, n, sums.data() + (from - summed_from), params.n_local + params.n_window);
         }
-    }
-    if (w.question && params.method.question_weight > 0.0f) {
-        learn_question(w, il);
+        if (w.question && params.method.question_weight > 0.0f) {
+            learn_question(w, il);
+        }
     }
     counts.append.ms += now_ms() - t0;
     counts.append.bytes += 3 * (uint64_t) w.m * hp.n_kv_channels() * sizeof(actqkv_f16);

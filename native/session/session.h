@@ -27,7 +27,6 @@ public:
     void set_answering(const actqkv_method & method, int32_t budget);
     const history & past() const { return tokens; }
     int64_t n_chunks() const { return store.n_closed(); }
-    int64_t n_vocab() const { return hp.n_vocab; }
 
     // Appends tokens and computes; see actqkv_decode. Returns false when the progress callback said stop.
     bool decode(const int32_t * more, int64_t n, int32_t phase, float * logits, int64_t n_logits);

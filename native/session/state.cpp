@@ -50,7 +50,7 @@ void write_state(writer & out, uint64_t model, const hparams & hp, const actqkv_
     out.raw(tokens.tokens.data(), tokens.size() * sizeof(int32_t));
     out.raw(tokens.phases.data(), tokens.size());
     write_memory(out, memory);
-    write_recent(out, store.save_recent(n_done));
+    write_recent(out, store, n_done);
     out.value((uint64_t) saved.list().size());
     for (const checkpoint & c : saved.list()) {
         out.value(c.n_past);
@@ -97,7 +97,7 @@ void session::state_get(uint8_t * data, uint64_t size) const {
         throw error(ACTQKV_ERR_ARGUMENT, format("the buffer has %llu bytes, expected %llu", (unsigned long long) size,
                                                 (unsigned long long) needed));
     }
-    store.check_all();
+    store.check_between(0, store.n_closed());
     writer out = {data};
     write_state(out, fingerprint(model, hp, tensors), hp, params, answering, tokens, n_done, store, memory, saved);
     store.check_file();

@@ -98,6 +98,31 @@ def test_spilled(tiny_llama: LlamaModel, retrieval: Retrieval, tmp_path: Path) -
     kvfile.verify(path)
 
 
+def test_spilled_from_the_middle_on(tiny_llama: LlamaModel, tmp_path: Path) -> None:
+    """Breaks when chunks that were written before chunks left memory are lost with them, or a second file's."""
+    retrieval, n = small(), 8 * 512  # chunks of it are whole pages
+    tokens = random_tokens(n)
+    pieces: Pieces = [(n, "prefill")]
+    with open_session(tiny_llama, retrieval, n_ctx=n + 100) as plain:
+        plain.decode(tokens)
+        expected = plain.decode(TOKENS[:1], phase="decode", n_logits=1)
+        plain.rewind(n)
+        with open_session(tiny_llama, retrieval, n_ctx=n + 100) as session:
+            begin(session, tmp_path / "a.akv", pieces=pieces, tokens=tokens)
+            session.decode(tokens[: n // 2])
+            kvfile.spill(session)
+            session.decode(tokens[n // 2 :])
+            kvfile.end(session)
+            np.testing.assert_array_equal(session.decode(TOKENS[:1], phase="decode", n_logits=1), expected)
+            session.rewind(n)
+            begin(session, tmp_path / "b.akv", pieces=pieces, tokens=tokens)
+            kvfile.spill(session)
+            kvfile.end(session)
+            (tmp_path / "a.akv").unlink()
+            np.testing.assert_array_equal(session.decode(TOKENS[:1], phase="decode", n_logits=1), expected)
+    kvfile.verify(tmp_path / "b.akv")
+
+
 def test_saved_afterwards(tiny_llama: LlamaModel, retrieval: Retrieval, tmp_path: Path) -> None:
     """Breaks when a file that is begun after the reading differs, or a question asked before it leaves a trace."""
     with open_session(tiny_llama, retrieval) as session:
@@ -259,6 +284,12 @@ def test_names_that_cannot_be(tiny_llama: LlamaModel, tmp_path: Path) -> None:
             with pytest.raises(KVFileError, match=reason) as caught:
                 begin(session, tmp_path / name)
             assert name in str(caught.value)
+        (tmp_path / "b.akv.tmp").write_text("not ours")
+        with pytest.raises(KVFileError, match=r"b\.akv\.tmp is in the way"):
+            begin(session, tmp_path / "b.akv")
+        assert (tmp_path / "b.akv.tmp").read_text() == "not ours"
+        (tmp_path / "c.akv.tmp").hardlink_to(path)  # as a kill between link and unlink leaves it
+        begin(session, tmp_path / "c.akv")
     for name, kind in (("none.akv", KVFileError), (".", StateError)):
         with pytest.raises(kind):
             opened(tiny_llama, tmp_path / name)

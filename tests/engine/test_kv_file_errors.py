@@ -231,6 +231,17 @@ def test_damage_in_every_part(model: LlamaModel, data: bytes, tmp_path: Path) ->
     assert kvfile.info(path).complete
 
 
+@pytest.mark.parametrize("array", range(N_ARRAYS))
+def test_damage_is_not_saved_as_sound(model: LlamaModel, data: bytes, array: int, tmp_path: Path) -> None:
+    """Breaks when a damaged chunk that nothing has read goes into another file with a checksum that fits it."""
+    at, path = layout_of(data).array(1, array), tmp_path / "a.akv"
+    path.write_bytes(put(data, at, bytes([data[at] ^ 1])))
+    with kvfile.open_session(model, path, n_ctx=1024, n_threads=1) as session:
+        kvfile.begin(session, tmp_path / "b.akv", TOKENS, np.zeros(len(TOKENS)), SECTION, checkpoint_tokens=64)
+        with pytest.raises(StateError, match=r"a\.akv is damaged"):
+            kvfile.end(session)
+
+
 def test_damage_to_one_slot_is_survived(model: LlamaModel, data: bytes, tmp_path: Path) -> None:
     """Breaks when the second copy of the checkpoint is not used."""
     path = tmp_path / "a.akv"

@@ -161,9 +161,21 @@ UNEQUAL: list[tuple[Retrieval, Retrieval, str]] = [
     (retrieval("actqkv"), retrieval("actqkv", dense_layers=1), "n_dense_layers is 1, the reading's 0"),
     (retrieval("dense"), retrieval("quest"), "the reading made no summaries"),
     (retrieval("actqkv", sketch=1), retrieval("actqkv"), "the reading made no sketches"),
+    (retrieval("actqkv", decode="oracle"), retrieval("actqkv"), "the reading made no sketches"),
     (retrieval("quest"), retrieval("quest", granularity="layer"), "granularity is 'layer', the reading's 'kv_head'"),
     (retrieval("infllm"), retrieval("infllm", representatives=2), "n_representatives is 2, the reading's 4"),
 ]
+
+
+@pytest.mark.parametrize("name", ["streaming", "dense", "oracle"])
+def test_a_question_where_nothing_is_scored(name: str, tiny_llama: LlamaModel) -> None:
+    """Breaks when the weight of a question is looked for where a method keeps none of what it is made of."""
+    pieces: Pieces = [(50, "prefill"), (7, "question"), (3, "decode")]
+    found = []
+    for weight in (0.0, 1.0):
+        with open_session(tiny_llama, retrieval(name, summary="mean", question_weight=weight)) as session:
+            found.append(read(session, TOKENS[:60], pieces))
+    np.testing.assert_array_equal(found[1], found[0])
 
 
 @pytest.mark.parametrize(("reading", "answering", "message"), UNEQUAL, ids=[message for *_, message in UNEQUAL])

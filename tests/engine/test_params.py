@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import tiny_gguf as tiny
 from engine_support import SMALL, in_child, loaded, one_by_one, open_session, random_tokens, read, small
 from llama_cpp._internals import LlamaModel
 
-from actqkv_cpp import ContextError, ModelError, ParameterError, Retrieval
+from actqkv_cpp import ActqkvError, ContextError, ModelError, ParameterError, Retrieval
 from actqkv_cpp._native import memory_plan, model_check
 
 N_VOCAB = 512
@@ -198,6 +199,23 @@ FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda path: tiny.make_tiny_gguf(path, metadata={"rope.scaling.type": "longrope"}),
         "rope scaling 'longrope' is not one of none, linear, yarn",
     ),
+    "not causal": (
+        lambda path: tiny.make_tiny_gguf(path, metadata={"attention.causal": False}),
+        "attention that is not causal",
+    ),
+    # ggml aborts where it meets the first; with the others every logit would be NaN
+    "negative epsilon": (
+        lambda path: tiny.make_tiny_gguf(path, metadata={"attention.layer_norm_rms_epsilon": -1e-5}),
+        "the epsilon of its norms is negative",
+    ),
+    "negative base": (
+        lambda path: tiny.make_tiny_gguf(path, metadata={"rope.freq_base": -10000.0}),
+        "rope.freq_base is not a positive number",
+    ),
+    "negative scaling": (
+        lambda path: tiny.make_tiny_gguf(path, rope_scaling=("linear", -4.0)),
+        "rope.scaling.factor is negative",
+    ),
 }
 
 
@@ -256,3 +274,28 @@ def test_the_plan_is_an_upper_bound(name: str, tmp_path: Path) -> None:
     print(f"planned {planned / 1e6:.2f} MB, taken {taken / 1e6:.2f} MB")
     assert taken <= planned + PYTHON_BYTES
     assert planned < 2 * taken
+
+
+def run_out_of_memory(path: str) -> None:
+    """Print what a call for the logits of 512 tokens raises where their graph's 65 MB cannot be had, and whether
+    the session answers as before. Runs in a child."""
+    tokens = np.full(512, tiny.FIRST_BYTE, np.int32)
+    with loaded(Path(path)) as model, open_session(model, Retrieval("dense", window=512), n_ctx=2048) as session:
+        session.decode(tokens[:5])
+        expected = session.decode(tokens[:1], phase="decode", n_logits=1)
+        session.rewind(5)
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + (70 << 20), -1))  # room for the array of logits itself
+        try:
+            session.decode(tokens, n_logits=512)
+        except ActqkvError as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+        print(np.array_equal(session.decode(tokens[:1], phase="decode", n_logits=1), expected))
+
+
+def test_a_graph_that_does_not_fit(tmp_path: Path) -> None:
+    """Breaks when graphs that were made before lie in memory that was given back for one that could not be."""
+    path = tiny.make_tiny_gguf(tmp_path / "model.gguf", n_vocab=32000)
+    said = in_child(f"import test_params; test_params.run_out_of_memory({str(path)!r})")
+    assert said.splitlines() == ["cannot allocate the graph's buffer for 512 tokens", "True"]

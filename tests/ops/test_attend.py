@@ -276,6 +276,14 @@ def test_a_list_per_kv_head(
     verify(case, impl, n_threads)
 
 
+@pytest.mark.parametrize("m", [1, 2, 7])
+def test_more_threads_than_work(impl: int, rng: np.random.Generator, m: int) -> None:
+    """A thread without keys of its own adds what it found in scratch."""
+    for n_threads in (12, 24, 61):
+        for n_far in (0, 1, 5):
+            verify(make(rng, m=m, n_head=4, n_head_kv=2, d=32, far=(n_far,)), impl, n_threads)
+
+
 def test_a_whole_window(impl: int, rng: np.random.Generator) -> None:
     case = make(
         rng, m=300, n_head=4, n_head_kv=1, d=64, far=tuple([32] * 20), both=tuple([32] * 9), near=(60,), n_clamp=350

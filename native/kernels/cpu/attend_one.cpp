@@ -223,12 +223,13 @@ uint64_t attend_one_scratch(int32_t n_head, int32_t n_head_kv, int32_t d, int64_
 
 void attend_one(const ops & op, const actqkv_attend_args & args) {
     const int64_t n_keys = count_past_keys(args, args.n_spans) + 1;
+    const int32_t n_parts = (int32_t) min64(args.n_threads, n_keys * args.n_head_kv); // none of them empty
     const int32_t summed = args.first_summed < args.n_spans ? args.first_summed : args.n_spans;
     one o{op,
           args,
           args.n_head / args.n_head_kv,
           args.d_head,
-          args.n_threads,
+          n_parts,
           n_keys,
           count_past_keys(args, summed),
           n_keys <= N_KEPT,
