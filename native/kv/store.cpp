@@ -425,16 +425,45 @@ void kv_store::check_file() const {
     }
 }
 
-void kv_store::check_array(int il, file_array array, int64_t chunk) const {
+uint8_t & kv_store::was_checked(int il, file_array array, int64_t chunk) const {
     const size_t n = checked.size() / (layers.size() * N_FILE_ARRAYS);
-    uint8_t & done = checked[(il * N_FILE_ARRAYS + array) * n + chunk];
+    return checked[(il * N_FILE_ARRAYS + array) * n + chunk];
+}
+
+void kv_store::check_array(int il, file_array array, int64_t chunk) const {
+    uint8_t & done = was_checked(il, array, chunk);
     if (done == 0) {
         source->check_chunk(il, array, chunk, chunk_arrays(il)[array]);
         done = 1;
     }
 }
 
+// Has the system read those chunks that are still to be checked, runs of them at a time and all at once: one by one, each
+// would wait for the disk.
+void kv_store::fetch_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const {
+    const chunk_array from = chunk_arrays(il)[array];
+    const uint64_t granule = kv_file::map_granule();
+    const auto is_wanted = [&](int64_t chunk) { return chunk < n_from_file && !was_checked(il, array, chunk); };
+    for (int64_t i = 0, end; i < n && from.n_rows == 1; i = end) {
+        end = i + 1;
+        if (!is_wanted(chunks[i])) {
+            continue;
+        }
+        while (end < n && chunks[end] == chunks[end - 1] + 1 && is_wanted(chunks[end])) {
+            end++;
+        }
+        uint8_t * first = from.data + chunks[i] * from.chunk_bytes;
+        uint8_t * last = from.data + (chunks[end - 1] + 1) * from.chunk_bytes;
+        first -= (uintptr_t) first % granule;
+        madvise(first, last - first, MADV_WILLNEED);
+    }
+}
+
 void kv_store::check_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const {
+    if (n_from_file == 0) {
+        return;
+    }
+    fetch_chunks(il, array, chunks, n);
     for (int64_t i = 0; i < n; i++) {
         if (chunks[i] < n_from_file) {
             check_array(il, array, chunks[i]);

@@ -149,7 +149,9 @@ private:
     void store_chunk(int il, int64_t chunk);
     void spread(int il, int64_t first, int64_t last);
     void summarize(int il, int64_t chunk, actqkv_f16 * rep);
+    uint8_t & was_checked(int il, file_array array, int64_t chunk) const;
     void check_array(int il, file_array array, int64_t chunk) const;
+    void fetch_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const;
     void check_summaries(int il) const;
     void map_from(std::shared_ptr<const kv_file> file);
 
