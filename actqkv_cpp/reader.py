@@ -103,11 +103,14 @@ class TextFile:
 
 
 def is_kv_file(path: str | Path) -> bool:
-    """Whether a file is a KV file, or should be one by its name."""
-    if Path(path).suffix == ".akv":
+    """Whether a file is a KV file, or should be one by its name. Of a pipe nothing is read: it gives its bytes once."""
+    found = Path(path)
+    if found.suffix == ".akv":
         return True
     try:
-        with Path(path).open("rb") as file:
+        if not found.is_file():
+            return False
+        with found.open("rb") as file:
             return file.read(len(_KV_FILE)) == _KV_FILE
     except (OSError, ValueError):
         return False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import tiny_documents as tiny
@@ -243,6 +246,27 @@ def test_foreign_json(change: Callable[[dict[str, object]], object]) -> None:
     change(value)
     with pytest.raises(StateError, match="document"):
         reader.TextFile.from_json(value)
+
+
+def test_pipes_are_read_once(tmp_path: Path) -> None:
+    """A process substitution loses its first bytes to the look whether it is a KV file; a named pipe is waited for."""
+    text = "The key hung in the mill. " * 1000
+    reading, writing = os.pipe()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    names = {f"/dev/fd/{reading}": lambda: os.fdopen(writing, "w"), str(fifo): lambda: fifo.open("w")}
+    for name, open_end in names.items():
+
+        def write(open_end: Callable[[], IO[str]] = open_end) -> None:
+            with open_end() as end:
+                end.write(text)
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        assert not reader.is_kv_file(name)
+        assert reader.load(name).text == text
+        writer.join()
+    os.close(reading)
 
 
 def test_refused_paths(tmp_path: Path) -> None:
