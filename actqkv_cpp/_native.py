@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import llama_cpp  # first: its libllama and ggml must be the ones that our modul
 import numpy as np
 from numpy.typing import NDArray
 
+from actqkv_cpp import lifetime
 from actqkv_cpp.config import Retrieval
 from actqkv_cpp.errors import LibraryError, ParameterError, StateError, ThreadError, error_from_status, unknown_name
 from actqkv_cpp.figures import GpuStats, Mass, MemoryPlan, Params, Phase, Stage, Stats
@@ -302,20 +302,6 @@ def token_array(tokens: Any) -> NDArray[np.int32]:
 # ---- session
 
 
-def _sessions_of(model: Any) -> weakref.WeakSet[Session]:
-    """The sessions over a model that are alive; closing the model closes them first."""
-    found: weakref.WeakSet[Session] | None = getattr(model, "_actqkv_sessions", None)
-    if found is None:
-        found = model._actqkv_sessions = weakref.WeakSet()
-        model._exit_stack.callback(_close_all, found)
-    return found
-
-
-def _close_all(sessions: weakref.WeakSet[Session]) -> None:
-    for session in list(sessions):
-        session.close()
-
-
 class Session:
     """One history of tokens over a loaded model. A context manager; `close()` may be called twice.
 
@@ -365,16 +351,18 @@ class Session:
         self.n_layer: int = llama_cpp.llama_model_n_layer(model.model)
         self._handle = ffi.gc(out[0], lib.actqkv_session_free, size=min(self.plan.total_bytes, 2**62))
         lib.actqkv_set_progress(self._handle, lib.actqkv_py_progress, ffi.NULL)
-        _sessions_of(model).add(self)  # must be freed before their model
+        lifetime.follow(model, self)
 
     # -- life
 
     def close(self) -> None:
-        """Free the native session. Other methods raise StateError from now on."""
-        if self._handle is not None:
-            with self._exclusive():
-                ffi.release(self._handle)
-                self._handle = None
+        """Free the native session. Other methods raise StateError from now on. ThreadError: a thread is in a call."""
+        lifetime.close_all([self])
+
+    def _free(self) -> None:
+        """For whoever has the session to itself."""
+        ffi.release(self._handle)
+        self._handle = None
 
     @property
     def closed(self) -> bool:

@@ -32,6 +32,7 @@ from actqkv_cpp.document import Document, PathLike, Progress, text_files
 from actqkv_cpp.errors import Cancelled, ContextError, ModelError, ParameterError, StateError, unknown_name
 from actqkv_cpp.figures import Mass, Phase
 from actqkv_cpp.gpu import GpuUse, NoGpu
+from actqkv_cpp.lifetime import close_all, sessions_over
 from actqkv_cpp.placement import Placement
 from actqkv_cpp.reader import TextFile
 from actqkv_cpp.recording import Recording
@@ -180,7 +181,6 @@ class Llama(llama_cpp.Llama):
         sizes: Any = {"n_ctx": n_ctx, "n_threads": n_threads, "kv_type": self.kv_type}
         self._placement.plan(self._model, self.retrieval, **sizes)
         self.session = Session(self._model, self.retrieval, **sizes)
-        self._stack.callback(self._close_session)
         self._placement.enter(self.session)
         self._ctx = cast(Any, SessionContext(self.session, self._ctx))
         self._n_ctx = n_ctx
@@ -195,7 +195,8 @@ class Llama(llama_cpp.Llama):
 
     def _take_session(self, session: Session) -> None:
         """Put another session over the same model, and its history, in the place of this one."""
-        self._close_session()
+        if self.session is not None:
+            self.session.close()
         self.session = session
         self._placement.enter(session)
         self._ctx = cast(Any, SessionContext(session, cast(SessionContext, self._ctx)._own))
@@ -216,16 +217,19 @@ class Llama(llama_cpp.Llama):
         """Where attention runs, or why it does not run on a GPU (any more)."""
         return self._placement.found(self.session)
 
-    def _close_session(self) -> None:
-        if self.session is not None:
-            self.session.close()
-
     def close(self) -> None:
-        """Free session and model. May be called twice; any other use raises StateError from then on."""
-        if stack := getattr(self, "_stack", None):
-            stack.close()
-            for name in ("_model", "_ctx", "tokenizer_", "_encoder", "_template"):
-                setattr(self, name, self._CLOSED)
+        """Free session and model. May be called twice; any other use raises StateError from then on.
+
+        Raises:
+            ThreadError: another thread reads or answers; nothing is freed, and the other thread goes on.
+        """
+        stack, model = getattr(self, "_stack", None), getattr(self, "_model", None)
+        if stack is None or model is self._CLOSED:
+            return
+        close_all([*([] if self.session is None else [self.session]), *sessions_over(model)])
+        stack.close()
+        for name in ("_model", "_ctx", "tokenizer_", "_encoder", "_template"):
+            setattr(self, name, self._CLOSED)
 
     def __enter__(self) -> Llama:
         return self

@@ -24,6 +24,7 @@ from actqkv_cpp import (
     ThreadError,
     default_model_path,
 )
+from actqkv_cpp._native import Session
 
 PROMPT = "the key of the house was found in the green river and the answer"
 DENSE = Retrieval("dense", n_local=64, window=32, n_sink=4, chunk=16, budget=128)
@@ -425,6 +426,35 @@ def test_second_thread_changes_nothing(ours: Llama) -> None:
     assert len(refused) >= 3
     assert "intruder" in refused[0]
     assert (ours.n_tokens, ours._sampler) == (20, sampler)
+
+
+def test_close_while_another_thread_reads(tiny_model: Path) -> None:
+    """Breaks when close() frees what another thread computes with: the process ends with SIGSEGV."""
+    llm = Llama(tiny_model, n_ctx=1024, n_threads=1, verbose=False, retrieval=DENSE)
+    second = Session(llm._model, DENSE, n_ctx=512, n_threads=1)
+    n_refused = 0
+
+    def intrude() -> None:
+        nonlocal n_refused
+        for close in (llm.close, llm._model.close):
+            with pytest.raises(ThreadError, match="intruder"):
+                close()
+            n_refused += 1
+
+    def during(done: int, total: int) -> None:
+        thread = threading.Thread(target=intrude, name="intruder")
+        thread.start()
+        thread.join()
+        assert llm._model.model is not None
+        assert not llm.session.closed  # type: ignore[union-attr]
+        assert not second.closed
+
+    llm.read(text="the key", progress=during)
+    second.progress = during
+    second.decode([300, 301])
+    assert n_refused >= 4
+    llm.close()
+    assert second.closed
 
 
 def test_interrupted_eval_keeps_what_was_read(ours: Llama) -> None:
