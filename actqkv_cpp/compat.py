@@ -64,8 +64,8 @@ TABLE: tuple[Row, ...] = (
             "tokenizer": "",
             "spm_infill": "",
             "verbose": "",
-            "logits_all": "rows are kept only where they are asked for: all positions of a direct eval() or of "
-            "echo with logprobs, the sampled positions of other completions; never n_ctx x n_vocab",
+            "logits_all": "`scores` has a row per token read, kept as it comes, not n_ctx x n_vocab beforehand; "
+            "without logits_all the last row alone: any other, and a slice with another, raises IndexError",
         },
     ),
     *_rows(
@@ -156,7 +156,7 @@ TABLE: tuple[Row, ...] = (
             "n_ctx": "exact, not rounded up to 256",
             "save_state": "llama_state holds the session's own blob",
             "load_state": "takes states of the same model and parameters; others raise StateError",
-            "eval_logits": "the rows that are kept (logits_all)",
+            "eval_logits": "the rows that are kept, as in `scores`: all with logits_all, else the last one",
             "ctx": "a context of llama.cpp that holds no tokens; low-level calls on it do not see the session",
         },
     ),

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import re
 import warnings
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -112,7 +113,6 @@ class Llama(llama_cpp.Llama):
         self._has_opened = False  # the session is of a KV file, by the method of its reading
         self._prompting = False  # generate() is about to read its prompt
         self._sampled: int | None = None  # what sample() returned, until it is read back: that is a decode step
-        self._rows_wanted: Literal["last", "sampled", "all"] = "last"
         given["n_ctx"] = parse_size(given.get("n_ctx", compat.base_defaults()["n_ctx"]))
         path = modelfile.check(
             model_path if model_path is not None else default_model_path(), given.get("kv_overrides")
@@ -189,9 +189,8 @@ class Llama(llama_cpp.Llama):
         for name in ("n_ctx", "n_batch", "n_threads"):
             setattr(self.context_params, name, getattr(self, f"_{name}" if name == "n_ctx" else name))
         self.input_ids = np.zeros(n_ctx, np.intc)
-        self._take_history(self.session)
         self._logits_all = bool(options.get("logits_all", False))
-        self._rows_wanted = "all" if self._logits_all else "last"
+        self._take_history(self.session)
 
     def _take_session(self, session: Session) -> None:
         """Put another session over the same model, and its history, in the place of this one."""
@@ -208,7 +207,7 @@ class Llama(llama_cpp.Llama):
         tokens, _ = session.history()
         self.n_tokens = len(tokens)
         self.input_ids[: self.n_tokens] = tokens
-        self._rows = LogitRows(self._n_vocab)
+        self._rows = LogitRows(self._n_vocab, n_tokens=self.n_tokens, keep_all=self._logits_all)
         self.scores = cast(Any, self._rows)
         self._requires_eval, self._sampled = True, None
 
@@ -303,8 +302,8 @@ class Llama(llama_cpp.Llama):
         self._requires_eval = True
         self.session.progress = progress
         try:
-            rows = self.session.decode(tokens, phase=phase, n_logits=n if self._rows_wanted == "all" else 1)
-            self._rows.put(n_past + n - len(rows), rows, keep=self._rows_wanted != "last")
+            rows = self.session.decode(tokens, phase=phase, n_logits=n if self._logits_all else 1)
+            self._rows.put(n_past + n - len(rows), rows)
             self._requires_eval = False
             if self._auditor is not None and phase == "decode":
                 self._auditor.look()
@@ -341,15 +340,29 @@ class Llama(llama_cpp.Llama):
             self._rows.truncate(n_past)
         self.n_tokens = n_past
 
+    @property
+    def _scores(self) -> NDArray[np.float32]:
+        """Rows up to the last token, for the base: all of them wherever it asks for one by its number."""
+        if self.session is None:
+            return super()._scores
+        self._rows.truncate(self.n_tokens)
+        return self._rows.kept()
+
+    @property
+    def eval_logits(self) -> deque[list[float]]:
+        if self.session is None:
+            return super().eval_logits
+        return deque(self._scores.tolist(), maxlen=self._n_ctx if self._logits_all else 1)
+
     def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
         if self.session is None:
             self._require_context()
             return cast(int, super().sample(*args, **kwargs, idx=idx))  # type: ignore[misc]
         self._rows.truncate(self.n_tokens)
-        end = self._rows.end
-        row = self._rows.last() if idx is None else self.scores[idx] if -end <= idx < end else None
-        if row is None or np.isnan(row[0]):
-            raise StateError("there are no logits to sample from", "eval() some tokens first")
+        try:
+            row = self._rows[-1 if idx is None else idx]
+        except IndexError:
+            raise StateError("there are no logits to sample from", "eval() some tokens first") from None
         sampler = self._sampler if self._sampler is not None else self._init_sampler(*args, **kwargs)
         candidates = self._candidates
         candidates.copy_logits(row)
@@ -386,14 +399,14 @@ class Llama(llama_cpp.Llama):
         """Start a new history; memory of the old one is reused when the next tokens agree with it."""
         self._sampled = None
         super().reset()  # type: ignore[no-untyped-call]
+        if self.session is not None:
+            self._rows.truncate(0)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         self._enter()
-        wanted, logprobs = self._rows_wanted, kwargs.get("logprobs")
-        if self.session is not None:
-            self._rows_wanted = "last" if logprobs is None else "all" if kwargs.get("echo") else "sampled"
-            if self._rows_wanted == "all":
-                self.n_tokens = 0  # the rows of a reused prefix are gone
+        looks_at_rows = self._logits_all and kwargs.get("logprobs") is not None
+        if self.session is not None and looks_at_rows and len(self._rows.kept()) < self.n_tokens:
+            self.n_tokens = 0  # the base takes the rows of a reused prefix too
         try:
             yield from super()._create_completion(*args, **kwargs)
         except ValueError as error:
@@ -404,8 +417,6 @@ class Llama(llama_cpp.Llama):
                 f"Requested tokens ({found[1]}) exceed context window of {self._n_ctx}",
                 "make the Llama with a larger n_ctx, or shorten the prompt",
             ) from error
-        finally:
-            self._rows_wanted = wanted
 
     # -- state
 
@@ -416,7 +427,7 @@ class Llama(llama_cpp.Llama):
         self._rewind(self.n_tokens)
         blob = self.session.state_get()
         return llama_cpp.LlamaState(
-            scores=self._rows.view().copy(),
+            scores=self._rows.kept().copy(),
             input_ids=self.input_ids.copy(),
             n_tokens=self.n_tokens,
             llama_state=cast(bytes, blob),
@@ -436,7 +447,7 @@ class Llama(llama_cpp.Llama):
         self.session.state_set(state.llama_state)
         self._take_history(self.session)
         rows = np.asarray(state.scores)
-        self._rows.put(self.n_tokens - len(rows), rows.copy(), keep=False)
+        self._rows.put(self.n_tokens - len(rows), rows.copy())
         self._seed = state.seed
 
     # -- methods

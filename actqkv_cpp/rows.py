@@ -1,7 +1,7 @@
-"""Logits of the positions that were asked for, seen through the indices of all positions.
+"""Logits of the tokens read, as `Llama.scores` shows them.
 
-llama_cpp.Llama keeps an array of n_ctx x n_vocab and reads `scores[: n_tokens, :]`, `scores[i, :]`, `scores[-1, :]`.
-Here only an unbroken stretch of rows up to the last token exists; reading keeps the absolute row numbers.
+llama_cpp.Llama keeps an array of n_ctx x n_vocab, which only logits_all fills. Here rows are kept as they come: of all
+tokens with logits_all, else of the last one.
 """
 
 from __future__ import annotations
@@ -12,65 +12,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Rows(np.ndarray[Any, np.dtype[np.float32]]):
-    """Rows `first` .. of a taller matrix: row numbers and row slices count from the top of that matrix.
+class LogitRows:
+    """A matrix of a row per token read [n_tokens, n_vocab], of which an unbroken stretch up to the last row is kept.
 
-    Elementwise and reducing NumPy functions keep `first`, so that a slice taken after a log-softmax still counts from
-    the top. Absent rows read as NaN (one row) or are left out (slices).
+    It is indexed as an array is, by rows counted from the first token, negative ones from the end, and gives plain
+    arrays; np.asarray takes all of it.
+
+    Args:
+        n_vocab: columns.
+        n_tokens: read before, whose rows are not kept.
+        keep_all: every row that comes is kept; otherwise the last one.
+
+    Raises:
+        IndexError: a row that is asked for, by itself or in a slice, is not there or not kept.
     """
 
-    first: int
+    dtype = np.dtype(np.float32)
 
-    @classmethod
-    def of(cls, rows: NDArray[np.float32], first: int) -> Rows:
-        view = rows.view(cls)
-        view.first = first
-        return view
-
-    def __array_finalize__(self, source: Any) -> None:
-        self.first = getattr(source, "first", 0)
-
-    def __reduce__(self) -> Any:
-        return Rows.of, (np.array(self), self.first)
-
-    def __getitem__(self, key: Any) -> Any:
-        plain = self.view(np.ndarray)
-        row, *rest = key if isinstance(key, tuple) and key else (key,)
-        if isinstance(row, (int, np.integer)):
-            n_rows = self.first + len(plain)
-            if not -n_rows <= row < n_rows:
-                raise IndexError(f"row {row} of {n_rows}")
-            at = int(row) % n_rows - self.first
-            line = plain[at] if at >= 0 else np.full(plain.shape[1:], np.nan, plain.dtype)
-            return line[tuple(rest)]
-        if isinstance(row, slice) and row.step in (None, 1):
-            begin, end, _ = row.indices(self.first + len(plain))
-            cut = plain[max(begin - self.first, 0) : max(end - self.first, 0)]
-            columns = (slice(None), *rest)
-            return Rows.of(cut[columns], max(self.first - begin, 0))
-        return plain[key]
-
-
-class LogitRows:
-    """The rows kept of all positions: an unbroken stretch that ends at the last token read."""
-
-    def __init__(self, n_vocab: int) -> None:
-        self._first = 0
+    def __init__(self, n_vocab: int, *, n_tokens: int = 0, keep_all: bool) -> None:
+        self._keep_all = keep_all
+        self._first = n_tokens
         self._n = 0
         self._rows: NDArray[np.float32] = np.empty((0, n_vocab), np.float32)
 
     @property
-    def end(self) -> int:
-        """Position after the last row."""
-        return self._first + self._n
-
-    @property
     def shape(self) -> tuple[int, int]:
-        return self.end, self._rows.shape[1]
+        return len(self), self._rows.shape[1]
 
-    def put(self, start: int, rows: NDArray[np.float32], *, keep: bool) -> None:
-        """Rows of positions `start` on; earlier rows stay if `keep` and they end there."""
-        if not keep or start != self.end or self._n == 0:
+    def put(self, start: int, rows: NDArray[np.float32]) -> None:
+        """Rows of tokens `start` on, up to the last one read; earlier rows stay where all are kept up to `start`."""
+        if not self._keep_all or start != len(self) or self._n == 0:
             self._first, self._n, self._rows = start, len(rows), rows
             return
         if self._n + len(rows) > len(self._rows):  # grow by doubling: one row arrives per generated token
@@ -80,16 +51,49 @@ class LogitRows:
         self._rows[self._n : self._n + len(rows)] = rows
         self._n += len(rows)
 
-    def truncate(self, end: int) -> None:
-        """Forget the rows of positions `end` on."""
-        self._n = min(max(end - self._first, 0), self._n)
+    def truncate(self, n_tokens: int) -> None:
+        """Forget the rows of tokens `n_tokens` on; all rows, where more tokens were read than rows came."""
+        self._n = min(max(n_tokens - self._first, 0), self._n) if n_tokens <= len(self) else 0
+        self._first = n_tokens - self._n
 
-    def last(self) -> NDArray[np.float32] | None:
-        """The row of the last token, or None."""
-        return self._rows[self._n - 1] if self._n else None
+    def kept(self) -> NDArray[np.float32]:
+        """The rows that are kept [n, n_vocab]: the last one is of the last token."""
+        return self._rows[: self._n]
 
-    def view(self) -> Rows:
-        return Rows.of(self._rows[: self._n], self._first)
+    def __len__(self) -> int:
+        return self._first + self._n
 
     def __getitem__(self, key: Any) -> Any:
-        return self.view()[key]
+        row, *columns = key if isinstance(key, tuple) and key else (key,)
+        place: Any  # of the rows among those that are kept
+        if isinstance(row, (int, np.integer)):
+            if not -len(self) <= row < len(self):
+                raise IndexError(f"row {row} of the logits of {len(self)} tokens")
+            place = self._check(int(row) % len(self)) - self._first
+        elif isinstance(row, slice) and row.step in (None, 1):
+            wanted = range(len(self))[row]
+            first = self._check(wanted[0]) - self._first if wanted else 0
+            place = slice(first, first + len(wanted))
+        elif isinstance(row, slice) or np.ndim(row) == 1:
+            places = np.arange(len(self))[row]
+            self._check(int(places.min(initial=len(self))))
+            place = places - self._first
+        else:
+            return self[:][key]
+        index = (place, *columns)
+        return self.kept()[index]
+
+    def __iter__(self) -> Any:
+        return iter(self[:])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self[:], dtype, copy=copy)
+
+    def _check(self, first: int) -> int:
+        """`first`, the first row that is asked for; IndexError where it is not kept."""
+        if first < self._first:
+            raise IndexError(
+                f"row {first} of the logits was not kept, kept: the last {self._n} of {len(self)}; "
+                "make the Llama with logits_all=True, and eval() the tokens with it"
+            )
+        return first

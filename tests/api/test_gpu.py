@@ -49,7 +49,7 @@ def answered(llm: Llama) -> tuple[str, np.ndarray, Any]:
     """What is said, the logits behind its last token, and the answer's figures of the GPU."""
     answer = llm.read(text=TEXT).ask("Where?", max_tokens=6)
     assert llm.session is not None
-    return answer.text, llm._rows.last().copy(), answer.gpu
+    return answer.text, llm.scores[-1].copy(), answer.gpu
 
 
 @pytest.fixture(scope="module")

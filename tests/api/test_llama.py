@@ -227,14 +227,39 @@ def test_sample_with_index(ours: Llama) -> None:
         ours.sample()
 
 
-def test_logits_of_completions_are_few(ours: Llama) -> None:
-    """Breaks when a completion keeps n_ctx x n_vocab logits again."""
-    ours.reset()
-    ours.create_completion(PROMPT, max_tokens=4, temperature=0.0, logprobs=1)
-    assert len(ours._rows.view()) <= 5
-    ours.reset()
-    ours.create_completion(PROMPT, max_tokens=4, temperature=0.0)
-    assert len(ours._rows.view()) == 1
+@pytest.mark.parametrize("options", [{}, {"logprobs": 1}, {"logprobs": 1, "echo": True}], ids=str)
+def test_scores_after_a_completion(options: dict[str, Any], base: PlainLlama, ours: Llama) -> None:
+    """Breaks when logits_all does not keep the row of every token, those of a reused prefix included."""
+    for _ in range(2):
+        for llm in (base, ours):
+            llm.create_completion(PROMPT, max_tokens=4, temperature=0.0, **options)
+        n = ours.n_tokens
+        assert n == base.n_tokens == len(ours.scores)
+        found, expected = ours.scores[:n], base.scores[:n]
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 1e-2  # of logits of a few units
+        assert np.array_equal(np.array(ours.scores), found)
+    assert len(ours.eval_logits) == len(base.eval_logits)
+
+
+def test_scores_without_logits_all(tiny_model: Path) -> None:
+    """Breaks when a completion keeps n_ctx x n_vocab logits, or rows that were not kept are made up."""
+    with Llama(tiny_model, n_ctx=512, n_threads=1, verbose=False, retrieval=DENSE) as llm:
+        llm.create_completion(PROMPT, max_tokens=4, temperature=0.0)
+        assert len(llm._rows.kept()) == len(llm.eval_logits) == 1
+        assert int(np.argmax(llm.scores[llm.n_tokens - 1])) == llm.sample(temp=0.0)
+        with pytest.raises(IndexError, match="logits_all=True"):
+            llm.scores[: llm.n_tokens, :]
+
+
+def test_logprobs_after_rows_were_lost(base: PlainLlama, ours: Llama) -> None:
+    """Breaks when a reused prefix without rows, as of a loaded state, ends a completion with logprobs."""
+    options: dict[str, Any] = {"max_tokens": 3, "temperature": 0.0, "logprobs": 2}
+    ours.eval(ours.tokenize(PROMPT.encode()))
+    state = ours.save_state()
+    state.scores = state.scores[-1:]
+    ours.load_state(state)
+    _assert_close(*(_text(llm.create_completion(PROMPT, **options)) for llm in (ours, base)))
 
 
 def test_prefix_reuse(ours: Llama, tiny_model: Path) -> None:
@@ -470,5 +495,7 @@ def test_interrupted_eval_keeps_what_was_read(ours: Llama) -> None:
     with pytest.raises(KeyboardInterrupt):
         ours._feed(np.full(500, 300, np.int32), progress=stop)
     assert 100 <= ours.n_tokens == ours.session.n_past < 500
+    with pytest.raises(StateError, match="no logits"):  # those of the token before the interrupted ones are not it
+        ours.sample()
     ours.eval([301])
     assert ours.n_tokens == ours.session.n_past
