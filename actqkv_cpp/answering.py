@@ -127,7 +127,7 @@ def generate(llm: Llama, into: Generated, sampling: Sampling) -> None:
 
     `into` is filled as tokens come, so that an exception, KeyboardInterrupt included, leaves what was said.
     """
-    stream = _Stream(sampling.stop, sampling.on_text)
+    stream = _Stream((*sampling.stop, *llm._template.stop), sampling.on_text)
     seed = llm._seed
     if sampling.seed is not None:
         llm.set_seed(sampling.seed)

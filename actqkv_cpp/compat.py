@@ -60,7 +60,8 @@ TABLE: tuple[Row, ...] = (
             "no_perf": "",
             "last_n_tokens_size": "",
             "numa": "",
-            "chat_format": "",
+            "chat_format": "also of read(), ask() and chat(); left out, they use the model's own template, or "
+            '"Question: ... Answer:" where it has none',
             "tokenizer": "",
             "spm_infill": "",
             "verbose": "",
@@ -103,7 +104,8 @@ TABLE: tuple[Row, ...] = (
             "yarn_beta_fast": "as rope_scaling_type",
             "yarn_beta_slow": "as rope_scaling_type",
             "yarn_orig_ctx": "as rope_scaling_type",
-            "chat_handler": "handlers with images write to a llama.cpp context; others are honoured by our engine",
+            "chat_handler": "handlers with images write to a llama.cpp context; others are honoured by our engine, "
+            "in create_chat_completion alone: read() and chat() take chat_format",
         },
     ),
     *_rows(

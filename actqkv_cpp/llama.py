@@ -109,6 +109,7 @@ class Llama(llama_cpp.Llama):
         self._placement = Placement(vram, int(given.get("main_gpu", 0)))
         self.session = self.document = None
         self.kv_type = compat.kv_type(kv_type, given, KV_TYPES)
+        self._asked_format = given.get("chat_format")  # the base puts what it guesses in .chat_format
         self._auditor: Auditor | None = None
         self._has_opened = False  # the session is of a KV file, by the method of its reading
         self._prompting = False  # generate() is about to read its prompt
@@ -241,6 +242,7 @@ class Llama(llama_cpp.Llama):
         if self.session is not None:
             state |= {"type_k": None, "type_v": None}
         own = {"kv_type": self.kv_type, "kv_file": self.kv_file, "vram": self._placement.vram}
+        own |= {"chat_format": self._asked_format}
         return state | {"retrieval": self._retrieval} | own
 
     @property
@@ -546,7 +548,7 @@ class Llama(llama_cpp.Llama):
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
-        return ChatTemplate(self)
+        return ChatTemplate(self, self._asked_format)
 
     @functools.cached_property
     def _encoder(self) -> Encoder:

@@ -12,31 +12,19 @@ A `Cursor` is a place in a prompt that is being built: what the session holds, a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import llama_cpp
 import numpy as np
-from llama_cpp.llama_chat_format import (
-    CHATML_CHAT_TEMPLATE,
-    LLAMA3_INSTRUCT_CHAT_TEMPLATE,
-    MISTRAL_INSTRUCT_CHAT_TEMPLATE,
-    Jinja2ChatFormatter,
-)
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter, LlamaChatCompletionHandlerRegistry
 from numpy.typing import NDArray
 
-from actqkv_cpp.errors import InternalError, ParameterError
+from actqkv_cpp.errors import InternalError, ParameterError, unknown_name
 
 Tokens: TypeAlias = NDArray[np.int32]
-
-# Formats that llama_cpp knows by name and by Jinja text; other names fall back to the model's own template.
-_NAMED_TEMPLATES = {
-    "chatml": CHATML_CHAT_TEMPLATE,
-    "llama-3": LLAMA3_INSTRUCT_CHAT_TEMPLATE,
-    "mistral-instruct": MISTRAL_INSTRUCT_CHAT_TEMPLATE,
-}
 
 # For base models without a template.
 _PLAIN_TEMPLATE = (
@@ -121,15 +109,64 @@ class Step:
     spans: tuple[Span, ...]
 
 
-class ChatTemplate:
-    """The chat template of a loaded model (a llama_cpp.Llama), in pieces."""
+class _Renderer:
+    """Stands in for the Llama of a chat handler of llama_cpp: keeps the prompt it is to complete, and says nothing."""
 
-    def __init__(self, llm: Any) -> None:
-        model = llm._model
-        named = _NAMED_TEMPLATES.get(llm.chat_format or "")
-        text = named or llm.metadata.get("tokenizer.chat_template") or _PLAIN_TEMPLATE
-        bos, eos = (model.token_get_text(t) if t >= 0 else "" for t in (model.token_bos(), model.token_eos()))
-        self._formatter = Jinja2ChatFormatter(template=text, bos_token=bos, eos_token=eos)
+    verbose = False
+
+    def __init__(self) -> None:
+        self.prompt = ""
+        self.stop: tuple[str, ...] = ()
+
+    def tokenize(self, text: bytes, **_: Any) -> str:
+        return text.decode()
+
+    def create_completion(self, *, prompt: str, stop: Sequence[str | None], **_: Any) -> dict[str, Any]:
+        self.prompt, self.stop = prompt, tuple(text for text in stop if text)
+        choice = {"text": "", "index": 0, "logprobs": None, "finish_reason": "stop"}
+        return {"id": "", "object": "text_completion", "created": 0, "model": "", "choices": [choice], "usage": {}}
+
+
+def _rendered(handler: Any, messages: Any) -> _Renderer:
+    renderer = _Renderer()
+    handler(llama=renderer, messages=messages)
+    return renderer
+
+
+class ChatTemplate:
+    """The chat template of a loaded model (a llama_cpp.Llama), in pieces.
+
+    Args:
+        chat_format: a chat format of llama_cpp that stands for the model's own template; None: that one.
+
+    Attributes:
+        stop: texts that end an answer, beside the tokens that do.
+
+    Raises:
+        ParameterError: an unknown chat format, or one that is no prompt around texts.
+    """
+
+    def __init__(self, llm: Any, chat_format: str | None = None) -> None:
+        self.stop: tuple[str, ...] = ()
+        self._render: Callable[[Any], str]
+        if chat_format is None:
+            model = llm._model
+            text = llm.metadata.get("tokenizer.chat_template") or _PLAIN_TEMPLATE
+            bos, eos = (model.token_get_text(t) if t >= 0 else "" for t in (model.token_bos(), model.token_eos()))
+            formatter = Jinja2ChatFormatter(template=text, bos_token=bos, eos_token=eos)
+            self._render = lambda messages: str(formatter(messages=messages).prompt)
+            return
+        known: Mapping[str, Any] = LlamaChatCompletionHandlerRegistry._chat_handlers | llm._chat_handlers
+        if chat_format not in known:
+            raise unknown_name("chat_format", chat_format, known)
+        handler = known[chat_format]
+        self._render = lambda messages: _rendered(handler, messages).prompt
+        if self.pieces("user") is None:
+            raise ParameterError(
+                f"chat_format {chat_format!r} gives no prompt that a text stands in once",
+                "use create_chat_completion with it, or leave chat_format out for the model's own template",
+            )
+        self.stop = _rendered(handler, [{"role": "user", "content": "text"}]).stop
 
     def pieces(self, *roles: str) -> list[str] | None:
         """The len(roles) + 1 pieces around messages of these roles, ending where the assistant's answer begins.
@@ -139,7 +176,7 @@ class ChatTemplate:
         marks = [_SENTINEL.format(i) for i in range(len(roles))]
         messages: Any = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
         try:
-            rest = self._formatter(messages=messages).prompt
+            rest = self._render(messages)
         except Exception:  # templates raise what they like: raise_exception, TypeError, jinja2 errors
             return None
         pieces: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from llama_cpp.llama_chat_format import LLAMA3_INSTRUCT_CHAT_TEMPLATE, Jinja2ChatFormatter
 from tiny_gguf import CHAT_TEMPLATE, EOT, make_tiny_gguf
 
-from actqkv_cpp import Llama
+from actqkv_cpp import Llama, ParameterError
 from actqkv_cpp.template import ChatTemplate, Cursor, Encoder, Part
 
 NO_SYSTEM = (
@@ -35,7 +36,6 @@ def llm(tiny_model: Path) -> Iterator[Llama]:
 def _template(llm: Llama, text: str | None) -> ChatTemplate:
     class Fake:
         _model = llm._model
-        chat_format = None
         metadata = {} if text is None else {"tokenizer.chat_template": text}
 
     return ChatTemplate(Fake())
@@ -63,6 +63,50 @@ def test_templates_that_mangle(llm: Llama) -> None:
     assert _template(llm, DOUBLES).pieces("user") is None
     plain = _template(llm, None)
     assert plain.first(system=True) == ("<s>", "\n\nQuestion: ", "\nAnswer:")
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "around"),
+    [
+        ("gemma", ("<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n")),
+        ("chatml", ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")),
+        ("chatml-function-calling", ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")),
+        ("chat_template.default", ("<|user|>\n", "<|end|>\n<|assistant|>\n")),
+    ],
+)
+def test_chat_formats(chat_format: str, around: tuple[str, str], tiny_model: Path) -> None:
+    """Breaks when read and chat build another prompt than create_chat_completion does with the same chat_format."""
+    with Llama(tiny_model, n_threads=1, verbose=False, chat_format=chat_format) as llm:
+        head, middle, tail = llm._template.first(system=False)
+        assert (head.endswith(around[0]), middle, tail) == (True, None, around[1])
+        llm.chat().say("where is the key", max_tokens=1)
+        said = llm.input_ids[1 : llm.n_tokens - 1].tolist()  # BOS aside, which llama_cpp adds to some formats alone
+        llm.create_chat_completion([{"role": "user", "content": "where is the key"}], max_tokens=1)
+        assert said == [token for token in llm.input_ids[: llm.n_tokens].tolist() if token != llm.token_bos()]
+
+
+def test_stop_texts_of_a_chat_format(tiny_model: Path) -> None:
+    """Breaks when an answer runs over the text that ends it in a chat format without such a token."""
+    with Llama(tiny_model, n_threads=1, verbose=False, chat_format="chatml") as llm:
+        assert llm._template.stop == ("<|im_end|>",)
+        long = llm.chat().say("where is the key", max_tokens=20).text
+        llm._template.stop = (long[5:8],)
+        answer = llm.chat().say("where is the key", max_tokens=20)
+        assert (answer.text, answer.finish_reason) == (long[: long.index(long[5:8])].rstrip(), "stop")
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "words"), [("vicunna", "unknown chat_format"), ("functionary-v2", "gives no prompt")]
+)
+def test_chat_formats_that_are_refused(chat_format: str, words: str, tiny_model: Path) -> None:
+    """Breaks when read and chat take the model's own template in place of the chat_format that was given."""
+    with Llama(tiny_model, n_threads=1, verbose=False, chat_format=chat_format) as llm:
+        for call in (lambda: llm.read(text="the key"), lambda: llm.chat().say("where")):
+            with pytest.raises(ParameterError, match=words):
+                call()
+        copy = pickle.loads(pickle.dumps(llm))
+        assert copy._asked_format == chat_format
+        copy.close()
 
 
 def _whole(llm: Llama, messages: Any, template: str) -> list[int]:
