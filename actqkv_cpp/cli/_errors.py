@@ -36,16 +36,38 @@ _TABLE: tuple[tuple[type[BaseException], str, str | None], ...] = (
 
 _OPTIONS = {
     "n_ctx": "--ctx",
-    "budget": "--budget",
     "n_sink": "--sink",
     "n_local": "--local",
     "n_chunk_tokens": "--chunk",
     "n_threads": "--threads",
     "kv_type": "--kv-type",
+    "kv_file": "--kv-file",
     "max_tokens": "--max-tokens",
+    "min_recall": "--min-recall",
     "vram": "--vram",
     "n_gpu_layers": "--gpu-layers",
+    "budget": "--budget",
 }
+# A parameter's name, not part of a path; "budget", which is a word too, where its value is told.
+_NAME = re.compile(
+    r"(?<![\w./\\-])(?:" + "|".join(name for name in _OPTIONS if name != "budget") + r")(?![\w/\\-]|\.\w)"
+    r"|(?<![\w./\\-])budget(?= (?:is |of )?\d| \()|(?<=smaller )budget\b"
+)
+
+# Messages about parameters that the command line lacks: what it says in their place, and its hint.
+_TOLD: tuple[tuple[re.Pattern[str], str, str], ...] = (
+    (
+        re.compile(r"n_representatives is (\d+), expected 1 to (\d+)"),
+        r"a chunk has \2 tokens, a summary of this method is made of \1 of them",
+        "use a --chunk of at least that, for example 32",
+    ),
+    (
+        re.compile(r"(.*): use positions 'clamped', or a smaller n_ctx"),
+        r"\1",
+        "use --method actqkv, which reads on beyond that, or a smaller --ctx",
+    ),
+    (re.compile("min_recall needs audits"), "min_recall needs audits", "add --audit 16: a check every 16 tokens"),
+)
 
 
 def explain(error: BaseException) -> tuple[str, str]:
@@ -53,7 +75,10 @@ def explain(error: BaseException) -> tuple[str, str]:
     for kind, message, hint in _TABLE:
         if isinstance(error, kind):
             text = message.format(_text(error), kind=type(error).__name__)
-            return _one_line(_as_options(text)), _one_line(hint or _as_options(getattr(error, "hint", None) or _HINT))
+            remedy = hint or getattr(error, "hint", None) or _HINT
+            if isinstance(error, ActqkvError):
+                text, remedy = (_as_options(line) for line in _told(text, remedy))
+            return _one_line(text), _one_line(remedy)
     raise error
 
 
@@ -90,9 +115,17 @@ def _text(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def _told(text: str, hint: str) -> tuple[str, str]:
+    """Message and hint without parameters that the command line lacks."""
+    for pattern, told, its_hint in _TOLD:
+        if found := pattern.fullmatch(text):
+            return found.expand(told), its_hint
+    return text, hint
+
+
 def _as_options(text: str) -> str:
     """Parameters of the library by the names that they have on the command line."""
-    return re.sub(r"\b(" + "|".join(_OPTIONS) + r")\b", lambda found: _OPTIONS[found[0]], text)
+    return _NAME.sub(lambda found: _OPTIONS[found[0]], text)
 
 
 def _one_line(text: str) -> str:

@@ -181,6 +181,6 @@ def test_audits(actqkv: Actqkv, book: Path) -> None:
     alone = actqkv("ask", "-d", book, QUESTION, "--min-recall", "0.9")
     assert (alone.status, alone.out) == (1, "")
     assert alone.err.splitlines()[-2:] == [
-        "error: min_recall needs audits",
-        "hint: give the number of tokens from audit to audit",
+        "error: --min-recall needs audits",
+        "hint: add --audit 16: a check every 16 tokens",
     ]

@@ -93,23 +93,26 @@ def test_ctx_larger_than_ram(actqkv: Actqkv, book: Path) -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize(
-    ("options", "word"),
+    ("options", "words"),
     [
-        ("--budget 100", "608"),
-        ("--local 4k", "--budget 2,048 is less than"),
-        ("--budget 2k --sink 3k", "--sink 3,072"),
-        ("--chunk 0", "--chunk"),
-        ("--local 0", ""),
-        ("--method actqk", "did you mean 'actqkv'?"),
-        ("--kv-type f64", "did you mean 'f16'?"),
-        ("--ctx 1000000m", "--ctx is 1048576000000, expected at most"),
-        ("--threads 1000", "--threads is 1000, expected 1 to 512"),
+        ("--budget 100", ["608"]),
+        ("--local 4k", ["--budget 2,048 is less than"]),
+        ("--budget 2k --sink 3k", ["--sink 3,072"]),
+        ("--chunk 0", ["--chunk"]),
+        ("--chunk 1", ["a chunk has 1 tokens", "made of 4", "--chunk of at least"]),
+        ("--local 0", [""]),
+        ("--method actqk", ["did you mean 'actqkv'?"]),
+        ("--method dense --ctx 20k", ["end at the 8192 tokens", "--ctx is 20480", "use --method actqkv"]),
+        ("--kv-type f64", ["did you mean 'f16'?"]),
+        ("--ctx 1000000m", ["--ctx is 1048576000000, expected at most"]),
+        ("--threads 1000", ["--threads is 1000, expected 1 to 512"]),
+        ("--min-recall 0.9", ["--min-recall needs audits", "add --audit"]),
     ],
 )
-def test_values_that_contradict(actqkv: Actqkv, book: Path, options: str, word: str) -> None:
-    """A wrong retrieval option is ignored, or refused after the document was read."""
+def test_values_that_contradict(actqkv: Actqkv, book: Path, options: str, words: list[str]) -> None:
+    """A wrong retrieval option is ignored, told in words of the library, or refused after the document was read."""
     found = actqkv("ask", "-d", book, QUESTION, *options.split())
-    _assert_failed(found, word)
+    _assert_failed(found, *words)
     assert "read " not in found.err
 
 

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actqkv_cpp import Answer, Audit, Memory, ParameterError, Source, Timing, Usage
+from actqkv_cpp import (
+    Answer,
+    Audit,
+    ContextError,
+    DocumentError,
+    Memory,
+    ParameterError,
+    Source,
+    Timing,
+    Usage,
+)
 from actqkv_cpp.cli import _errors
 from actqkv_cpp.cli._output import Meter, Output, answer_figures, clock, human_bytes, shorten
 from actqkv_cpp.cli._transcript import Transcript, Turn
@@ -118,6 +128,31 @@ def test_every_error_is_a_line_and_a_hint(error: Exception, message: tuple[str, 
     assert text == message[0]
     assert message[1] in hint
     assert "\n" not in hint
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DocumentError("no such file: missing/budget.txt"), "no such file: missing/budget.txt"),
+        (DocumentError("no such file: budget"), "no such file: budget"),
+        (DocumentError("a/vram/b.txt is empty"), "a/vram/b.txt is empty"),
+        (ContextError("n_ctx.txt takes 9 tokens; n_ctx is 5"), "n_ctx.txt takes 9 tokens; --ctx is 5"),
+        (ContextError("my budget takes 9 tokens; n_ctx is 5"), "my budget takes 9 tokens; --ctx is 5"),
+        (OSError(2, "No such file or directory", "vram"), "vram: No such file or directory"),
+        (
+            ParameterError("budget 10 is less than n_sink 4 + n_local 8"),
+            "--budget 10 is less than --sink 4 + --local 8",
+        ),
+        (ParameterError("budget (at least n_sink + n_local) is 5"), "--budget (at least --sink + --local) is 5"),
+        (ParameterError("x", "a smaller budget, kv_type or vram 0"), "x; a smaller --budget, --kv-type or --vram 0"),
+        (ParameterError("x", "or a kv_file; min_recall is 0.5"), "x; or a --kv-file; --min-recall is 0.5"),
+    ],
+    ids=str,
+)
+def test_names_of_options(error: Exception, told: str) -> None:
+    """A file's name is changed in a message, or a parameter is told by a name that no option has."""
+    text, hint = _errors.explain(error)
+    assert told in (text, f"{text}; {hint}")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
