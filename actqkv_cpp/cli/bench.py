@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +12,7 @@ import typer
 import actqkv_cpp
 from actqkv_cpp import machine
 from actqkv_cpp.cli import _options as o
+from actqkv_cpp.cli._arguments import model_path
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._session import open_model
@@ -125,9 +125,8 @@ def bench(
             quick=quick,
             json=as_json,
         )
-        engine = o.EngineOptions.of(
-            context, model=Path(model) if model else None, method=_to_open_with(request.methods)
-        )
+        path = model_path(model, hint="give a GGUF file, or leave it out for the bundled model")
+        engine = o.EngineOptions.of(context, model=path, method=_to_open_with(request.methods))
         if kernels:
             _bench_kernels(output, engine, request)
         else:

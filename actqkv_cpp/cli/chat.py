@@ -10,6 +10,7 @@ import typer
 
 from actqkv_cpp import default_model_path
 from actqkv_cpp.cli import _options as o
+from actqkv_cpp.cli._arguments import model_path
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._repl import COMMANDS, Repl
@@ -66,9 +67,9 @@ def chat(
       actqkv chat --resume paper
     """
     output = Output(quiet=quiet, verbose=verbose)
-    engine = o.EngineOptions.of(context, model=Path(model) if model else None)
     sampling = o.SamplingOptions.of(context)
     with reported(output):
+        engine = o.EngineOptions.of(context, model=model_path(model))
         if resume is None:
             _chat(output, engine, sampling, documents or [])
             return

@@ -12,6 +12,7 @@ import typer
 
 import actqkv_cpp
 from actqkv_cpp.cli import _options as o
+from actqkv_cpp.cli._arguments import model_path
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._output import Output
@@ -153,8 +154,9 @@ def evaluate(
             out=out,
             json=as_json,
         )
+        path = model_path(model, hint="give a GGUF file, or leave it out for the bundled model; texts have --text FILE")
         settings = {"n_sink": sink, "n_local": local, "chunk": chunk, "kv_type": kv_type, "n_threads": threads}
-        _eval(output, Path(model) if model else actqkv_cpp.default_model_path(), settings, request)
+        _eval(output, path or actqkv_cpp.default_model_path(), settings, request)
 
 
 def _eval(output: Output, model: Path, settings: dict[str, Any], request: _Request) -> None:

@@ -122,6 +122,14 @@ def test_document_without_its_option(actqkv: Actqkv, book: Path, tmp_path: Path)
     _assert_failed(actqkv("ask", "-d", book, "b.txt", QUESTION), "b.txt", "-d of its own")
 
 
+@pytest.mark.parametrize(
+    ("command", "hint"), [("chat", "-d of its own"), ("bench", "bundled model"), ("eval", "--text FILE")]
+)
+def test_document_in_the_place_of_the_model(actqkv: Actqkv, book: Path, command: str, hint: str) -> None:
+    """Who forgets -d is told to download a book again."""
+    _assert_failed(actqkv(command, book), f"{book} is a file, but no GGUF model", hint)
+
+
 @pytest.mark.parametrize("question", ["word " * 100, "nul \ufffd / a/b?"])
 @pytest.mark.model
 def test_questions_that_are_no_names(actqkv: Actqkv, book: Path, question: str) -> None:
