@@ -18,6 +18,7 @@ class Source:
     PDF, DOCX, EPUB or HTML file that is the text which `actqkv text FILE` prints, else the decoded file.
     `score` is the share (0..1) of the attention that went to the documents and fell on this passage.
     `place` is what people call the place where it begins: "p. 214", a heading, "line 120"; None where nothing is known.
+    `number` is the document's among those read, from 0: two may have the same name.
     """
 
     document: str
@@ -26,6 +27,7 @@ class Source:
     text: str
     score: float
     place: str | None = None
+    number: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

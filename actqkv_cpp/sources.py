@@ -63,7 +63,7 @@ def find(weights: NDArray[np.float64], spans: Sequence[Span], files: Sequence[Te
     passages = _joined(found[:_N_SENTENCES], [files[span.document].text for span in spans])
     passages.sort(key=lambda passage: -passage.weight)
     kept = [p for i, p in enumerate(passages[:N_PASSAGES]) if i == 0 or p.weight >= _LEAST_SCORE * total]
-    return tuple(_source(files[spans[passage.span].document], passage, total) for passage in kept)
+    return tuple(_source(spans[passage.span].document, files, passage, total) for passage in kept)
 
 
 def character_ends(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -151,8 +151,14 @@ def _joined(passages: list[_Passage], texts: Sequence[str]) -> list[_Passage]:
     return out
 
 
-def _source(file: TextFile, passage: _Passage, total: float) -> Source:
-    text = file.text[passage.start : passage.end]
-    score = passage.weight / total
-    place = file.place(passage.start)
-    return Source(document=file.name, start=passage.start, end=passage.end, text=text, score=score, place=place)
+def _source(number: int, files: Sequence[TextFile], passage: _Passage, total: float) -> Source:
+    file = files[number]
+    return Source(
+        document=file.name,
+        start=passage.start,
+        end=passage.end,
+        text=file.text[passage.start : passage.end],
+        score=passage.weight / total,
+        place=file.place(passage.start),
+        number=number,
+    )

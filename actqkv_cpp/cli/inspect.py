@@ -17,7 +17,7 @@ from actqkv_cpp.errors import ParameterError
 from actqkv_cpp.files import written_atomically
 
 if TYPE_CHECKING:
-    from actqkv_cpp.inspection import Inspection
+    from actqkv_cpp.inspection import Anchor, Inspection, Passage
 
 _N_SHOWN = 5  # anchors and passages in the terminal
 _EXCERPT = 72  # characters of a passage there
@@ -137,18 +137,24 @@ def _show(output: Output, found: Inspection) -> None:
         output.line(f"{layer['layer']:5}  {share:>6}  {{:>7}}  {{:>11}}  {{:>12}}".format(*cells))
     if passages := found.passages[:_N_SHOWN]:
         output.line("\nattended most, by share of steps and layers that choose:")
-        texts = {doc.name: doc.text for doc in found.documents}
         for passage in passages:
-            excerpt = " ".join(texts[passage.document][passage.start : passage.end].split())[:_EXCERPT]
-            output.entry(f"{passage.attended:5.0%}  ", f"{passage.document}:{passage.start}-{passage.end}  {excerpt}")
+            text = found.documents[passage.number].text[passage.start : passage.end]
+            excerpt = " ".join(text.split())[:_EXCERPT]
+            output.entry(f"{passage.attended:5.0%}  ", f"{_place(found, passage)}  {excerpt}")
     if anchors := found.anchors[:_N_SHOWN]:
         output.line("\nanchors, by activation bias relative to their window:")
         for anchor in anchors:
-            place = f"{anchor.document}:{anchor.start}-{anchor.end}"
-            output.entry(f"{anchor.bias:5.1f}  ", f"{place}  {anchor.text.strip()!r}")
+            output.entry(f"{anchor.bias:5.1f}  ", f"{_place(found, anchor)}  {anchor.text.strip()!r}")
     if found.answer.gpu is not None:
         output.line(f"\nGPU: {found.answer.gpu}")
     output.note("--html OUT writes a page to look at, --json all of it for programs")
+
+
+def _place(found: Inspection, there: Anchor | Passage) -> str:
+    """Document and offsets; of documents with one name also which of them it is."""
+    twice = sum(doc.name == there.document for doc in found.documents) > 1
+    which = f" (document {there.number + 1})" if twice else ""
+    return f"{there.document}{which}:{there.start}-{there.end}"
 
 
 def _number(value: float | None) -> str:

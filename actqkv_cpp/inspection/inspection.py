@@ -40,9 +40,11 @@ class DocumentText:
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
-    """A token far from its layer's running average. `bias` is relative to its window: 1.0 is an average token."""
+    """A token far from its layer's running average. `bias` is relative to its window: 1.0 is an average token.
+    `number` is the document's among those read, from 0."""
 
     document: str
+    number: int
     start: int
     end: int
     text: str
@@ -51,10 +53,12 @@ class Anchor:
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A chunk of the text, and the share (0..1) of the choosing layers' steps that attended it."""
+    """A chunk of the text, and the share (0..1) of the choosing layers' steps that attended it. `number` is the
+    document's among those read, from 0."""
 
     chunk: int
     document: str
+    number: int
     start: int
     end: int
     attended: float
@@ -133,9 +137,10 @@ class Inspection:
         best = np.argsort(-np.nan_to_num(mean, nan=-np.inf), kind="stable")
         found: list[Anchor] = []
         for token in best[: 4 * _N_BEST]:
-            for name, start, end, text in self._places(int(token), int(token) + 1):
-                if text.strip() and math.isfinite(mean[token]):
-                    found.append(Anchor(document=name, start=start, end=end, text=text, bias=float(mean[token])))
+            for number, start, end in self._places(int(token), int(token) + 1):
+                doc, bias = self.documents[number], float(mean[token])
+                if (text := doc.text[start:end]).strip() and math.isfinite(bias):
+                    found.append(Anchor(document=doc.name, number=number, start=start, end=end, text=text, bias=bias))
         return tuple(found[:_N_BEST])
 
     @cached_property
@@ -162,16 +167,17 @@ class Inspection:
         c, n_sink = self.recording.n_chunk_tokens, self.recording.n_sink
         found = []
         for chunk in np.argsort(-mean, kind="stable")[:_N_BEST].tolist():
-            for name, start, end, _ in self._places(n_sink + chunk * c, n_sink + (chunk + 1) * c):
-                share = float(mean[chunk])
-                found.append(Passage(chunk=chunk, document=name, start=start, end=end, attended=share))
+            for number, start, end in self._places(n_sink + chunk * c, n_sink + (chunk + 1) * c):
+                name, share = self.documents[number].name, float(mean[chunk])
+                found.append(Passage(chunk=chunk, document=name, number=number, start=start, end=end, attended=share))
         return tuple(found)
 
-    def _places(self, first: int, last: int) -> Iterator[tuple[str, int, int, str]]:
-        for doc in self.documents:
+    def _places(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Number and characters of each document that the session's tokens [first, last) lie in."""
+        for number, doc in enumerate(self.documents):
             start, end = doc.range_of(first, last)
             if start < end:
-                yield doc.name, start, end, doc.text[start:end]
+                yield number, start, end
 
     def layers(self) -> list[dict[str, Any]]:
         """Per layer, averaged over steps: share in chunks, entropy, recalls; None where there is no such thing."""

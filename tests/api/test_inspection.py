@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from actqkv_cpp import Answer, Llama, Retrieval
+from actqkv_cpp.cli._output import Output
+from actqkv_cpp.cli.inspect import _show
 from actqkv_cpp.inspection import Inspection, render
 from actqkv_cpp.reader import TextFile
 
 TEXT = "A weaver described the second vase near the shore; Łódź </script> & more. They counted the golden rug. "
-FILES = [TextFile("one.txt", TEXT * 3), TextFile("two <b>.txt", "é" + TEXT * 3)]
+# Two of one name: only their numbers tell them apart.
+FILES = [TextFile("two <b>.txt", TEXT * 3), TextFile("two <b>.txt", "é" + TEXT * 3)]
 SMALL = Retrieval(n_local=64, window=32, n_sink=4, chunk=16, budget=116)
 METHODS = {
     "actqkv": SMALL,
@@ -76,7 +79,8 @@ def test_figures_follow_from_the_records(found: Inspection) -> None:
     assert found.mass_recall == pytest.approx(np.mean([r.mass_recall for r in choosing]))
     masks = [r.chosen_mask().mean(axis=0)[best.chunk] for r in choosing if r.n_chunks > best.chunk]
     assert best.attended == pytest.approx(sum(masks) / n_steps / len(found.choosing))
-    doc = next(doc for doc in found.documents if doc.name == best.document)
+    doc = found.documents[best.number]
+    assert best.document == doc.name
     token = recording.n_sink + best.chunk * recording.n_chunk_tokens
     assert (best.start, best.end) == doc.range_of(token, token + recording.n_chunk_tokens)
 
@@ -85,7 +89,8 @@ def test_anchors_are_the_tokens_of_most_bias(found: Inspection) -> None:
     """Breaks when an anchor is not among the greatest biases, or a method without bias has anchors."""
     assert (found.method == "actqkv") == found.has_bias == bool(found.anchors)
     for anchor in found.anchors:
-        doc = next(doc for doc in found.documents if doc.name == anchor.document)
+        doc = found.documents[anchor.number]
+        assert doc.name == anchor.document
         assert doc.text[anchor.start : anchor.end] == anchor.text
     biases = [anchor.bias for anchor in found.anchors]
     assert biases == sorted(biases, reverse=True)
@@ -104,8 +109,18 @@ def test_json(found: Inspection) -> None:
     step = value["steps"][-1]["layers"][-1]
     assert set(step) == {"layer", "share", "entropy", "mass_recall", "chunk_recall", "chunks"}
     assert [len(chunks) for chunks in step["chunks"]] == [step["share"]] * len(step["chunks"])
+    assert {passage["number"] for passage in value["passages"]} == {0, 1}
     for document in value["documents"]:
         assert document["bias"] is None or len(document["bias"]) == len(document["token_ends"])
+
+
+def test_terminal(found: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
+    """Breaks when a person reads the text of another document of the same name."""
+    _show(Output(), found)
+    out = capsys.readouterr().out
+    for passage in found.passages[:5]:
+        text = " ".join(FILES[passage.number].text[passage.start : passage.end].split())
+        assert f"(document {passage.number + 1}):{passage.start}-{passage.end}  {text[:72]}\n" in out
 
 
 def test_page(found: Inspection) -> None:

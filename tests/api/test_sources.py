@@ -39,9 +39,9 @@ def find(
     weights: np.ndarray, spans: tuple[Span, ...] = (SPAN,), files: tuple[TextFile, ...] = (FILE,)
 ) -> list[tuple[str, str, float]]:
     found = sources.find(weights, spans, files)
-    texts = {file.name: file.text for file in files}
     for source in found:
-        assert texts[source.document][source.start : source.end] == source.text
+        file = files[source.number]
+        assert (file.name, file.text[source.start : source.end]) == (source.document, source.text)
     return [(source.document, source.text, round(source.score, 3)) for source in found]
 
 
@@ -97,6 +97,14 @@ def test_documents_do_not_merge() -> None:
     weights = weights_at({at(29): 1.0}) + weights_at({0: 3.0}, other, SPAN.end)
     found = find(weights, spans, (FILE, TextFile("b.txt", other)))
     assert found == [("b.txt", "Other words.", 0.75), ("a.txt", SENTENCES[29], 0.25)]
+
+
+def test_documents_of_one_name() -> None:
+    """Breaks when nothing tells which of two documents of one name a source stands in."""
+    files = (TextFile("a.txt", TEXT), TextFile("a.txt", "Other words. More of them."))
+    weights = weights_at({0: 1.0}, files[1].text, SPAN.end)
+    (source,) = sources.find(weights, (SPAN, span_of(files[1].text, 1, SPAN.end)), files)
+    assert (source.number, source.text) == (1, "Other words.")
 
 
 def test_place() -> None:

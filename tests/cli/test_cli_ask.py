@@ -57,7 +57,7 @@ def test_json(actqkv: Actqkv, book: Path) -> None:
     for answer in result["answers"]:
         assert answer["sources"]
         for source in answer["sources"]:
-            assert set(source) == {"document", "start", "end", "text", "score", "place"}
+            assert set(source) == {"document", "number", "start", "end", "text", "score", "place"}
             assert source["document"] == str(book)
             assert text[source["start"] : source["end"]] == source["text"]
 
