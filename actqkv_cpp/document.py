@@ -391,14 +391,20 @@ class Document(Conversation):
 
         Raises:
             ContextError: the question does not fit n_ctx beside the documents.
-            StateError: the session was used for something else since the reading.
+            StateError: the session was used for something else since the reading; of one that was stopped, not a word
+                of the documents is there yet.
             ParameterError: an unknown argument; with `retrieval` the reading would have been another one.
 
         Example:
             >>> doc.ask("Who kept the key?", on_text=print).sources[0].text
         """
-        how = Sampling.of(**sampling)
-        return self._answer(self._here(), question, how, Generated(), reading=self._reading, retrieval=retrieval)
+        how, place = Sampling.of(**sampling), self._here()
+        if not place.spans:
+            raise StateError(
+                f"nothing of {', '.join(self.names)} was read: {self.tokens_read} of {self.tokens_total} tokens",
+                "resume() reads on",
+            )
+        return self._answer(place, question, how, Generated(), reading=self._reading, retrieval=retrieval)
 
 
 def text_files(source: Source, text: str | None, name: str | None, *, kv_files: bool = False) -> list[TextFile]:

@@ -598,8 +598,8 @@ class Llama(llama_cpp.Llama):
         if self._has_opened:
             saved.leave_opened(self)
         document = Document(self, files, system=system, question=question, reserve=reserve)
-        self.document = document
         with nullcontext() if self.kv_file is None else saved.written(self, self.kv_file, document._reading):
+            self.document = document
             document.resume(progress=progress)
         return document
 

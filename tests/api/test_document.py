@@ -18,6 +18,7 @@ from actqkv_cpp import (
     Cancelled,
     ContextError,
     DocumentError,
+    KVFileError,
     Llama,
     ParameterError,
     Retrieval,
@@ -187,6 +188,28 @@ def test_interrupted_reading(tiny_sparse: Llama, error: type[BaseException], at:
     whole = doc.ask("where", max_tokens=6)
     fresh = tiny_sparse.read(text=text).ask("where", max_tokens=6)
     assert (whole.text, whole.usage.document_tokens) == (fresh.text, fresh.usage.document_tokens)
+
+
+def test_a_document_that_was_not_read_does_not_answer(tiny_sparse: Llama) -> None:
+    """Breaks when a question about documents is answered without a word of them."""
+    with pytest.raises(Cancelled):
+        tiny_sparse.read(text="the key", name="a.txt", system=FILLER, progress=lambda done, total: False)
+    doc = tiny_sparse.document
+    assert doc is not None
+    with pytest.raises(StateError, match=r"nothing of a\.txt was read: \d+ of \d+ tokens") as caught:
+        doc.ask("where", max_tokens=2)
+    assert caught.value.hint == "resume() reads on"
+    doc.resume()
+    assert doc.ask("where", max_tokens=2).usage.document_tokens > 0
+
+
+def test_reading_that_could_not_begin(tiny_model: Path, tmp_path: Path) -> None:
+    """Breaks when `document` is one that was never read."""
+    path = tmp_path / "none" / "a.akv"
+    with Llama(tiny_model, n_ctx=1024, n_threads=1, verbose=False, kv_file=path) as llm:
+        with pytest.raises(KVFileError, match="No such file"):
+            llm.read(text="the key")
+        assert llm.document is None
 
 
 def test_session_used_for_something_else(tiny_sparse: Llama) -> None:
