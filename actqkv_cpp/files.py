@@ -7,6 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from actqkv_cpp.errors import ParameterError
+
+_MARK_BYTES = 4096  # from the beginning of a file, in which its mark stands
+
+
+def check_free(path: Path, mark: str) -> None:
+    """ParameterError where `path` cannot be written, or would overwrite a file without `mark`: one that is not ours.
+
+    Example:
+        >>> check_free(Path("report.html"), "actqkv report")
+    """
+    if path.is_dir():
+        raise ParameterError(f"{path} is a folder", "give a file's name")
+    if not path.parent.is_dir():
+        raise ParameterError(f"{path.parent} is no folder", "make it first")
+    if path.exists():
+        with path.open("rb") as file:
+            if mark.encode() not in file.read(_MARK_BYTES):
+                raise ParameterError(f"{path} exists and was not written by {mark}", "choose another name")
+
 
 @contextmanager
 def named(name: str | Path, *, instead_of: str | Path | None = None) -> Iterator[None]:

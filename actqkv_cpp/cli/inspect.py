@@ -14,7 +14,7 @@ from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._session import find_documents, open_model, read_all, texts_of
 from actqkv_cpp.errors import ParameterError
-from actqkv_cpp.files import written_atomically
+from actqkv_cpp.files import check_free, written_atomically
 
 if TYPE_CHECKING:
     from actqkv_cpp.inspection import Anchor, Inspection, Passage
@@ -64,7 +64,9 @@ def inspect(
             raise typer.BadParameter(f"ask one question, not {len(asked)}")
         engine = o.EngineOptions.of(context, model=path)
         if html is not None:
-            _check_free(html)
+            from actqkv_cpp.inspection.page import MARK  # noqa: PLC0415 (heavy)
+
+            check_free(html, MARK)
         found = _inspect(output, engine, documents, asked[0], max_tokens)
         if html is not None:
             _write(html, found)
@@ -104,18 +106,6 @@ def _inspect(
             answer = document.ask(question, max_tokens=max_tokens, on_text=on_text)
     output.answer_note(answer)
     return Inspection.of(llm, document, answer, recording)
-
-
-def _check_free(path: Path) -> None:
-    """Only a page of our own is overwritten."""
-    from actqkv_cpp.inspection.page import MARK  # noqa: PLC0415 (heavy)
-
-    if path.is_dir():
-        raise ParameterError(f"{path} is a folder", "give --html a file's name")
-    if path.exists() and not path.read_bytes().startswith(MARK.encode()):
-        raise ParameterError(f"{path} exists and is no page of actqkv inspect", "choose another name")
-    if not path.parent.is_dir():
-        raise ParameterError(f"{path.parent} is no folder", "make it first")
 
 
 def _write(path: Path, found: Inspection) -> None:

@@ -11,7 +11,7 @@ from actqkv_cpp.cli import _options as o
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.errors import ParameterError
-from actqkv_cpp.files import written_atomically
+from actqkv_cpp.files import check_free, written_atomically
 
 _PAGES = (".html", ".htm")
 
@@ -50,6 +50,7 @@ def _report(files: list[Path], out: Path) -> None:
             f"{out}: what is to be drawn is told by the end of the name", "end it in .html, .png or .svg"
         )
     found = [results.read(path) for path in files]
+    check_free(out, page.MARK)
     if out.suffix in _PAGES:
         with written_atomically(out) as temporary:
             temporary.write_text(page.render(found), encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actqkv_cpp.errors import ParameterError
+from actqkv_cpp.evaluation.page import MARK
 from actqkv_cpp.evaluation.results import Result
 from actqkv_cpp.evaluation.summary import size
 from actqkv_cpp.evaluation.views import Chart, HeatMap, Series, View
@@ -44,8 +45,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure = _figure(len(panels))
     for i, panel in enumerate(panels):
         panel(figure.add_subplot(-(-len(panels) // _COLUMNS), min(_COLUMNS, len(panels)), i + 1))
+    mark = {"Software" if path.suffix == ".png" else "Creator": MARK}
     with written_atomically(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=_DPI, facecolor="white")
+        figure.savefig(temporary, format=path.suffix[1:], dpi=_DPI, facecolor="white", metadata=mark)
 
 
 def _with(panel: Callable[[Any, Any, View], None], what: Any, view: View) -> Callable[[Any], None]:

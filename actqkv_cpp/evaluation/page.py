@@ -13,6 +13,7 @@ from actqkv_cpp.evaluation.results import Result, Row
 from actqkv_cpp.evaluation.summary import percent, size
 from actqkv_cpp.evaluation.views import Chart, HeatMap, Series, View
 
+MARK = "actqkv report"  # how a page or a picture of ours is known
 _N_COLOURS = 8
 _N_DASHES = 3
 _ABOUT_SCORES = (
@@ -47,7 +48,7 @@ def render(results: Sequence[Result]) -> str:
     title = f"Evaluation of {view.results[0].model['name']}"
     css = files("actqkv_cpp.evaluation").joinpath("page.css").read_text(encoding="utf-8")
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!-- {MARK} -->\n<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n"

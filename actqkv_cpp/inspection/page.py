@@ -12,7 +12,7 @@ import numpy as np
 from actqkv_cpp.inspection.inspection import Inspection, Step, plain
 from actqkv_cpp.recording import Record
 
-MARK = "<!-- actqkv inspect -->"  # how a page of ours is known
+MARK = "actqkv inspect"  # how a page of ours is known
 _TEMPLATE = Path(__file__).with_name("page.html")
 _SLOT = "/*DATA*/null"
 _BIAS_STEPS = 24  # of a byte, per doubling of the bias: 128 is an average token, 0 an unknown one
@@ -22,7 +22,7 @@ def render(inspection: Inspection) -> str:
     """The page: text shaded by bias or by how often it was attended, layers, steps."""
     data = json.dumps(_data(inspection), ensure_ascii=False, separators=(",", ":"))
     safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return f"{MARK}\n{_TEMPLATE.read_text(encoding='utf-8').replace(_SLOT, safe)}"
+    return f"<!-- {MARK} -->\n{_TEMPLATE.read_text(encoding='utf-8').replace(_SLOT, safe)}"
 
 
 def _data(inspection: Inspection) -> dict[str, Any]:

@@ -52,7 +52,10 @@ def test_tables_and_report(actqkv: Actqkv, babbler: Path, tmp_path: Path) -> Non
     assert "\x1b" not in found.out + found.err
     drawn = actqkv("report", "out/result.json", "-o", "report.html")
     assert (drawn.status, drawn.out) == (0, "")
-    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!-- actqkv report -->\n<!doctype html>")
+    (tmp_path / "mine.html").write_text("mine", encoding="utf-8")
+    assert_failed(actqkv("report", "out/result.json", "-o", "mine.html"), "mine.html exists", "another name")
+    assert (tmp_path / "mine.html").read_text(encoding="utf-8") == "mine"
 
 
 def test_ctrl_c_and_on(babbler: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_bad_input(actqkv: Actqkv, book: Path, tmp_path: Path) -> None:
     mine.write_text("mine")
     found = actqkv("inspect", "-d", book, QUESTION, "--html", mine)
     assert (found.status, mine.read_text()) == (1, "mine")
-    assert "exists and is no page of actqkv inspect" in found.err
+    assert "exists and was not written by actqkv inspect" in found.err
     assert "hint: choose another name" in found.err
     assert actqkv("inspect", "-d", book, QUESTION, "--html", tmp_path / "none" / "page.html").status == 1
     assert actqkv("inspect", "-d", book).status == 2

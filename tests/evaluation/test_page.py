@@ -12,6 +12,7 @@ from evaluation_support import LENGTHS, make_result
 from actqkv_cpp.errors import ParameterError, StateError
 from actqkv_cpp.evaluation import figure, page
 from actqkv_cpp.evaluation.views import View
+from actqkv_cpp.files import check_free
 
 VOID = {"meta", "line", "rect", "circle", "path", "polyline", "polygon", "br", "link", "img"}
 
@@ -59,6 +60,19 @@ def test_stands_alone(html: str) -> None:
     assert parser.wrong == []
     assert parser.open == []
     assert "prefers-color-scheme: dark" in html
+
+
+def test_only_pages_of_ours_are_overwritten(html: str, tmp_path: Path) -> None:
+    """A report takes the place of somebody's file."""
+    path = tmp_path / "report.html"
+    for text in (None, html):
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+        check_free(path, page.MARK)
+    path.write_text("<!doctype html>mine", encoding="utf-8")
+    for taken, words in ((path, "was not written by actqkv report"), (tmp_path, "is a folder"), (path / "a", "no fol")):
+        with pytest.raises(ParameterError, match=words):
+            check_free(taken, page.MARK)
 
 
 def test_text_is_escaped(html: str) -> None:
@@ -131,7 +145,9 @@ def test_pictures(tmp_path: Path, suffix: str) -> None:
     """A picture cannot be drawn, or half of one is left."""
     pytest.importorskip("matplotlib")
     path = tmp_path / f"figure{suffix}"
-    figure.draw([make_result()], path)
+    for _ in range(2):
+        check_free(path, page.MARK)
+        figure.draw([make_result()], path)
     assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
