@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import llama_cpp
@@ -22,31 +23,35 @@ if TYPE_CHECKING:
 
     from actqkv_cpp.llama import Llama
 
+_WHOLE, _NUMBERS = ("max_tokens", "min_tokens", "top_k", "seed"), ("temperature", "top_p", "min_p")
+_OR_NONE = ("max_tokens", "seed")
+
 OnText: TypeAlias = Callable[[str], object]  # pieces of the answer as they come; returning False ends the answer
 
 
 class SamplingOptions(TypedDict, total=False):
     """The keyword arguments of `Document.ask`, `Chat.ask` and `Chat.say`, all of which draw answers."""
 
-    max_tokens: int
+    max_tokens: int | None
     min_tokens: int
     temperature: float
     top_p: float
     min_p: float
     top_k: int
     seed: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     on_text: OnText | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn. Arguments as in llama_cpp.Llama.create_completion; temperature 0.0 is greedy.
+    """How an answer is drawn. Arguments as in llama_cpp.Llama.create_completion; temperature 0.0 is greedy, max_tokens
+    None goes on up to n_ctx.
 
     Before `min_tokens` no control token is drawn, so that the answer neither ends nor begins another turn.
     """
 
-    max_tokens: int = 1024
+    max_tokens: int | None = 1024
     min_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 0.95
@@ -63,14 +68,23 @@ class Sampling:
         for name in options:
             if name not in known:
                 raise unknown_name("argument", name, known)
-        stop = options.get("stop", ())
-        given: dict[str, Any] = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        stop = options.get("stop") or ()
+        stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
+        given: dict[str, Any] = {**options, "stop": stops}
         return cls(**given)
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ParameterError(f"max_tokens is at least 1, not {self.max_tokens}")
-        if not 0 <= self.min_tokens <= self.max_tokens:
+        for names, kind, what in ((_WHOLE, Integral, "a whole number"), (_NUMBERS, Real, "a number")):
+            for name in names:
+                value = getattr(self, name)
+                if not (isinstance(value, kind) or (value is None and name in _OR_NONE)):
+                    raise ParameterError(f"{name} is {what}, not {value!r}")
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise ParameterError(f"stop is a text or several, not {text!r}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ParameterError(f"max_tokens is at least 1, not {self.max_tokens}", "None goes on up to n_ctx")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise ParameterError(f"min_tokens is 0 to max_tokens ({self.max_tokens}), not {self.min_tokens}")
         if not self.temperature >= 0.0:
             raise ParameterError(f"temperature is at least 0, not {self.temperature}")
@@ -158,7 +172,7 @@ def generate(llm: Llama, into: Generated, sampling: Sampling) -> None:
             if stream.stopped or stream.refused:
                 into.finish_reason = "stop" if stream.stopped else "cancelled"
                 break
-            if into.n_tokens >= sampling.max_tokens:
+            if sampling.max_tokens is not None and into.n_tokens >= sampling.max_tokens:
                 break
     finally:
         llm._sampler = None

@@ -273,7 +273,7 @@ class Document(Conversation):
         reserve: int | None = None,
     ) -> None:
         super().__init__(llm)
-        content = [Part(system + GAP)] if system else []
+        content = [Part(system), Part(GAP)] if system else []
         content += [Part(question, document=QUESTION), Part(GAP)] if question else []
         begin = beginning(llm, [*content, *texts(files)], files)
         without = beginning(llm, content, [])
@@ -378,14 +378,14 @@ class Document(Conversation):
 
         Args:
             question: text; never becomes control tokens.
-            max_tokens: of the answer, at least 1, by default 1024. It ends earlier, with `context_full`, where n_ctx is
-                full.
+            max_tokens: of the answer, at least 1, by default 1024; None: no limit. It ends earlier, with
+                `context_full`, where n_ctx is full.
             min_tokens: of the answer, at most max_tokens, by default 0: it does not end before, save by `stop` or a
                 full n_ctx.
             temperature: 0.0 (default) takes the likeliest token.
             top_p, min_p, top_k: as in llama_cpp (0.95, 0.05, 40), where temperature is above 0.
             seed: of the sampling, 0 to 4294967295; -1: a new one each time; None: the Llama's own.
-            stop: texts that end the answer; not part of it.
+            stop: a text, or several, that end the answer; not part of it. None, as by default: none.
             on_text: called with pieces of the answer as they come; returning False ends it ("cancelled").
             retrieval: answers by another method or budget, as `Llama.answering` has it.
 

@@ -242,6 +242,11 @@ def test_wrong_use(tiny_sparse: Llama, tmp_path: Path) -> None:
         tiny_sparse.chat(doc, system="the book")
     for options in (
         {"max_tokens": 0},
+        {"max_tokens": "5"},
+        {"min_tokens": None},
+        {"temperature": None},
+        {"stop": 5},
+        {"stop": ["a", None]},
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"seed": 1 << 32},
@@ -261,6 +266,7 @@ def test_wrong_use(tiny_sparse: Llama, tmp_path: Path) -> None:
         ({"text": 5}, "not int"),
         ({"text": "caf\udce9"}, "lone surrogate, character 3"),
         ({"text": "the key", "question": 5}, "not int"),
+        ({"text": "the key", "system": 3}, "not int"),
         ({"text": "the key", "reserve": -1}, "reserve is at least 0"),
     ],
 )
@@ -301,6 +307,14 @@ def test_streaming_and_stop(tiny_sparse: Llama) -> None:
     refused = doc.ask("where", max_tokens=30, on_text=lambda piece: False)
     assert refused.finish_reason == "cancelled"
     assert whole.text.startswith(refused.text)
+
+
+def test_none_as_llama_cpp_takes_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when max_tokens=None is no answer up to the end of n_ctx, or stop=None is not the default."""
+    monkeypatch.setattr(llama_cpp, "llama_vocab_is_eog", lambda vocab, token: False)
+    with Llama(tiny_model, n_ctx=128, n_threads=1, verbose=False, retrieval=SMALL) as llm:
+        answer = llm.read(text="the key").ask("where", max_tokens=None, stop=None)
+        assert (answer.context_full, llm.n_tokens) == (True, 128)
 
 
 def test_max_tokens_and_context_full(tiny_sparse: Llama) -> None:
