@@ -94,7 +94,7 @@ def ask(
 
 
 def _load_questions(path: Path) -> list[str]:
-    lines = [line.strip() for line in reader.load_plain(path).splitlines()]
+    lines = [line.strip() for line in reader.load_plain(path).split("\n")]  # not at U+2028, which may stand in JSON
     if path.suffix != ".jsonl":
         return [line for line in lines if line]
     try:

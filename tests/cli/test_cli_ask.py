@@ -15,6 +15,7 @@ import pytest
 from cli_support import ANSWER, LONG, OTHER_ANSWER, OTHER_QUESTION, QUESTION, Actqkv, command, environment
 
 from actqkv_cpp.__main__ import main
+from actqkv_cpp.cli.ask import _load_questions
 
 pytestmark = pytest.mark.model
 
@@ -70,6 +71,16 @@ def test_standard_input_and_questions_in_a_file(actqkv: Actqkv, book: Path, tmp_
         found = actqkv("ask", "-d", "-", "--questions", name, stdin=book.read_bytes())
         assert (found.status, found.out) == (0, f"{ANSWER}\n")
         assert "stdin" in found.err
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_lines_of_questions(tmp_path: Path, ending: str) -> None:
+    """A question with a line separator of Unicode is cut, or its file is no JSON lines any more."""
+    asked = ["Who\u2028kept it?", "When\x85?"]
+    lines = [json.dumps({"question": text}, ensure_ascii=False) for text in asked] if ending == ".jsonl" else asked
+    path = tmp_path / f"q{ending}"
+    path.write_bytes("\r\n".join([*lines, ""]).encode())
+    assert _load_questions(path) == asked
 
 
 def test_model_and_quiet(actqkv: Actqkv, babbler: Path, book: Path) -> None:
