@@ -13,7 +13,7 @@ and another walks the rows against llama_cpp.Llama itself. The treatments:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
@@ -181,8 +181,13 @@ TABLE: tuple[Row, ...] = (
             "gpu": "where attention runs on a GPU, or why it does not",
             "document": "the latest reading, also an interrupted one, or None",
             "read": "read documents into the session: a Document",
+            "open": "open a KV file: a Document that was read before",
             "chat": "a conversation, over documents or none: a Chat",
+            "answering": "within the block, answers by another method or budget over the same reading",
+            "audit": "check the retrieval while answering, and widen the budget where it misses",
+            "record": "within the block, what every layer does in every window: a Recording",
             "count_tokens": "tokens of a text as a document",
+            "n_ctx_train": "tokens that the model was trained on; 0 where its file does not say",
         },
     ),
 )
@@ -245,6 +250,15 @@ def base_defaults() -> dict[str, Any]:
 
     parameters = inspect.signature(llama_cpp.Llama.__init__).parameters
     return {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def signature(constructor: Callable[..., None]) -> inspect.Signature:
+    """The signature of our constructor with the base's arguments and their defaults in place of `**options`."""
+    import llama_cpp  # noqa: PLC0415 (heavy)
+
+    base = inspect.signature(llama_cpp.Llama.__init__).parameters.values()
+    ours = [p for p in inspect.signature(constructor).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return inspect.Signature([*ours, *(p for p in base if p.kind is p.KEYWORD_ONLY)])
 
 
 def check_names(options: Mapping[str, Any]) -> None:

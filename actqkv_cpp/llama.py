@@ -427,12 +427,12 @@ class Llama(llama_cpp.Llama):
         if self.session is None:
             return super().save_state()
         self._rewind(self.n_tokens)
-        blob = self.session.state_get()
+        blob = bytes(self.session.state_get())
         return llama_cpp.LlamaState(
             scores=self._rows.kept().copy(),
             input_ids=self.input_ids.copy(),
             n_tokens=self.n_tokens,
-            llama_state=cast(bytes, blob),
+            llama_state=blob,
             llama_state_size=len(blob),
             seed=self._seed,
         )
@@ -654,7 +654,8 @@ class Llama(llama_cpp.Llama):
         return Chat(self, self.read(document, system=system, progress=progress))
 
 
-# Signatures and docstrings that callers see are the base's.
+# Signatures and docstrings that callers see are the base's; the constructor's has our arguments before the base's.
+cast(Any, Llama.__init__).__signature__ = compat.signature(Llama.__init__)
 functools.update_wrapper(Llama.sample, llama_cpp.Llama.sample)
 functools.update_wrapper(Llama._init_sampler, llama_cpp.Llama._init_sampler)
 functools.update_wrapper(Llama.detokenize, llama_cpp.Llama.detokenize)

@@ -79,12 +79,14 @@ def test_every_argument_has_a_row() -> None:
 
 
 def test_every_member_has_a_row() -> None:
-    """Breaks when llama_cpp.Llama has a public member that the table does not know, or the table invents one."""
+    """Breaks when either Llama has a public member that the table does not know, or the table invents one."""
     public = {name for name in vars(llama_cpp.Llama) if not name.startswith("_")}
     public |= {"__call__", "__getstate__", "__setstate__"}
     members = {name for kind, name in ROWS if kind == "member"}
     new = {row.name for row in compat.TABLE if (row.kind, row.treatment) == ("member", "new")}
     assert members == public | new
+    ours = {name for name in vars(Llama) if not name.startswith("_")}
+    assert ours - members == {"model_params"}  # an attribute of the base's instances
     assert len(ROWS) == len(compat.TABLE)
 
 
@@ -193,6 +195,11 @@ CALLS: dict[str, Any] = {
     "read": lambda m: m.read(text="the key").tokens_read > 0,
     "chat": lambda m: m.chat().messages == [],
     "count_tokens": lambda m: m.count_tokens("the key") > 0,
+    "open": lambda m: (m.read(text="the key").save("key.akv"), m.open("key.akv").text == "the key")[1],
+    "answering": lambda m: m.answering(None).__enter__() is None,
+    "audit": lambda m: m.audit(0) is None,
+    "record": lambda m: callable(m.record),
+    "n_ctx_train": lambda m: m.n_ctx_train == 2048,
 }
 
 
@@ -207,6 +214,14 @@ def test_signatures_are_the_bases() -> None:
     for name, method in inspect.getmembers(llama_cpp.Llama, inspect.isfunction):
         if name not in {"__init__", "_create_completion"}:
             assert [*inspect.signature(getattr(Llama, name)).parameters] == [*inspect.signature(method).parameters]
+
+
+def test_signature_of_the_constructor() -> None:
+    """Breaks when editors and help() do not show an argument, or with another default than it has."""
+    found = inspect.signature(Llama).parameters
+    assert [*found] == ["model_path", "retrieval", "kv_type", "kv_file", "vram", *compat.base_defaults()]
+    assert {name: found[name].default for name in compat.base_defaults()} == compat.base_defaults()
+    assert found["model_path"].default is found["retrieval"].default is None
 
 
 @pytest.mark.parametrize(("name", "near"), [("n_cxt", "n_ctx"), ("retreival", "retrieval"), ("kv_typ", "kv_type")])

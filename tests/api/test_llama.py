@@ -291,6 +291,7 @@ def test_save_and_load_state(ours: Llama) -> None:
     ours.reset()
     ours.eval(ours.tokenize(PROMPT.encode()))
     state = pickle.loads(pickle.dumps(ours.save_state()))
+    assert type(state.llama_state) is bytes
     expected = [ours.sample(temp=0.0)]
     ours.eval(expected)
     expected.append(ours.sample(temp=0.0))
