@@ -351,7 +351,7 @@ class Session:
         self.n_layer: int = llama_cpp.llama_model_n_layer(model.model)
         self._handle = ffi.gc(out[0], lib.actqkv_session_free, size=min(self.plan.total_bytes, 2**62))
         lib.actqkv_set_progress(self._handle, lib.actqkv_py_progress, ffi.NULL)
-        lifetime.follow(model, self)
+        lifetime.guard_of(model).sessions.add(self)
 
     # -- life
 

@@ -145,7 +145,7 @@ TABLE: tuple[Row, ...] = (
             "eval_tokens": "",
             "__getstate__": "pickles the arguments, as the base does",
             "__setstate__": "",
-            "close": "",
+            "close": "while another thread computes it raises ThreadError and frees nothing",
             "pooling_type": "",
         },
     ),

@@ -33,7 +33,7 @@ from actqkv_cpp.document import Document, PathLike, Progress, text_files
 from actqkv_cpp.errors import Cancelled, ContextError, ModelError, ParameterError, StateError, unknown_name
 from actqkv_cpp.figures import Mass, Phase
 from actqkv_cpp.gpu import GpuUse, NoGpu
-from actqkv_cpp.lifetime import close_all, sessions_over
+from actqkv_cpp.lifetime import guard_of
 from actqkv_cpp.placement import Placement
 from actqkv_cpp.reader import TextFile
 from actqkv_cpp.recording import Recording
@@ -172,6 +172,9 @@ class Llama(llama_cpp.Llama):
                 self.close()
                 detail = next((line for line in log if line), str(error))
                 raise ModelError(f"{path}: {detail}", "check that the file is complete and is a GGUF model") from error
+        guard = guard_of(self._model)
+        guard.watch(self._model, "tokenize")
+        guard.watch(self._ctx, "decode")
 
     def _attach(self, options: dict[str, Any]) -> None:
         """Put a session in place of the context that the base made."""
@@ -226,7 +229,8 @@ class Llama(llama_cpp.Llama):
         stack, model = getattr(self, "_stack", None), getattr(self, "_model", None)
         if stack is None or model is self._CLOSED:
             return
-        close_all([*([] if self.session is None else [self.session]), *sessions_over(model)])
+        if model is not None:
+            guard_of(model).close(self.session)
         stack.close()
         for name in ("_model", "_ctx", "tokenizer_", "_encoder", "_template"):
             setattr(self, name, self._CLOSED)

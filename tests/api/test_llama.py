@@ -12,6 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
+from llama_cpp._internals import LlamaContext, LlamaModel
 from llama_oracle import PlainLlama
 
 from actqkv_cpp import (
@@ -481,6 +482,36 @@ def test_close_while_another_thread_reads(tiny_model: Path) -> None:
     assert n_refused >= 4
     llm.close()
     assert second.closed
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "name"), [("actqkv", LlamaModel, "tokenize"), ("llama.cpp", LlamaContext, "decode")]
+)
+def test_close_while_another_thread_is_in_llama_cpp(
+    method: str, kind: type[Any], name: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when close() frees a model that libllama tokenises or computes with: the process ends with SIGSEGV."""
+    inside, go_on = threading.Event(), threading.Event()
+    original = getattr(kind, name)
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        inside.set()
+        assert go_on.wait(10)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(kind, name, slow)
+    with Llama(tiny_model, n_threads=1, verbose=False, retrieval=Retrieval(method)) as llm:
+        reader = threading.Thread(target=lambda: llm.read(text="the key"))
+        reader.start()
+        assert inside.wait(10)
+        try:
+            with pytest.raises(ThreadError, match="another thread"):
+                llm.close()
+            assert llm._model.model is not None
+        finally:
+            go_on.set()
+            reader.join()
+        assert llm.document.ask("where", max_tokens=1).usage.document_tokens > 0  # type: ignore[union-attr]
 
 
 def test_interrupted_eval_keeps_what_was_read(ours: Llama) -> None:
