@@ -44,12 +44,19 @@ class Turn:
     tokens: Tokens
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What a conversation grew by, and where it stands since."""
+
+    what: Reading | Turn
+    after: Place
+
+
 class Chat(Conversation):
     """A conversation over one session, over documents or none; a turn sees those before it. Made by `Llama.chat`.
 
     Attributes:
         llm: the Llama whose session holds it.
-        messages: the turns so far, as {"role": "user" or "assistant", "content": text}.
         answer: the latest Answer, or None.
 
     Example:
@@ -60,31 +67,48 @@ class Chat(Conversation):
 
     def __init__(self, llm: Llama, document: Document | None, *, system: str | None = None) -> None:
         super().__init__(llm)
-        self.messages: list[dict[str, str]] = []
         self.answer: Answer | None = None
-        self._reading: Reading | None = document._reading if document else None
-        if document is not None:
-            self._place = document._reading.here()
-        else:
-            begin = beginning(llm, [Part(system)] if system else [], [])
-            self._place = replace(begin.done, before=begin.head + begin.closing)
         self._system = system
-        self._start = self._place
-        self._turns: list[Place] = []  # where each began
-        self._said: list[Turn] = []
+        begin = beginning(llm, [Part(system)] if system else [], [])
+        self._origin = replace(begin.done, before=begin.head + begin.closing)
+        self._steps: list[_Step] = []
+        if document is not None:
+            self._origin = document._reading.place
+            self._append(replace(document._reading))  # the document may be read on, this stays where it is
 
     def _here(self) -> Place:
-        return self._place
+        return self._steps[-1].after if self._steps else self._origin
+
+    def _until(self, n_turns: int) -> list[_Step]:
+        """The first turns, and documents read before the next."""
+        turns = [i for i, step in enumerate(self._steps) if isinstance(step.what, Turn)]
+        return self._steps[: [*turns, len(self._steps)][n_turns]]
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns so far."""
+        return tuple(step.what for step in self._steps if isinstance(step.what, Turn))
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The turns so far, as {"role": "user" or "assistant", "content": text}."""
+        said = ((("user", turn.question), ("assistant", turn.answer)) for turn in self.turns)
+        return [{"role": role, "content": text} for pair in said for role, text in pair]
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """How documents were read, in order; `n_read` is less than `n_total` where that was interrupted."""
+        return tuple(step.what for step in self._steps if isinstance(step.what, Reading))
 
     @property
     def documents(self) -> list[str]:
         """Names of the documents read, in order."""
-        return [file.name for file in self._place.files]
+        return [file.name for file in self._here().files]
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the conversation in the session."""
-        return self._place.cursor.n_past
+        return self._here().cursor.n_past
 
     def say(
         self,
@@ -99,10 +123,10 @@ class Chat(Conversation):
         far, as soon as the question was read; before that, the turn never was.
         """
         how = Sampling.of(**sampling)
-        self._return()
+        self._return(self._steps)
         said = Generated()
         try:
-            self.answer = self._answer(self._place, text, how, said, reading=self._reading, retrieval=retrieval)
+            self.answer = self._answer(self._here(), text, how, said, reading=self._latest(), retrieval=retrieval)
             return self.answer
         finally:
             if said.first_token_at is not None:
@@ -120,8 +144,11 @@ class Chat(Conversation):
         Arguments and errors as in `Document.ask`.
         """
         how = Sampling.of(**sampling)
-        self._return()
-        return self._answer(self._place, question, how, Generated(), reading=self._reading, retrieval=retrieval)
+        self._return(self._steps)
+        return self._answer(self._here(), question, how, Generated(), reading=self._latest(), retrieval=retrieval)
+
+    def _latest(self) -> Reading | None:
+        return self.readings[-1] if self.readings else None
 
     def _after_answer(self, place: Place) -> Place:
         """The place after an answer: nothing of it is open, the next turn brings the template's end of it."""
@@ -150,16 +177,16 @@ class Chat(Conversation):
             text, name, progress: as in `Llama.read`.
 
         Raises:
-            as `Llama.read`; an interrupted reading keeps what was read of the document.
+            as `Llama.read`; an interrupted reading keeps what was read of the document, and `resume` reads on.
 
         Example:
             >>> chat.read("second.txt")
         """
         files = text_files(source, text, name, kv_files=True)
-        self._return()
-        place = self._place
+        self._return(self._steps)
+        place = self._here()
         content = texts(files, first=len(place.files))
-        inserted = self.llm._template.inserted() if self._turns else None
+        inserted = self.llm._template.inserted() if self.turns else None
         if not place.cursor.n_past:
             begin = beginning(self.llm, [Part(self._system + GAP), *content] if self._system else content, files)
         elif inserted is not None:
@@ -173,30 +200,57 @@ class Chat(Conversation):
         done = replace(begin.done, files=place.files + tuple(files))
         self._check_history(place)
         reading = self._plan(place, begin.head, begin.closing, done, reserve=None)
+        self._read_behind(self._steps, reading, progress)
+
+    def resume(self, *, progress: Progress | None = None) -> None:
+        """Read on where the latest interrupted reading stopped; nothing to do where none was interrupted.
+
+        Turns and documents after it are forgotten: they would stand in the middle of what is read.
+
+        Args:
+            progress: as in `Llama.read`; counts from what was read before.
+
+        Raises:
+            as `Llama.read`; nothing is forgotten where StateError is raised.
+        """
+        readings = [(at, step.what) for at, step in enumerate(self._steps) if isinstance(step.what, Reading)]
+        stopped = [(at, reading) for at, reading in readings if reading.n_read < reading.n_total]
+        if not stopped:
+            return
+        at, reading = stopped[-1]
+        before, n_turns = self._steps[:at], len(self.turns)
+        self._return(before)
+        try:
+            self._read_behind(before, self._as_held(reading), progress)
+        finally:
+            self.answer = self.answer if len(self.turns) == n_turns else None
+
+    def _read_behind(self, steps: Sequence[_Step], reading: Reading, progress: Progress | None) -> None:
+        """Read what is left of `reading`; the conversation is `steps` and it then, however it ends."""
         try:
             self._read(reading, progress)
         finally:
-            self._place, self._reading = reading.here(), reading
-            if not self._turns:
-                self._start = self._place
+            self._steps = list(steps)
+            self._append(reading)
 
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The turns so far."""
-        return tuple(self._said)
+    def _as_held(self, reading: Reading) -> Reading:
+        """A reading of the same, as far as the session holds it."""
+        n = min(len(reading.history), self.llm.n_tokens)
+        differ = np.flatnonzero(reading.history[:n] != self.llm.input_ids[:n])
+        n_held = int(differ[0]) if len(differ) else n
+        return replace(reading, n_read=max(n_held - reading.step.keep, 0))
 
     @property
     def documents_by_turn(self) -> list[tuple[TextFile, ...]]:
         """The documents read before each turn, and before the next."""
-        return [place.files for place in [*self._turns, self._place]]
+        steps = (self._until(n) for n in range(len(self.turns) + 1))
+        return [some[-1].after.files if some else () for some in steps]
 
     def undo(self) -> None:
         """Forget the last turn (question and answer), and documents read after it. StateError when there is none."""
-        if not self._turns:
+        if not self.turns:
             raise StateError("there is no turn to undo", "ask something first")
-        self._place = self._turns.pop()
-        self._said.pop()
-        del self.messages[-2:]
+        self._steps = self._until(len(self.turns) - 1)
         self.answer = None
 
     def branch(self, n_turns: int | None = None) -> Chat:
@@ -212,13 +266,13 @@ class Chat(Conversation):
         Example:
             >>> other = chat.branch(1)  # as it was after the first turn
         """
-        n = len(self._turns) if n_turns is None else n_turns
-        if not 0 <= n <= len(self._turns):
-            raise ParameterError(f"there is no turn {n}, the last is {len(self._turns)}", "count the turns from 1")
+        last = len(self.turns)
+        n = last if n_turns is None else n_turns
+        if not 0 <= n <= last:
+            raise ParameterError(f"there is no turn {n}, the last is {last}", "count the turns from 1")
         other = copy.copy(self)
-        other._place = [*self._turns, self._place][n]
-        other._turns, other._said, other.messages = self._turns[:n], self._said[:n], self.messages[: 2 * n]
-        other.answer = self.answer if n == len(self._turns) else None
+        other._steps = self._until(n)
+        other.answer = self.answer if n == last else None
         return other
 
     def replay(self, question: str, answer: str, tokens: Sequence[int]) -> None:
@@ -232,34 +286,31 @@ class Chat(Conversation):
             ParameterError: a token is none of this model's.
         """
         turn = Turn(question, answer, np.array(tokens, np.int32))
-        self._return()
-        self._feed_again(self._place, turn)
+        self._return(self._steps)
+        self._feed_again(self._here(), turn)
         self._append(turn)
 
-    def _append(self, turn: Turn) -> None:
-        """The turn that the session holds after `_place` is part of the conversation."""
-        self._turns.append(self._place)
-        self._said.append(turn)
-        self.messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
-        self._place = self._after_answer(self._place)
+    def _append(self, what: Reading | Turn) -> None:
+        """What the session holds behind `_here` is part of the conversation."""
+        after = what.here() if isinstance(what, Reading) else self._after_answer(self._here())
+        self._steps = [*self._steps, _Step(what, after)]
 
     def _feed_again(self, place: Place, turn: Turn) -> None:
         self._feed_question(place, turn.question, sources=False)
         self.llm._feed(turn.tokens, phase="decode")
 
-    def _return(self) -> None:
-        """Have the session hold this conversation, where it holds only its beginning: as if it had just been held."""
-        places = [*self._turns, self._place]
-        last = next((i for i in reversed(range(len(places))) if self._holds(places[i])), len(places) - 1)
-        for i in range(last, len(self._said)):
-            if places[i].files != places[i + 1].files:
+    def _return(self, steps: Sequence[_Step]) -> None:
+        """Have the session hold `steps`, where it holds only their beginning: as if they had just been made."""
+        places = [self._origin, *(step.after for step in steps)]
+        first = next(i for i in reversed(range(len(places))) if self._holds(places[i]))
+        for place, step in zip(places[first:], steps[first:], strict=False):
+            if isinstance(step.what, Reading):
                 raise StateError("a document that was read in this branch is in the session no longer", "read it again")
-            self._feed_again(places[i], self._said[i])
+            self._feed_again(place, step.what)
             if self.llm.session is not None:
                 self.llm.session.checkpoint()
 
     def reset(self) -> None:
         """Forget all turns, and documents read between them; those that came before the first turn stay read."""
-        self._place = self._start
-        self._turns, self._said, self.messages = [], [], []
+        self._steps = self._until(0)
         self.answer = None

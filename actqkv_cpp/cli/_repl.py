@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,9 +14,17 @@ from actqkv_cpp.cli import _errors
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._options import SamplingOptions, check_text
 from actqkv_cpp.cli._output import Output, answer_figures, shorten
-from actqkv_cpp.cli._saved import ReadEvent, SavedChat, digest, events_of, is_name
+from actqkv_cpp.cli._saved import ReadEvent, SavedChat, TurnEvent, digest, events_of, is_name
 from actqkv_cpp.cli._saved import save as save_chat
-from actqkv_cpp.cli._session import STDIN, Reading, load_document, note_again, read_with_progress
+from actqkv_cpp.cli._session import (
+    STDIN,
+    load_document,
+    names_of,
+    note_again,
+    progress_of,
+    read_with_progress,
+    unfinished,
+)
 from actqkv_cpp.cli._terminal import Lines
 from actqkv_cpp.cli._transcript import Transcript, Turn
 from actqkv_cpp.errors import ParameterError, unknown_name
@@ -23,6 +32,7 @@ from actqkv_cpp.reader import TextFile
 
 if TYPE_CHECKING:
     from actqkv_cpp import Answer, Chat
+    from actqkv_cpp.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,7 @@ class Repl:
     """A chat over a loaded model.
 
     Args:
-        chat: the conversation, over `llm.document` where there is one.
-        reading: how far the reading of that document went.
+        chat: the conversation, over the documents of -d.
         documents: of -d, as `/save NAME` remembers them; `system` likewise.
     """
 
@@ -62,7 +71,6 @@ class Repl:
         chat: Chat,
         *,
         sampling: SamplingOptions,
-        reading: Reading | None,
         documents: Sequence[str] = (),
         system: str | None = None,
     ) -> None:
@@ -72,9 +80,8 @@ class Repl:
         self._branches = [Branch(chat, [])]
         self._at = 0  # of the branches
         self._sampling = sampling
-        self._readings = [reading] if reading else []
         self._documents = tuple(documents)
-        self._n_given = len(chat.documents)
+        self._n_given = sum(len(reading.done.files) - len(reading.place.files) for reading in chat.readings)
         self._system = system
         self._kv_files: dict[str, str] = {}  # that documents were taken out of, by their digests
         self._saved: set[Path] = set()
@@ -93,10 +100,17 @@ class Repl:
 
         Args:
             files: documents read between turns, by digest.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C stopped a reading, so that what follows cannot be taken up.
         """
-        for event in saved.events[len(self._chat.documents) :]:
+        for _, some in groupby(saved.events[len(self._chat.documents) :], _taken_with):
+            event, *more = some
             if isinstance(event, ReadEvent):
-                self._take(event.path, [files[event.sha256]])
+                reads = [event, *(other for other in more if isinstance(other, ReadEvent))]
+                self._take(event.path, [files[read.sha256] for read in reads])
+                if unfinished(self._chat):
+                    raise KeyboardInterrupt
                 continue
             number = len(self._chat.turns)
             self._chat.replay(event.question, event.answer, event.tokens)
@@ -144,9 +158,10 @@ class Repl:
             answer = how(text, on_text=on_text, **self._sampling.arguments())
         self._turns.append(Turn(kind, answer, len(self._chat.turns) - 1 if kind == "chat" else None))
         self._output.answer_note(answer)
-        for reading in self._readings:
-            if not reading.complete:
-                self._output.note(f"known of {reading.names}: the first {reading.done:,} of {reading.total:,} tokens")
+        for reading in unfinished(self._chat):
+            self._output.note(
+                f"known of {names_of(reading)}: the first {reading.n_read:,} of {reading.n_total:,} tokens"
+            )
 
     # -- commands
 
@@ -167,30 +182,38 @@ class Repl:
         if reader.is_kv_file(path):
             self._kv_files |= {digest(file): path for file in files}
             note_again(self._output, self._llm, path, files)
-        for file in files:
-            self._add(file)
-
-    def _add(self, file: TextFile) -> None:
-        add = self._chat.read
-        reading = read_with_progress(self._output, file.name, lambda progress: add(file, progress=progress))
-        self._readings.append(reading)
+        names, chat = ", ".join(file.name for file in files), self._chat
+        if not read_with_progress(self._output, names, lambda progress: chat.read(files, progress=progress)):
+            self._output.note("/read reads on")
 
     def _read_on(self) -> None:
-        """Finish the reading of -d. What was said on its first part is forgotten: it would stand in the middle."""
-        document = self._llm.document
-        if document is None or document.tokens_read >= document.tokens_total:
-            raise ParameterError("/read needs a file", COMMANDS["/read"].usage)
-        names = ", ".join(document.names)
-        reading = read_with_progress(
-            self._output,
-            names,
-            lambda progress: document.resume(progress=progress),
-            already=document.tokens_read,
-        )
-        self._readings = [reading]
-        if self._chat.messages:
-            self._output.note("the conversation starts again")
-        self._branches, self._at = [Branch(self._llm.chat(document), [])], 0
+        chat = self._chat
+        stopped, before, n_turns = unfinished(chat), chat.readings, len(chat.turns)
+        if not stopped:
+            raise ParameterError("/read needs a file: no reading was stopped", COMMANDS["/read"].usage)
+        try:
+            read_with_progress(
+                self._output,
+                names_of(stopped[-1]),
+                lambda progress: chat.resume(progress=progress),
+                already=stopped[-1].n_read,
+            )
+        finally:
+            if len(chat.turns) < n_turns:
+                self._output.note(f"what was said without the rest is forgotten; {self._where()}")
+            self._forget(before)
+
+    def _forget(self, before: Sequence[Reading]) -> None:
+        """Say which documents went with the end of the conversation, and drop the answers that did.
+
+        Args:
+            before: its readings until then.
+        """
+        here = self._branches[self._at]
+        here.answers = here.until(len(here.chat.turns))
+        if gone := before[len(here.chat.readings) :]:
+            names = ", ".join(names_of(reading) for reading in gone)
+            self._output.note(f"no longer read, as it came after that: {names}; /read FILE reads a document again")
 
     def ask(self, question: str) -> None:
         if not question:
@@ -205,23 +228,25 @@ class Repl:
 
     def stats(self, rest: str) -> None:
         self._output.note(f"context: {self._llm.n_tokens:,} of {self._llm.n_ctx():,} tokens used")
-        for reading in self._readings:
-            self._output.note(str(reading))
+        for reading in self._chat.readings:
+            self._output.note(progress_of(names_of(reading), reading.n_read, reading.n_total, reading.seconds))
         if self._llm.gpu.there:
             self._output.note(f"attention on {self._llm.gpu}")
         for line in answer_figures(self._turns[-1].answer) if self._turns else ():
             self._output.note(line)
 
     def reset(self, rest: str) -> None:
+        before = self._chat.readings
         self._chat.reset()
         self._turns.clear()
         self._output.note("the conversation starts again; documents read before it stay")
+        self._forget(before)
 
     def undo(self, rest: str) -> None:
-        chat = self._chat
-        chat.undo()
-        self._branches[self._at].answers = self._branches[self._at].until(len(chat.turns))
+        before = self._chat.readings
+        self._chat.undo()
         self._output.note(f"forgotten; {self._where()}")
+        self._forget(before)
 
     def edit(self, question: str) -> None:
         if not question:
@@ -285,8 +310,8 @@ class Repl:
         """To go on another day."""
         if STDIN in self._documents:
             raise ParameterError("a document from standard input could not be read again", "save it in a file first")
-        if any(not reading.complete for reading in self._readings):
-            raise ParameterError("a document is not read whole", "/read reads on")
+        if stopped := unfinished(self._chat):
+            raise ParameterError(f"{names_of(stopped[-1])} is not read whole", "/read reads on")
         details = {turn.number: turn.answer for turn in self._turns if turn.number is not None}
         path = Path(self._llm.model_path)
         bundled = path == actqkv_cpp.default_model_path()
@@ -309,6 +334,11 @@ class Repl:
         if not self._turns:
             raise ParameterError("there is no answer yet", "ask something first")
         return self._turns[-1].answer
+
+
+def _taken_with(event: ReadEvent | TurnEvent) -> object:
+    """The same for the documents of one KV file, which are one reading; else of the event alone."""
+    return event.path if isinstance(event, ReadEvent) and reader.is_kv_file(event.path) else id(event)
 
 
 COMMANDS = {

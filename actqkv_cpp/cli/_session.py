@@ -6,7 +6,6 @@ import ctypes
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +24,7 @@ from actqkv_cpp.reader import TextFile
 if TYPE_CHECKING:
     from actqkv_cpp import Chat, Document, Llama
     from actqkv_cpp.figures import FileInfo
+    from actqkv_cpp.reading import Reading
 
     Asked: TypeAlias = Document | Chat
 
@@ -151,35 +151,41 @@ def open_model(
     return llm
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How far a reading went. `done` is less than `total` where Ctrl-C stopped it, both are 0 where a KV file held all;
-    `rate` is in tokens per second."""
-
-    names: str
-    done: int
-    total: int
-    seconds: float
-    rate: float
-
-    @property
-    def complete(self) -> bool:
-        return self.done >= self.total
-
-    def __str__(self) -> str:
-        if not self.total:
-            return f"nothing is left to read of {self.names}"
-        what = f"{self.done:,}" if self.complete else f"the first {self.done:,} of {self.total:,}"
-        return f"read {what} tokens of {self.names} in {clock(self.seconds)} ({self.rate:,.0f}/s)"
+def names_of(reading: Reading) -> str:
+    """The documents that were read, or are still to be."""
+    return ", ".join(file.name for file in reading.done.files[len(reading.place.files) :])
 
 
-def read_with_progress(output: Output, names: str, work: Callable[[Progress], object], *, already: int = 0) -> Reading:
+def unfinished(chat: Chat) -> list[Reading]:
+    """Those of its readings that Ctrl-C stopped."""
+    return [reading for reading in chat.readings if reading.n_read < reading.n_total]
+
+
+def progress_of(names: str, done: int, total: int, seconds: float, *, already: int = 0) -> str:
+    """How far a reading went.
+
+    Args:
+        done, total: tokens; done is less where Ctrl-C stopped it, total is 0 where a KV file held all.
+        seconds: that it took, without the `already` tokens before; 0 where that is not known.
+    """
+    if not total:
+        return f"nothing is left to read of {names}"
+    what = f"{done:,}" if done >= total else f"the first {done:,} of {total:,}"
+    took = f" in {clock(seconds)} ({(done - already) / seconds:,.0f}/s)" if seconds else ""
+    return f"read {what} tokens of {names}{took}"
+
+
+def read_with_progress(output: Output, names: str, work: Callable[[Progress], object], *, already: int = 0) -> bool:
     """Run `work` with a progress function that shows itself and stops the work at Ctrl-C; what was read is kept.
 
     Args:
         already: tokens that were read before and count as done.
+
+    Returns:
+        whether it ended by itself.
     """
     done, total, begin = already, 0, time.monotonic()
+    stopped = False
     with Interrupt() as stop, output.progress(f"reading {names}") as show:
 
         def progress(n_done: int, n_total: int) -> bool:
@@ -188,50 +194,45 @@ def read_with_progress(output: Output, names: str, work: Callable[[Progress], ob
             show(done, total)
             return done >= total or not stop.requested
 
-        with suppress(Cancelled, KeyboardInterrupt):
+        try:
             work(progress)
+        except (Cancelled, KeyboardInterrupt):
+            stopped = True
     seconds = time.monotonic() - begin
-    result = Reading(names, done, total, seconds, (done - already) / seconds)
-    output.note(str(result) if result.complete else f"stopped: {result}")
-    return result
+    how_far = progress_of(names, done, total, seconds, already=already) if total or not stopped else "nothing was read"
+    output.note(f"stopped: {how_far}" if stopped else how_far)
+    return not stopped
 
 
 def read_all(output: Output, llm: Llama, found: Documents, *, system: str | None, reserve: int) -> Asked:
     """The documents, read whole. KeyboardInterrupt where Ctrl-C stopped that."""
-    chat, reading = start(output, llm, found, system=system, reserve=reserve)
-    if reading is not None and not reading.complete:
+    chat = start(output, llm, found, system=system, reserve=reserve)
+    if unfinished(chat):
         raise KeyboardInterrupt
     return chat if found.opened is not None and found.files else cast("Document", llm.document)
 
 
-def start(
-    output: Output, llm: Llama, found: Documents, *, system: str | None, reserve: int
-) -> tuple[Chat, Reading | None]:
-    """A conversation over the documents, and how far the latest reading went; None where nothing was to be read."""
+def start(output: Output, llm: Llama, found: Documents, *, system: str | None, reserve: int) -> Chat:
+    """A conversation over the documents. Where Ctrl-C stops what is left of a KV file's, the others are not begun."""
     files, document = found.files, llm.document
-    reading = None
+    names = ", ".join(file.name for file in files)
     for name, read_again in found.again:
         note_again(output, llm, name, read_again)
     if document is None and files:
-        names = ", ".join(file.name for file in files)
-        reading = read_with_progress(
+        read_with_progress(
             output, names, lambda progress: llm.read(files, system=system, reserve=reserve, progress=progress)
         )
-        files, document = [], llm.document
-    elif document is not None and document.tokens_read < document.tokens_total:
+        return llm.chat(llm.document)
+    if document is not None and document.tokens_read < document.tokens_total:
         rest, already = document, document.tokens_read
-        names = ", ".join(rest.names)
-        reading = read_with_progress(output, names, lambda progress: rest.resume(progress=progress), already=already)
+        whole = ", ".join(rest.names)
+        read_with_progress(output, whole, lambda progress: rest.resume(progress=progress), already=already)
     chat = llm.chat(document) if document is not None else llm.chat(system=system)
-    for file in files if reading is None or reading.complete else []:
-
-        def add(progress: Progress, file: TextFile = file) -> None:
-            chat.read(file, progress=progress)
-
-        reading = read_with_progress(output, file.name, add)
-        if not reading.complete:
-            break
-    return chat, reading
+    if files and unfinished(chat):
+        output.note(f"not begun: {names}; /read FILE reads it, after what /read reads on")
+    elif files:
+        read_with_progress(output, names, lambda progress: chat.read(files, progress=progress))
+    return chat
 
 
 def note_again(output: Output, llm: Llama, name: str, files: Sequence[TextFile]) -> None:

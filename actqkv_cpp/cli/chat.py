@@ -16,7 +16,16 @@ from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._repl import COMMANDS, Repl
 from actqkv_cpp.cli._saved import ReadEvent, SavedChat, check_same, digest
 from actqkv_cpp.cli._saved import load as load_chat
-from actqkv_cpp.cli._session import STDIN, TEMPLATE_TOKENS, find_documents, load_document, open_model, start, texts_of
+from actqkv_cpp.cli._session import (
+    STDIN,
+    TEMPLATE_TOKENS,
+    find_documents,
+    load_document,
+    open_model,
+    start,
+    texts_of,
+    unfinished,
+)
 from actqkv_cpp.cli._terminal import open_lines
 from actqkv_cpp.errors import ParameterError, StateError
 from actqkv_cpp.reader import TextFile
@@ -100,16 +109,17 @@ def _chat(
         texts.append(turn.question)
         reserve += len(turn.tokens) + TEMPLATE_TOKENS
     llm = open_model(output, engine, texts, reserve=reserve, opened=found.opened)
-    conversation, reading = start(output, llm, found, system=engine.system, reserve=reserve)
-    resume = "" if reading is None or reading.complete else "/read reads on, "
-    output.note(f"{resume}/help shows the commands, Ctrl-D leaves")
+    conversation = start(output, llm, found, system=engine.system, reserve=reserve)
+    stopped = bool(unfinished(conversation))
+    if stopped and saved is not None:  # its turns cannot follow a part of what they were about
+        raise KeyboardInterrupt
+    output.note(f"{'/read reads on, ' if stopped else ''}/help shows the commands, Ctrl-D leaves")
     repl = Repl(
         output,
         lines,
         conversation,
         sampling=sampling,
-        reading=reading,
-        documents=documents,
+        documents=documents[:1] if found.opened is not None and len(conversation.readings) == 1 else documents,
         system=engine.system,
     )
     if saved is not None:
