@@ -119,8 +119,9 @@ class Chat(Conversation):
     ) -> Answer:
         """One turn: `text` is the user's; question and answer stay in the conversation.
 
-        Arguments and errors as in `Document.ask`. Interrupting (KeyboardInterrupt) keeps the turn with the answer so
-        far, as soon as the question was read; before that, the turn never was.
+        Arguments and errors as in `Document.ask`; StateError where documents are `missing`. Interrupting
+        (KeyboardInterrupt) keeps the turn with the answer so far, as soon as the question was read; before that, the
+        turn never was.
         """
         how = Sampling.of(**sampling)
         self._return(self._steps)
@@ -255,7 +256,7 @@ class Chat(Conversation):
 
     def branch(self, n_turns: int | None = None) -> Chat:
         """A second conversation that begins with the first turns of this one. Both go on as they like: turns that the
-        session lacks, the other's having replaced them, are fed to it again. Documents are not.
+        session lacks, the other's having replaced them, are fed to it again; documents are by `restore`.
 
         Args:
             n_turns: turns to keep, with the documents read before the next; None: all.
@@ -299,14 +300,55 @@ class Chat(Conversation):
         self._feed_question(place, turn.question, sources=False)
         self.llm._feed(turn.tokens, phase="decode")
 
+    @property
+    def missing(self) -> list[str]:
+        """Names of documents that the session no longer holds, since another conversation took their place."""
+        return _names(self._lost(self._steps))
+
+    def restore(self, *, progress: Progress | None = None) -> None:
+        """Have the session hold this conversation again: `missing` documents are read again, turns fed again.
+
+        Args:
+            progress: as in `Llama.read`; counts the tokens of those documents.
+
+        Raises:
+            Cancelled, KeyboardInterrupt: the next `restore` goes on from there.
+
+        Example:
+            >>> if chat.missing:
+            ...     chat.restore(progress=print)
+        """
+        self._bring_back(self._lost(self._steps), progress)
+
     def _return(self, steps: Sequence[_Step]) -> None:
-        """Have the session hold `steps`, where it holds only their beginning: as if they had just been made."""
+        """Have the session hold `steps`, where it holds only their beginning and turns are all that is lost."""
+        lost = self._lost(steps)
+        if names := _names(lost):
+            raise StateError(
+                f"{', '.join(names)}: in the session no longer, another conversation took the place of it",
+                "restore() reads it again",
+            )
+        self._bring_back(lost, None)
+
+    def _lost(self, steps: Sequence[_Step]) -> list[tuple[Place, Reading | Turn]]:
+        """What of `steps` the session does not hold, each with the place that it began at."""
         places = [self._origin, *(step.after for step in steps)]
         first = next(i for i in reversed(range(len(places))) if self._holds(places[i]))
-        for place, step in zip(places[first:], steps[first:], strict=False):
-            if isinstance(step.what, Reading):
-                raise StateError("a document that was read in this branch is in the session no longer", "read it again")
-            self._feed_again(place, step.what)
+        return [(place, step.what) for place, step in zip(places[first:], steps[first:], strict=False)]
+
+    def _bring_back(self, lost: Sequence[tuple[Place, Reading | Turn]], progress: Progress | None) -> None:
+        done, total = 0, sum(what.n_read for _, what in lost if isinstance(what, Reading))
+
+        def report(n_done: int, n: int) -> object:
+            return None if progress is None else progress(done + min(n_done, n), total)
+
+        for place, what in lost:
+            if isinstance(what, Reading):
+                part = replace(what.step, tokens=what.step.tokens[: what.n_read])
+                self._read(replace(self._as_held(what), step=part), report)
+                done += what.n_read
+                continue
+            self._feed_again(place, what)
             if self.llm.session is not None:
                 self.llm.session.checkpoint()
 
@@ -314,3 +356,9 @@ class Chat(Conversation):
         """Forget all turns, and documents read between them; those that came before the first turn stay read."""
         self._steps = self._until(0)
         self.answer = None
+
+
+def _names(steps: Sequence[tuple[Place, Reading | Turn]]) -> list[str]:
+    """The documents that were read there."""
+    readings = [what for _, what in steps if isinstance(what, Reading)]
+    return [file.name for reading in readings for file in reading.done.files[len(reading.place.files) :]]

@@ -81,7 +81,7 @@ class Repl:
         self._at = 0  # of the branches
         self._sampling = sampling
         self._documents = tuple(documents)
-        self._n_given = sum(len(reading.done.files) - len(reading.place.files) for reading in chat.readings)
+        self._n_given = len(chat.readings[-1].done.files) if chat.readings else 0
         self._system = system
         self._kv_files: dict[str, str] = {}  # that documents were taken out of, by their digests
         self._saved: set[Path] = set()
@@ -149,6 +149,7 @@ class Repl:
 
     def _answer(self, kind: Literal["chat", "ask"], how: Callable[..., Answer], text: str) -> None:
         check_text(text, "the question")
+        self._restore()
         with Interrupt() as stop, self._output.answering() as show:
 
             def on_text(piece: str) -> bool:
@@ -182,6 +183,7 @@ class Repl:
         if reader.is_kv_file(path):
             self._kv_files |= {digest(file): path for file in files}
             note_again(self._output, self._llm, path, files)
+        self._restore()
         names, chat = ", ".join(file.name for file in files), self._chat
         if not read_with_progress(self._output, names, lambda progress: chat.read(files, progress=progress)):
             self._output.note("/read reads on")
@@ -191,6 +193,7 @@ class Repl:
         stopped, before, n_turns = unfinished(chat), chat.readings, len(chat.turns)
         if not stopped:
             raise ParameterError("/read needs a file: no reading was stopped", COMMANDS["/read"].usage)
+        self._restore()
         try:
             read_with_progress(
                 self._output,
@@ -202,6 +205,20 @@ class Repl:
             if len(chat.turns) < n_turns:
                 self._output.note(f"what was said without the rest is forgotten; {self._where()}")
             self._forget(before)
+
+    def _restore(self) -> None:
+        """Read documents again whose place another branch took.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C stopped that; the next time goes on from there.
+        """
+        chat = self._chat
+        if not chat.missing:
+            return
+        names = ", ".join(chat.missing)
+        self._output.note(f"read again, as another branch took its place: {names}")
+        if not read_with_progress(self._output, names, lambda progress: chat.restore(progress=progress)):
+            raise KeyboardInterrupt
 
     def _forget(self, before: Sequence[Reading]) -> None:
         """Say which documents went with the end of the conversation, and drop the answers that did.

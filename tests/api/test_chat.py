@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from actqkv_cpp import Cancelled, Chat, Llama, Retrieval
+from actqkv_cpp import Cancelled, Chat, Llama, Retrieval, StateError
 
 SMALL = Retrieval(n_local=64, window=32, n_sink=4, chunk=16, budget=128)
 TEXT = "A weaver described the second vase near the shore. They slowly counted the golden rug by the fence. " * 3
@@ -79,3 +79,44 @@ def test_a_branch_keeps_its_part(llm: Llama) -> None:
     assert other.n_tokens < one.n_tokens
     other.resume()
     assert _told(other) == told
+
+
+def test_branch_with_a_document_of_its_own(llm: Llama) -> None:
+    """A document that is gone from the session is answered from, read again unasked, or cannot be read again."""
+    one = llm.chat(system="the house")
+    one.say("who", max_tokens=2)
+    other = one.branch()
+    other.read(text=TEXT, name="two")
+    other.say("where", max_tokens=2)
+    told = _told(other)
+    one.say("where", max_tokens=2)
+    for use in (other.say, other.ask, lambda text: other.read(text=text)):
+        with pytest.raises(StateError, match=r"^two: in the session no longer"):
+            use("who")
+    assert (one.missing, other.missing) == ([], ["two"])
+    seen: list[tuple[int, int]] = []
+    _read_until(64, lambda progress: other.restore(progress=progress))
+    n_held = llm.n_tokens
+    other.restore(progress=lambda done, total: seen.append((done, total)))
+    assert seen[0][0] > 64
+    assert seen[-1] == (other.readings[0].n_read,) * 2 == max(seen)
+    assert (_told(other), other.missing) == (told, [])
+    assert one.n_tokens < n_held < other.n_tokens
+    fresh = one.branch(1)
+    fresh.read(text=TEXT, name="two")
+    other.restore()
+    fresh.say("where", max_tokens=2)
+    expected = fresh.say("the key", max_tokens=8, min_tokens=8).text
+    assert other.say("the key", max_tokens=8, min_tokens=8).text == expected
+
+
+def test_restore_of_a_part(llm: Llama) -> None:
+    """Of a document that was read in part, all is read again, or less than there was."""
+    one = llm.chat(system="the house")
+    other = one.branch()
+    _read_until(64, lambda progress: other.read(text=TEXT, progress=progress))
+    other.say("who", max_tokens=2)
+    told, n_read = _told(other), other.readings[0].n_read
+    one.say("where", max_tokens=2)
+    other.restore()
+    assert (_told(other), other.readings[0].n_read) == (told, n_read)

@@ -553,18 +553,6 @@ def _n_fed(llm: Llama) -> int:
     return stats.n_prefill_tokens + stats.n_decode_tokens
 
 
-def test_branch_with_a_document_of_its_own(tiny_sparse: Llama) -> None:
-    """Breaks when a document that is gone from the session is answered from, or read again unasked."""
-    one = tiny_sparse.chat(system="the house")
-    one.say("who", max_tokens=2)
-    other = one.branch()
-    other.read(text=FILLER, name="two")
-    other.say("where", max_tokens=2)
-    one.say("where", max_tokens=2)
-    with pytest.raises(StateError, match="in the session no longer"):
-        other.say("who", max_tokens=2)
-
-
 def test_replay(tiny_sparse: Llama) -> None:
     """Breaks when a conversation taken up elsewhere goes on differently."""
     chat = tiny_sparse.chat(system="the house")

@@ -174,3 +174,18 @@ def test_taken_up_as_it_was(talk: Talk) -> None:
     talk.begin(talk.small)
     with pytest.raises(KeyboardInterrupt):
         talk.take_up("one", files, stop=64)
+
+
+def test_branch_with_a_document_of_its_own(talk: Talk) -> None:
+    """A branch that read a document ends with an error that no command can heal, or reads it again without a word."""
+    talk.begin(talk.small)
+    talk("Who?", "/branch 1", f"/read {talk.long}", "Where?", "/switch 1", "Where?", "/switch 2")
+    again = f"read again, as another branch took its place: {talk.long}"
+    for line in ("Who?", "/ask Who?", f"/read {talk.small}"):
+        seen = talk(line, stop=64)
+        assert again in seen
+        assert seen.endswith("stopped\n")
+    seen = talk("Who?", "Where?", "/branch")
+    assert seen.count(again) == 1
+    assert "error:" not in seen
+    assert "branch 2 (here): 4 turns" in seen
