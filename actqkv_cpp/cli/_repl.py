@@ -268,8 +268,22 @@ class Repl:
     def edit(self, question: str) -> None:
         if not question:
             raise ParameterError("/edit needs the question as it should have been", COMMANDS["/edit"].usage)
-        self.undo("")
-        self._answer("chat", self._chat.say, question)
+        here = self._branches[self._at]
+        if not here.chat.turns:
+            raise ParameterError("there is no turn to edit", "ask something first")
+        n_before = len(here.chat.turns) - 1
+        edited = Branch(here.chat.branch(n_before), here.until(n_before))
+        if lost := here.chat.readings[len(edited.chat.readings) :]:
+            names = ", ".join(names_of(reading) for reading in lost)
+            raise ParameterError(
+                f"/edit would drop what was read after the last question: {names}", "ask anew, or /undo drops both"
+            )
+        self._branches[self._at] = edited
+        try:
+            self._answer("chat", edited.chat.say, question)
+        finally:
+            if len(edited.chat.turns) == n_before:  # the question never was, so the old one stays
+                self._branches[self._at] = here
 
     def branch(self, number: str) -> None:
         if not number:
@@ -364,11 +378,11 @@ COMMANDS = {
     "/ask": Command("/ask QUESTION", "Ask aside: the conversation does not remember it.", Repl.ask),
     "/sources": Command("/sources", "Show the passages that the last answer came from.", Repl.sources),
     "/stats": Command("/stats", "Show tokens, memory and speed.", Repl.stats),
-    "/undo": Command("/undo", "Forget the last question and its answer.", Repl.undo),
+    "/undo": Command("/undo", "Forget the last question, its answer, and documents read after it.", Repl.undo),
     "/edit": Command("/edit QUESTION", "Ask this in place of the last question.", Repl.edit),
     "/branch": Command("/branch [N]", "Go on from turn N apart; without N, list branches and turns.", Repl.branch),
     "/switch": Command("/switch B", "Go to branch B.", Repl.switch),
-    "/reset": Command("/reset", "Forget the conversation; documents stay read.", Repl.reset),
+    "/reset": Command("/reset", "Forget the conversation; documents read before it stay.", Repl.reset),
     "/save": Command(
         "/save NAME|FILE",
         "Save the conversation: NAME for actqkv chat --resume; FILE.json, or FILE.md and others, to read.",

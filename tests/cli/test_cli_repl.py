@@ -189,3 +189,23 @@ def test_branch_with_a_document_of_its_own(talk: Talk) -> None:
     assert seen.count(again) == 1
     assert "error:" not in seen
     assert "branch 2 (here): 4 turns" in seen
+
+
+def test_edit_loses_nothing(talk: Talk) -> None:
+    """/edit with a question that cannot be asked loses the old turn, or a document that was read after it."""
+    talk.begin(talk.small)
+    assert "error: there is no turn to edit" in talk("/edit Who?")
+    talk("Who?", "Where?")
+    tokens = talk.llm.eval_tokens.copy()
+    seen = talk(f"/edit {'who ' * 2000}", f"/save {talk.small}.json", "/branch")
+    assert "error: with the question there are" in seen
+    assert "saved 2 answers" in seen
+    assert seen.endswith("2  Where?\n")
+    talk("/edit When?")
+    assert talk.llm.eval_tokens != tokens
+    talk("/edit Where?")
+    assert talk.llm.eval_tokens == tokens
+    seen = talk(f"/read {talk.long}", "/edit When?", "/save one")
+    assert f"/edit would drop what was read after the last question: {talk.long}" in seen
+    assert [event.question for event in _saved.load("one").turns] == ["Who?", "Where?"]
+    assert f"no longer read, as it came after that: {talk.long}" in talk("/undo")
