@@ -84,7 +84,8 @@ class Repl:
         self._n_given = len(chat.readings[-1].done.files) if chat.readings else 0
         self._system = system
         self._kv_files: dict[str, str] = {}  # that documents were taken out of, by their digests
-        self._saved: set[Path] = set()
+        self._saved: set[Path] = set()  # files of this chat's own, which it may overwrite
+        self._names: set[str] = set()  # of /save NAME, likewise
         self._leaving = False
 
     @property
@@ -104,6 +105,7 @@ class Repl:
         Raises:
             KeyboardInterrupt: Ctrl-C stopped a reading, so that what follows cannot be taken up.
         """
+        self._names.add(saved.name)
         for _, some in groupby(saved.events[len(self._chat.documents) :], _taken_with):
             event, *more = some
             if isinstance(event, ReadEvent):
@@ -347,15 +349,17 @@ class Repl:
         path = Path(self._llm.model_path)
         bundled = path == actqkv_cpp.default_model_path()
         save_chat(
-            name,
             SavedChat(
+                name=name,
                 model=None if bundled else str(path.resolve()),
                 model_bytes=path.stat().st_size,
                 system=self._system,
                 documents=tuple(str(Path(document).resolve()) for document in self._documents),
                 events=events_of(self._chat, self._n_given, details, self._kv_files),
             ),
+            overwrite=name in self._names,
         )
+        self._names.add(name)
         self._output.note(f"saved; actqkv chat --resume {name} goes on")
 
     def quit(self, rest: str) -> None:

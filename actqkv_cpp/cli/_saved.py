@@ -54,8 +54,9 @@ class TurnEvent:
 
 @dataclass(frozen=True)
 class SavedChat:
-    """A chat on disk; see the top of this file."""
+    """A chat on disk; see the top of this file. `name` is that of the file."""
 
+    name: str
     model: str | None
     model_bytes: int
     system: str | None
@@ -110,9 +111,18 @@ def check_same(file: TextFile, event: ReadEvent) -> None:
         )
 
 
-def save(name: str, chat: SavedChat) -> Path:
-    """Write a chat, over an earlier one of this name; readable by the user alone."""
-    path = _path(name)
+def save(chat: SavedChat, *, overwrite: bool) -> Path:
+    """Write a chat; readable by the user alone.
+
+    Raises:
+        ParameterError: there is one of this name and `overwrite` is false.
+    """
+    path = _path(chat.name)
+    if path.exists() and not overwrite:
+        raise ParameterError(
+            f"there is a chat {chat.name} already",
+            f"choose another name, or remove {path}; actqkv chat --resume {chat.name} goes on with it",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     events = [
         {"read": event.path, "sha256": event.sha256}
@@ -157,6 +167,7 @@ def load(name: str) -> SavedChat:
                 f"{path} has another format: version {value['format_version']}, expected {_FORMAT_VERSION}"
             )
         return SavedChat(
+            name=name,
             model=_text(value["model"]) if value["model"] is not None else None,
             model_bytes=int(value["model_bytes"]),
             system=_text(value["system"]) if value["system"] is not None else None,

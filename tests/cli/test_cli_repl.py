@@ -209,3 +209,16 @@ def test_edit_loses_nothing(talk: Talk) -> None:
     assert f"/edit would drop what was read after the last question: {talk.long}" in seen
     assert [event.question for event in _saved.load("one").turns] == ["Who?", "Where?"]
     assert f"no longer read, as it came after that: {talk.long}" in talk("/undo")
+
+
+def test_save_spares_another_chat(talk: Talk) -> None:
+    """/save NAME replaces another chat of that name, or not its own."""
+    talk.begin(talk.small)
+    talk("Who?", "/save one")
+    talk.begin(talk.small)
+    assert "error: there is a chat one already" in talk("Where?", "/save one")
+    assert [turn.question for turn in _saved.load("one").turns] == ["Who?"]
+    talk.begin(talk.small)
+    talk.take_up("one", {})
+    assert talk("When?", "/save one", "/save two", "Where?", "/save two").count("saved; ") == 3
+    assert [len(_saved.load(name).turns) for name in ("one", "two")] == [2, 3]

@@ -85,8 +85,12 @@ def test_another_day(actqkv: Actqkv, home: dict[str, str], book: Path, tmp_path:
 def test_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A saved chat is not what was saved, a damaged one ends in a traceback, or others may read it."""
     monkeypatch.setenv("ACTQKV_DATA_DIR", str(tmp_path))
-    one = SavedChat("m.gguf", 7, None, ("a.txt",), (ReadEvent("a.txt", "00"), TurnEvent("Who?", "é", (1, 2), None)))
-    path = _saved.save("one", one)
+    one = SavedChat(
+        "one", "m.gguf", 7, None, ("a.txt",), (ReadEvent("a.txt", "00"), TurnEvent("Who?", "é", (1, 2), None))
+    )
+    path = _saved.save(one, overwrite=False)
+    with pytest.raises(ParameterError, match="there is a chat one already"):
+        _saved.save(one, overwrite=False)
     assert _saved.load("one") == one
     assert path.stat().st_mode & 0o077 == 0
     value = json.loads(path.read_text(encoding="utf-8"))
