@@ -186,7 +186,7 @@ class Chat(Conversation):
         files = text_files(source, text, name, kv_files=True)
         self._return(self._steps)
         place = self._here()
-        content = texts(files, first=len(place.files))
+        content = texts(files, before=place.files)
         inserted = self.llm._template.inserted() if self.turns else None
         if not place.cursor.n_past:
             begin = beginning(self.llm, [Part(self._system + GAP), *content] if self._system else content, files)

@@ -217,12 +217,12 @@ def _memory(llm: Llama) -> Memory:
     )
 
 
-def texts(files: Sequence[TextFile], first: int = 0) -> list[Part]:
-    """Documents numbered from `first`, each after its name, a blank line between them."""
+def texts(files: Sequence[TextFile], before: Sequence[TextFile] = ()) -> list[Part]:
+    """Documents numbered from those `before` on, each after its name, a blank line between them."""
     parts: list[Part] = []
-    for i, (heading, file) in enumerate(zip(headings(files, n_before=first), files, strict=True)):
+    for i, (heading, file) in enumerate(zip(headings(files, before=before), files, strict=True)):
         parts.append(Part((GAP if i else "") + heading))
-        parts.append(Part(file.text, document=first + i))
+        parts.append(Part(file.text, document=len(before) + i))
     return parts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import zipfile
@@ -116,21 +117,27 @@ def is_kv_file(path: str | Path) -> bool:
         return False
 
 
-def headings(files: Sequence[TextFile], *, n_before: int = 0) -> list[str]:
-    """What stands before each document in the text that the model reads: its name; nothing before a single one.
+def headings(files: Sequence[TextFile], *, before: Sequence[TextFile] = ()) -> list[str]:
+    """What stands before each document in the text that the model reads: its name, with as many folders as tell it from
+    the others; nothing before a single one. The same from whatever folder the names are seen.
 
     Args:
-        n_before: documents that stand before these.
+        before: documents that stand before these.
 
     Example:
         >>> headings([TextFile("texts/a.txt", "A."), TextFile("b.txt", "B.")])
         ['Document: a.txt\\n\\n', 'Document: b.txt\\n\\n']
     """
-    if n_before + len(files) == 1:
+    if len(before) + len(files) == 1:
         return [""]
-    short = [PurePath(file.name).name for file in files]
-    names = short if len(set(short)) == len(short) else [file.name for file in files]
-    return [f"Document: {name}\n\n" for name in names]
+    paths = [PurePath(os.path.abspath(file.name)).parts for file in (*before, *files)]
+    return [f"Document: {_shortest(path, set(paths))}\n\n" for path in paths[len(before) :]]
+
+
+def _shortest(path: tuple[str, ...], paths: set[tuple[str, ...]]) -> PurePath:
+    """The shortest end of a path that no other has."""
+    free = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in paths - {path}))
+    return PurePath(*path[-next(free, len(path)) :])
 
 
 def load(path: str | Path) -> TextFile:

@@ -354,7 +354,7 @@ class Repl:
                 model=None if bundled else str(path.resolve()),
                 model_bytes=path.stat().st_size,
                 system=self._system,
-                documents=tuple(str(Path(document).resolve()) for document in self._documents),
+                documents=tuple(str(Path(document).absolute()) for document in self._documents),
                 events=events_of(self._chat, self._n_given, details, self._kv_files),
             ),
             overwrite=name in self._names,

@@ -90,7 +90,7 @@ def events_of(
                 raise ParameterError(
                     f"{path} is no file, so that it could not be read again", "save its text in a file first"
                 )
-            events.append(ReadEvent(str(path.resolve()), digest(file)))
+            events.append(ReadEvent(str(path.absolute()), digest(file)))
         n_files = len(files)
         if i < len(chat.turns):
             turn = chat.turns[i]

@@ -222,3 +222,22 @@ def test_save_spares_another_chat(talk: Talk) -> None:
     talk.take_up("one", {})
     assert talk("When?", "/save one", "/save two", "Where?", "/save two").count("saved; ") == 3
     assert [len(_saved.load(name).turns) for name in ("one", "two")] == [2, 3]
+
+
+def test_taken_up_from_another_folder(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of one name cannot be told apart, or a saved chat reads another prompt than was saved."""
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "notes.txt").write_text(f"{folder}: {TEXT}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "a")
+    talk.begin(Path("notes.txt"), Path("../b/notes.txt"))
+    talk("Who?", "/read ../c/notes.txt", "Where?", "/save notes")
+    tokens = list(talk.llm.eval_tokens)
+    told = talk.llm.detokenize(tokens).decode().replace(" ", "")
+    assert [told.count(f"Document:{folder}/notes.txt") for folder in ("a", "b", "c")] == [1, 1, 1]
+    monkeypatch.chdir("/")
+    saved = _saved.load("notes")
+    talk.begin(*map(Path, saved.documents))
+    later = load_document(str(tmp_path / "c" / "notes.txt"))
+    talk.take_up("notes", {_saved.digest(file): file for file in later})
+    assert list(talk.llm.eval_tokens) == tokens

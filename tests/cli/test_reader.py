@@ -277,3 +277,34 @@ def test_refused_paths(tmp_path: Path) -> None:
         reader.load(tmp_path)
     with pytest.raises(DocumentError, match="cannot read"):
         reader.load("nul\0name.txt")
+
+
+@pytest.mark.parametrize(
+    ("before", "names", "found"),
+    [
+        ((), ("one.txt",), ("",)),
+        ((), ("texts/one.txt", "two.txt"), ("one.txt", "two.txt")),
+        (("one.txt",), ("two.txt",), ("two.txt",)),
+        ((), ("x/a/notes.txt", "x/b/notes.txt", "y.txt"), ("a/notes.txt", "b/notes.txt", "y.txt")),
+        ((), ("a/x/n", "b/x/n"), ("a/x/n", "b/x/n")),
+        (("a/notes.txt",), ("b/notes.txt",), ("b/notes.txt",)),
+        ((), ("here/notes.txt", "here/../there/notes.txt"), ("here/notes.txt", "there/notes.txt")),
+        ((), ("text", "text"), ("text", "text")),
+        ((), ("/notes", "/a/notes"), ("/notes", "a/notes")),
+    ],
+)
+def test_headings(
+    before: tuple[str, ...], names: tuple[str, ...], found: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of one name cannot be told apart, or are called otherwise when they are read from another folder."""
+    monkeypatch.chdir("/")
+    expected = [f"Document: {name}\n\n" if name else "" for name in found]
+
+    def told(prefix: str) -> list[str]:
+        earlier, files = ([reader.TextFile(prefix + name, "") for name in some] for some in (before, names))
+        return reader.headings(files, before=earlier)
+
+    assert told("") == expected
+    monkeypatch.chdir("/usr")
+    if not any(name.startswith("/") for name in names):
+        assert told("/") == told("../") == told("/usr/lib/") == expected
