@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -177,7 +179,7 @@ class Repl:
         if not name:
             self._read_on()
             return
-        path = str(Path(name).expanduser())
+        path = _typed(name)
         self._take(path, load_document(path))
 
     def _take(self, path: str, files: list[TextFile]) -> None:
@@ -369,6 +371,17 @@ class Repl:
         if not self._turns:
             raise ParameterError("there is no answer yet", "ask something first")
         return self._turns[-1].answer
+
+
+def _typed(name: str) -> str:
+    """The path that was typed, as it is or, where there is no such file, as a shell would take it: terminals paste what
+    is dropped on them with quotes or backslashes."""
+    path = os.path.expanduser(name)
+    try:
+        words = shlex.split(name)
+    except ValueError:  # a quote that does not end
+        return path
+    return path if os.path.exists(path) or len(words) != 1 else os.path.expanduser(words[0])
 
 
 def _taken_with(event: ReadEvent | TurnEvent) -> object:

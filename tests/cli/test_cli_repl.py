@@ -241,3 +241,18 @@ def test_taken_up_from_another_folder(talk: Talk, tmp_path: Path, monkeypatch: p
     later = load_document(str(tmp_path / "c" / "notes.txt"))
     talk.take_up("notes", {_saved.digest(file): file for file in later})
     assert list(talk.llm.eval_tokens) == tokens
+
+
+def test_paths_as_terminals_paste_them(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/read refuses a path with quotes or backslashes, or a file whose name really has them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("my notes.txt", "it's.txt", '"a".txt'):
+        (tmp_path / name).write_text("the key", encoding="utf-8")
+    paths = ("my notes.txt", '"my notes.txt"', "'my notes.txt'", "~/my\\ notes.txt", "it's.txt", '"a".txt')
+    talk.begin()
+    seen = talk(*(f"/read {path}" for path in paths))
+    assert seen.count("tokens of ") == len(paths)
+    assert "error:" not in seen
+    assert "error: no such file: none" in talk("/read 'none'")
+    assert "error: no such file: it's" in talk("/read it's")
