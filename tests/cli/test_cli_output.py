@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -176,6 +178,20 @@ def test_what_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
         with pytest.raises(OSError, match="No ") as caught:
             write(path)
         assert _errors.explain(caught.value)[0].startswith(f"{path}: No ")
+
+
+def test_read_only_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a read-only disk refuses is told by a temporary name: such a disk refuses the removal of no file too."""
+
+    def refuse(path: Path, *arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    for name in ("write_text", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    path = tmp_path / "a.md"
+    with pytest.raises(OSError, match="Read-only") as caught, written_atomically(path) as temporary:
+        temporary.write_text("text")
+    assert _errors.explain(caught.value)[0] == f"{path}: Read-only file system"
 
 
 def test_transcript(tmp_path: Path) -> None:
