@@ -57,7 +57,7 @@ class Chat(Conversation):
 
     Attributes:
         llm: the Llama whose session holds it.
-        answer: the latest Answer, or None.
+        answer: of the latest turn; None where there is none, or it was broken off.
 
     Example:
         >>> chat = llm.chat("book.txt")
@@ -125,12 +125,13 @@ class Chat(Conversation):
         """
         how = Sampling.of(**sampling)
         self._return(self._steps)
-        said = Generated()
+        said, answer = Generated(), None
         try:
-            self.answer = self._answer(self._here(), text, how, said, reading=self._latest(), retrieval=retrieval)
-            return self.answer
+            answer = self._answer(self._here(), text, how, said, reading=self._latest(), retrieval=retrieval)
+            return answer
         finally:
             if said.first_token_at is not None:
+                self.answer = answer
                 self._append(Turn(text, said.text, self.llm.input_ids[said.n_prompt : self.llm.n_tokens].copy()))
 
     def ask(

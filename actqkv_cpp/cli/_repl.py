@@ -118,8 +118,7 @@ class Repl:
                 continue
             number = len(self._chat.turns)
             self._chat.replay(event.question, event.answer, event.tokens)
-            if event.details is not None:
-                self._turns.append(Turn("chat", event.details, number))
+            self._turns.append(Turn("chat", event.question, event.answer, event.details, number))
         self._output.note(f"gone on with, {self._where()}")
 
     def run(self) -> None:
@@ -154,14 +153,22 @@ class Repl:
     def _answer(self, kind: Literal["chat", "ask"], how: Callable[..., Answer], text: str) -> None:
         check_text(text, "the question")
         self._restore()
-        with Interrupt() as stop, self._output.answering() as show:
+        chat, number = self._chat, len(self._chat.turns)
+        answer: Answer | None = None
+        try:
+            with Interrupt() as stop, self._output.answering() as show:
 
-            def on_text(piece: str) -> bool:
-                show(piece)
-                return not stop.requested
+                def on_text(piece: str) -> bool:
+                    show(piece)
+                    return not stop.requested
 
-            answer = how(text, on_text=on_text, **self._sampling.arguments())
-        self._turns.append(Turn(kind, answer, len(self._chat.turns) - 1 if kind == "chat" else None))
+                answer = how(text, on_text=on_text, **self._sampling.arguments())
+        finally:
+            if answer is not None:
+                at = number if kind == "chat" else None
+                self._turns.append(Turn(kind, answer.question, answer.text, answer, at))
+            elif chat.turns[number:]:  # broken off, but part of the conversation
+                self._turns.append(Turn(kind, text, chat.turns[number].answer, None, number))
         self._output.answer_note(answer)
         for reading in unfinished(self._chat):
             self._output.note(
@@ -242,10 +249,11 @@ class Repl:
         self._answer("ask", self._chat.ask, question)
 
     def sources(self, rest: str) -> None:
-        answer = self._last_answer()
-        if not answer.sources:
+        if not self._turns:
+            raise ParameterError("there is no answer yet", "ask something first")
+        if not self._turns[-1].sources:
             self._output.note("no passages are known of the last answer")
-        self._output.sources(answer.sources)
+        self._output.sources(self._turns[-1].sources)
 
     def stats(self, rest: str) -> None:
         self._output.note(f"context: {self._llm.n_tokens:,} of {self._llm.n_ctx():,} tokens used")
@@ -253,7 +261,8 @@ class Repl:
             self._output.note(progress_of(names_of(reading), reading.n_read, reading.n_total, reading.seconds))
         if self._llm.gpu.there:
             self._output.note(f"attention on {self._llm.gpu}")
-        for line in answer_figures(self._turns[-1].answer) if self._turns else ():
+        details = self._turns[-1].details if self._turns else None
+        for line in answer_figures(details) if details else ():
             self._output.note(line)
 
     def reset(self, rest: str) -> None:
@@ -347,7 +356,7 @@ class Repl:
             raise ParameterError("a document from standard input could not be read again", "save it in a file first")
         if stopped := unfinished(self._chat):
             raise ParameterError(f"{names_of(stopped[-1])} is not read whole", "/read reads on")
-        details = {turn.number: turn.answer for turn in self._turns if turn.number is not None}
+        details = {turn.number: turn.details for turn in self._turns if turn.number is not None and turn.details}
         path = Path(self._llm.model_path)
         bundled = path == actqkv_cpp.default_model_path()
         save_chat(
@@ -366,11 +375,6 @@ class Repl:
 
     def quit(self, rest: str) -> None:
         self._leaving = True
-
-    def _last_answer(self) -> Answer:
-        if not self._turns:
-            raise ParameterError("there is no answer yet", "ask something first")
-        return self._turns[-1].answer
 
 
 def _typed(name: str) -> str:

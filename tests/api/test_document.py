@@ -477,8 +477,11 @@ def test_interrupted_answer_stays_in_the_chat(tiny_sparse: Llama) -> None:
         chat.say("who", on_text=stop, max_tokens=20)
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
     assert chat.messages[1]["content"]
-    chat.say("where", max_tokens=2)
+    assert chat.say("where", max_tokens=2) is chat.answer
     assert len(chat.messages) == 4
+    with pytest.raises(KeyboardInterrupt):
+        chat.say("who", on_text=stop, max_tokens=20)
+    assert chat.answer is None
 
 
 def test_control_text_in_a_document(tiny_sparse: Llama) -> None:

@@ -196,15 +196,18 @@ def test_read_only_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_transcript(tmp_path: Path) -> None:
     """/save loses an answer or its sources, or overwrites a file of the user's."""
-    transcript = Transcript("m.gguf", "actqkv", ("book.txt",), (Turn("chat", _answer()), Turn("ask", _answer())))
+    whole = (Turn("chat", "Who?", "The ferryman.", _answer(), 0), Turn("ask", "Who?", "The ferryman.", _answer()))
+    transcript = Transcript("m.gguf", "actqkv", ("book.txt",), (*whole, Turn("chat", "Where?", "In the", None, 1)))
     transcript.save(tmp_path / "a.json", overwrite=False)
     saved = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
-    assert [turn["kind"] for turn in saved["turns"]] == ["chat", "ask"]
+    assert [turn["kind"] for turn in saved["turns"]] == ["chat", "ask", "chat"]
+    assert saved["turns"][2] == {"kind": "chat", "question": "Where?", "answer": "In the"}
     assert saved["turns"][0]["sources"][0]["start"] == 10
     transcript.save(tmp_path / "a.md", overwrite=False)
     text = (tmp_path / "a.md").read_text(encoding="utf-8")
     assert text.count("The ferryman.") == 2
     assert "book.txt, characters 10 to 20" in text
+    assert text.endswith("## Where?\n\nIn the\n")
     with pytest.raises(ParameterError, match="exists"):
         transcript.save(tmp_path / "a.md", overwrite=False)
     transcript.save(tmp_path / "a.md", overwrite=True)

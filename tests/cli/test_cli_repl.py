@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +24,19 @@ TEXT = "A weaver described the second vase near the shore. They slowly counted t
 
 
 class _Output(Output):
-    """Presses Ctrl-C, once, after `stop` tokens of a reading."""
+    """Presses Ctrl-C, once, after `stop` tokens of a reading; breaks the next answer off, as a second one does."""
 
     stop: int | None = None
+    breaks = False
+
+    @contextmanager
+    def answering(self) -> Iterator[Callable[[str], None]]:
+        def show(piece: str) -> None:
+            if self.breaks:
+                self.breaks = False
+                raise KeyboardInterrupt
+
+        yield show
 
     @contextmanager
     def progress(self, what: str, unit: str = "tokens", *, rate_span_s: float = 0.0) -> Iterator[Update]:
@@ -68,9 +79,9 @@ class Talk:
             raise EOFError
         return self._lines.pop(0)
 
-    def __call__(self, *lines: str, stop: int | None = None) -> str:
-        """What is said on standard error to lines, with Ctrl-C after `stop` tokens of a reading."""
-        self._output.stop, self._lines = stop, list(lines)
+    def __call__(self, *lines: str, stop: int | None = None, breaks: bool = False) -> str:
+        """What standard error says to lines, with Ctrl-C after `stop` tokens of a reading, or twice in an answer."""
+        self._output.stop, self._output.breaks, self._lines = stop, breaks, list(lines)
         self._repl.run()
         return self._capsys.readouterr().err
 
@@ -256,3 +267,21 @@ def test_paths_as_terminals_paste_them(talk: Talk, tmp_path: Path, monkeypatch: 
     assert "error:" not in seen
     assert "error: no such file: none" in talk("/read 'none'")
     assert "error: no such file: it's" in talk("/read it's")
+
+
+def test_an_answer_broken_off(talk: Talk) -> None:
+    """What a second Ctrl-C broke off is part of the conversation, and yet the answer before it counts as the last."""
+    talk.begin(talk.small)
+    assert "passages" not in talk("Who?", "/sources")
+    transcript = talk.small.with_suffix(".json")
+    seen = talk("Where?", "/sources", "/stats", f"/save {transcript}", "/save one", breaks=True)
+    assert "stopped\nno passages are known of the last answer" in seen
+    assert "last answer:" not in seen
+    assert "saved 2 answers" in seen
+    turns = json.loads(transcript.read_text(encoding="utf-8"))["turns"]
+    assert [turn["question"] for turn in turns] == ["Who?", "Where?"]
+    assert turns[1]["answer"]
+    talk.begin(talk.small)
+    talk.take_up("one", {})
+    assert "no passages are known" in talk("/sources")
+    assert "saved 3 answers" in talk("When?", f"/save {transcript}2")
