@@ -2,11 +2,16 @@
 // for how far they spread around it.
 //
 //     mu = mean_j k_j      s^2 = mean over keys j and channels e of (k_je - mu_e)^2
-//     score_b = sum over query heads h of  q_h . (mu - centre) + s |q_h|_1
+//     score_gb = sum over query heads h of KV head g of  q_h . (mu - centre) + s |q_h|_1
 //
 // which is the greatest product with any point of a box of half-width s around mu, less what all chunks share: Quest's bound
 // (docs/algorithms.md, 4) for a box of the keys' own, as large as most of them need instead of all. All vectors are turned
 // (kernels.h), so that four bits hold them alike; mu - centre is rounded to q4_0.
+//
+// A score of a chunk as such is their sum. Where more is looked at than chosen, a chunk is proposed by the KV head for which it
+// stands out most (native/README.md), whatever the lengths of heads' queries and keys:
+//
+//     proposal_b = max_g (score_gb - mean_b score_gb) / (standard deviation over b of score_gb)
 //
 // Layout: per KV head ceil(d / 32) blocks of q4_0 (rows.h), filled up with zeros; then f16 s[G]. Reads what it scores once:
 // memory-bound.
@@ -34,16 +39,59 @@ void store_head(float * x, int32_t d, double variance, int32_t n_head_kv, int32_
     store_half((float) sqrt(variance), spread + means_bytes(n_head_kv, d) + 2 * g);
 }
 
-float score_scalar(const float * folded, int32_t n_head_kv, int32_t d, const uint8_t * spread) {
-    const int64_t n = n_head_kv * blocks_of_head(d) * BLOCK, tail = means_bytes(n_head_kv, d);
+float score_scalar(const float * folded, int32_t n_head_kv, int32_t d, const uint8_t * spread, int32_t g) {
+    const int64_t n = blocks_of_head(d) * BLOCK;
     double sum = 0;
-    for (int64_t e = 0; e < n; e++) {
+    for (int64_t e = g * n; e < (g + 1) * n; e++) {
         sum += (double) folded[e] * row_value(ACTQKV_KV_Q4_0, spread, e);
     }
-    for (int32_t g = 0; g < n_head_kv; g++) {
-        sum += (double) folded[n + g] * load_half(spread + tail + 2 * g);
+    const double reach = folded[n_head_kv * n + g];
+    return (float) (sum + reach * load_half(spread + means_bytes(n_head_kv, d) + 2 * g));
+}
+
+constexpr int LANES = 8;             // sums that are added up side by side
+constexpr int64_t N_PROPOSED = 2048; // chunks at a time
+
+// Sum over n scores that are finite of (x - from)^power, power 1 or 2; how many there are.
+double sum_of(const float * x, int64_t n, float from, int power, int64_t & n_finite) {
+    double total = 0;
+    n_finite = 0;
+    for (int64_t first = 0; first < n; first += N_PROPOSED) {
+        const int64_t end = n - first < N_PROPOSED ? n : first + N_PROPOSED;
+        float sums[LANES] = {0};
+        int counts[LANES] = {0};
+        int64_t i = first;
+        for (; i + LANES <= end; i += LANES) {
+            for (int k = 0; k < LANES; k++) {
+                const bool finite = x[i + k] - x[i + k] == 0;
+                const float rest = finite ? x[i + k] - from : 0;
+                sums[k] += power == 1 ? rest : rest * rest;
+                counts[k] += finite;
+            }
+        }
+        for (; i < end; i++) {
+            const bool finite = x[i] - x[i] == 0;
+            const float rest = finite ? x[i] - from : 0;
+            sums[0] += power == 1 ? rest : rest * rest;
+            counts[0] += finite;
+        }
+        for (int k = 0; k < LANES; k++) {
+            total += sums[k];
+            n_finite += counts[k];
+        }
     }
-    return (float) sum;
+    return total;
+}
+
+// Mean of the scores that are finite, and 1 / standard deviation: 0 where they are all alike.
+void moments_of(const float * x, int64_t n, float * moments) {
+    int64_t n_finite;
+    const double sum = sum_of(x, n, 0, 1, n_finite);
+    const float mean = n_finite > 0 ? (float) (sum / (double) n_finite) : 0;
+    const double variance = n_finite > 0 ? sum_of(x, n, mean, 2, n_finite) / (double) n_finite : 0;
+    const float most = fabsf(mean) * 1e-6f; // rounding alone
+    moments[0] = mean;
+    moments[1] = variance > (double) most * most && isfinite(variance) ? (float) (1 / sqrt(variance)) : 0;
 }
 
 } // namespace
@@ -117,16 +165,48 @@ extern "C" void actqkv_spread_scores(int32_t impl, const float * folded, const u
                                      int32_t n_head_kv, int32_t d_head, float * scores, int32_t n_threads) {
     using namespace actqkv;
     const ops * op = ops_for(impl);
-    const int64_t n_blocks = n_head_kv * blocks_of_head(d_head), bytes = actqkv_spread_bytes(n_head_kv, d_head);
-    const float * reach = folded + n_blocks * BLOCK;
+    const int64_t n_blocks = blocks_of_head(d_head), bytes = actqkv_spread_bytes(n_head_kv, d_head);
+    const float * reach = folded + n_head_kv * n_blocks * BLOCK;
     parallel(n_threads, [=](int ith, int nth) {
         const int64_t from = n * ith / nth, to = n * (ith + 1) / nth;
         if (op) {
-            op->spread_scores(folded, n_blocks, reach, n_head_kv, spreads + from * bytes, to - from, scores + from);
+            op->spread_scores(folded, n_blocks, reach, n_head_kv, spreads + from * bytes, to - from, scores + from, n);
             return;
         }
         for (int64_t i = from; i < to; i++) {
-            scores[i] = score_scalar(folded, n_head_kv, d_head, spreads + i * bytes);
+            for (int32_t g = 0; g < n_head_kv; g++) {
+                scores[g * n + i] = score_scalar(folded, n_head_kv, d_head, spreads + i * bytes, g);
+            }
+        }
+    });
+}
+
+extern "C" void actqkv_propose(const float * head_scores, int32_t n_head_kv, int64_t n, float * moments, float * scores,
+                               float * proposals, int32_t n_threads) {
+    using namespace actqkv;
+    if (proposals != nullptr) {
+        parallel(n_threads, [=](int ith, int nth) {
+            for (int32_t g = ith; g < n_head_kv; g += nth) {
+                moments_of(head_scores + g * n, n, moments + 2 * g);
+            }
+        });
+    }
+    parallel(n_threads, [=](int ith, int nth) {
+        const int64_t from = n * ith / nth, to = n * (ith + 1) / nth;
+        for (int32_t g = 0; g < n_head_kv; g++) {
+            for (int64_t b = from; b < to; b++) {
+                scores[b] = head_scores[g * n + b] + (g == 0 ? 0 : scores[b]);
+            }
+        }
+        for (int64_t b = from; proposals != nullptr && b < to; b++) {
+            proposals[b] = -INFINITY;
+        }
+        for (int32_t g = 0; proposals != nullptr && g < n_head_kv; g++) {
+            const float mean = moments[2 * g], inverse = moments[2 * g + 1];
+            for (int64_t b = from; inverse > 0 && b < to; b++) {
+                const float standing = (head_scores[g * n + b] - mean) * inverse;
+                proposals[b] = standing > proposals[b] && standing < INFINITY ? standing : proposals[b];
+            }
         }
     });
 }

@@ -276,6 +276,7 @@ extern "C" const actqkv_cuda * actqkv_cuda_table(void) {
         spread,
         spread_query,
         spread_scores,
+        propose,
         head_scores,
         vote,
         sketch,
