@@ -192,7 +192,7 @@ def test_wrong_values(actqkv: Actqkv, babbler: Path, arguments: list[str], words
     assert_failed(actqkv("bench", babbler, *arguments, *FAST), *words)
 
 
-KERNELS = ["summarize", "probe", "score", "spread", "sketch", "refine", "vote", "cutoff", "attend", "attend"]
+KERNELS = ["summarize", "probe", "score", "spread", "propose", "sketch", "refine", "vote", "cutoff", "attend", "attend"]
 
 
 def test_kernels(actqkv: Actqkv, babbler: Path) -> None:
