@@ -217,7 +217,7 @@ class Jobs:
 
         def make(i: int) -> Call:
             given = (_data(head_scores[i % len(head_scores)]), n_head_kv, n, _data(moments), _data(scores))
-            return partial(lib.actqkv_propose, *given, _data(proposals), self.n_threads)
+            return partial(lib.actqkv_propose, self.impl, *given, _data(proposals), self.n_threads)
 
         n_bytes, n_operations = 4 * n_head_kv * n, 7 * n_head_kv * n
         return Job(kernel="propose", work=f"{n:,} chunks", n_bytes=n_bytes, n_operations=n_operations, make=make)

@@ -124,8 +124,8 @@ void actqkv_spread_scores(int32_t impl, const float * folded, const uint8_t * sp
 // score lies above the mean of all chunks', for the KV head where that is most. NULL: not wanted. Scores that are not finite
 // do not count; a KV head whose scores are all alike proposes nothing, and a chunk that no head proposes is at -infinity.
 // moments: room for 2*G floats.
-void actqkv_propose(const float * head_scores, int32_t n_head_kv, int64_t n, float * moments, float * scores,
-                    float * proposals, int32_t n_threads);
+void actqkv_propose(int32_t impl, const float * head_scores, int32_t n_head_kv, int64_t n, float * moments,
+                    float * scores, float * proposals, int32_t n_threads);
 
 // ---- vote (section 4)
 

@@ -187,7 +187,7 @@ void planner::make_spread_scores(int il, const kv_store & store) {
     actqkv_spread_scores(actqkv_impl_best(), folded.data(), store.spreads(il), n_chunks, hp.n_head_kv, hp.d_head,
                          head_scores.data(), n_threads);
     moments.resize(2 * hp.n_head_kv);
-    actqkv_propose(head_scores.data(), hp.n_head_kv, n_chunks, moments.data(), scores.data(),
+    actqkv_propose(actqkv_impl_best(), head_scores.data(), hp.n_head_kv, n_chunks, moments.data(), scores.data(),
                    is_decode ? proposals.data() : nullptr, n_threads);
     score_stage.bytes += (uint64_t) n_chunks * store.summary_bytes();
 }

@@ -210,7 +210,7 @@ def test_kernels(actqkv: Actqkv, babbler: Path) -> None:
         assert row["gop_per_s"] == pytest.approx(row["operations"] / row["ms"] / 1e6)
         assert 0 < row["read_share"] == pytest.approx(row["gb_per_s"] / machine["read_gb_per_s"], rel=0.05)
         assert 0 < row["compute_share"] == pytest.approx(row["gop_per_s"] / machine["peak_gop_per_s"], rel=0.05)
-    attend = result["kernels"][8]
+    attend = result["kernels"][9]
     assert attend["bytes"] == 2 * 1024 * shape["n_head_kv"] * 32 * 2
 
 

@@ -83,7 +83,6 @@ WITHOUT_IMPL = (
     "actqkv_spread_bytes",
     "actqkv_spread_query",
     "actqkv_spread_query_size",
-    "actqkv_propose",
     "actqkv_row_bytes",
     "actqkv_store_rows",
     "actqkv_attend_scratch",

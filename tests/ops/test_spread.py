@@ -151,12 +151,12 @@ def test_odd_inputs(impl: int) -> None:
     np.testing.assert_allclose(found[[0, 2]], 32, rtol=1e-3)
 
 
-def proposals_of(maker: int, head_scores: np.ndarray, *, wanted: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def proposals_of(impl: int, head_scores: np.ndarray, *, wanted: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Sums and proposals [n] of scores [G, n]."""
     n_head_kv, n = head_scores.shape
     moments, scores, proposals = Guarded(2 * n_head_kv), Guarded(n), Guarded(n)
     given = (pointer(np.ascontiguousarray(head_scores, np.float32)), n_head_kv, n, pointer(moments), pointer(scores))
-    call("propose", maker, *given, pointer(proposals) if wanted else ffi.NULL, 2 if n % 2 else 1)
+    lib.actqkv_propose(impl, *given, pointer(proposals) if wanted else ffi.NULL, 2 if n % 2 else 1)
     for each in (moments, scores, proposals):
         each.check()
     assert wanted or proposals.untouched.all()
@@ -165,25 +165,25 @@ def proposals_of(maker: int, head_scores: np.ndarray, *, wanted: bool = True) ->
 
 @pytest.mark.parametrize("n_head_kv", [1, 2, 5])
 @pytest.mark.parametrize("n", [2, 7, 100, 5000])
-def test_proposals_stand_out(maker: int, rng: np.random.Generator, *, n_head_kv: int, n: int) -> None:
+def test_proposals_stand_out(impl: int, rng: np.random.Generator, *, n_head_kv: int, n: int) -> None:
     """A KV head with large scores drowns the others, or the scores themselves are no longer their sums."""
     head_scores = rng.normal(size=(n_head_kv, n)) * 10.0 ** rng.uniform(-2, 3, size=(n_head_kv, 1)) + 100
     head_scores = head_scores.astype(np.float32)
     expected, expected_proposals = reference.propose(head_scores.astype(np.float64))
-    scores, proposals = proposals_of(maker, head_scores)
+    scores, proposals = proposals_of(impl, head_scores)
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(proposals, expected_proposals, rtol=1e-3, atol=2e-3)
-    alone, _ = proposals_of(maker, head_scores, wanted=False)
+    alone, _ = proposals_of(impl, head_scores, wanted=False)
     np.testing.assert_array_equal(alone, scores)
 
 
-def test_proposals_of_odd_scores(maker: int, rng: np.random.Generator) -> None:
+def test_proposals_of_odd_scores(impl: int, rng: np.random.Generator) -> None:
     """Heads whose scores are all alike, scores that are not finite, nothing to propose."""
     scores = rng.normal(size=(3, 50))
     scores[0] = 1 / 3
     scores[1, 7], scores[2, 9] = np.nan, np.inf
-    _, proposals = proposals_of(maker, scores)
+    _, proposals = proposals_of(impl, scores)
     np.testing.assert_allclose(proposals, reference.propose(scores)[1], rtol=1e-3, atol=2e-3)
     assert np.isfinite(proposals).all()
-    assert (proposals_of(maker, np.ones((2, 4)))[1] == -np.inf).all()
-    assert proposals_of(maker, np.zeros((2, 0)))[0].size == 0
+    assert (proposals_of(impl, np.ones((2, 4)))[1] == -np.inf).all()
+    assert proposals_of(impl, np.zeros((2, 0)))[0].size == 0

@@ -125,6 +125,12 @@ struct ops {
 
     float (*sum)(const float * x, int64_t n);
 
+    // sum of (x[i] - from)^2
+    float (*squares)(const float * x, int64_t n, float from);
+
+    // sums[i] += x[i];  greatest[i] = max(greatest[i], (x[i] - from) * factor); all finite, or -infinity in greatest
+    void (*stand_out)(const float * x, int64_t n, float from, float factor, float * sums, float * greatest);
+
     // dst[i] += factor * src[i];  dst[i] *= factor
     void (*add_scaled)(float * dst, const float * src, int64_t n, float factor);
     void (*scale)(float * dst, int64_t n, float factor);

@@ -49,49 +49,52 @@ float score_scalar(const float * folded, int32_t n_head_kv, int32_t d, const uin
     return (float) (sum + reach * load_half(spread + means_bytes(n_head_kv, d) + 2 * g));
 }
 
-constexpr int LANES = 8;             // sums that are added up side by side
-constexpr int64_t N_PROPOSED = 2048; // chunks at a time
-
-// Sum over n scores that are finite of (x - from)^power, power 1 or 2; how many there are.
-double sum_of(const float * x, int64_t n, float from, int power, int64_t & n_finite) {
-    double total = 0;
-    n_finite = 0;
-    for (int64_t first = 0; first < n; first += N_PROPOSED) {
-        const int64_t end = n - first < N_PROPOSED ? n : first + N_PROPOSED;
-        float sums[LANES] = {0};
-        int counts[LANES] = {0};
-        int64_t i = first;
-        for (; i + LANES <= end; i += LANES) {
-            for (int k = 0; k < LANES; k++) {
-                const bool finite = x[i + k] - x[i + k] == 0;
-                const float rest = finite ? x[i + k] - from : 0;
-                sums[k] += power == 1 ? rest : rest * rest;
-                counts[k] += finite;
-            }
-        }
-        for (; i < end; i++) {
-            const bool finite = x[i] - x[i] == 0;
-            const float rest = finite ? x[i] - from : 0;
-            sums[0] += power == 1 ? rest : rest * rest;
-            counts[0] += finite;
-        }
-        for (int k = 0; k < LANES; k++) {
-            total += sums[k];
-            n_finite += counts[k];
+// Mean of the scores that are finite, and 1 / standard deviation: 0 where they are all alike.
+void moments_of(const ops * op, const float * x, int64_t n, float * moments) {
+    double sum = op ? op->sum(x, n) : NAN, squares = 0;
+    int64_t n_finite = n;
+    if (!isfinite(sum)) { // scalar, or some are not
+        sum = 0;
+        n_finite = 0;
+        op = nullptr;
+        for (int64_t b = 0; b < n; b++) {
+            sum += isfinite(x[b]) ? x[b] : 0;
+            n_finite += isfinite(x[b]);
         }
     }
-    return total;
+    const float mean = n_finite > 0 ? (float) (sum / (double) n_finite) : 0;
+    for (int64_t b = 0; !op && b < n; b++) {
+        const double rest = isfinite(x[b]) ? (double) x[b] - mean : 0;
+        squares += rest * rest;
+    }
+    const double variance = (op ? op->squares(x, n, mean) : squares) / (double) (n_finite > 0 ? n_finite : 1);
+    const double least = fabs(mean) * 1e-6; // rounding alone
+    moments[0] = mean;
+    moments[1] = variance > least * least && isfinite(variance) ? (float) (1 / sqrt(variance)) : 0;
 }
 
-// Mean of the scores that are finite, and 1 / standard deviation: 0 where they are all alike.
-void moments_of(const float * x, int64_t n, float * moments) {
-    int64_t n_finite;
-    const double sum = sum_of(x, n, 0, 1, n_finite);
-    const float mean = n_finite > 0 ? (float) (sum / (double) n_finite) : 0;
-    const double variance = n_finite > 0 ? sum_of(x, n, mean, 2, n_finite) / (double) n_finite : 0;
-    const float most = fabsf(mean) * 1e-6f; // rounding alone
-    moments[0] = mean;
-    moments[1] = variance > (double) most * most && isfinite(variance) ? (float) (1 / sqrt(variance)) : 0;
+// Adds x to sums, and lifts proposals to where x stands in its moments.
+void stand_out(const ops * op, const float * x, int64_t n, const float * moments, float * sums, float * proposals) {
+    const float mean = moments[0], inverse = moments[1];
+    if (op && inverse > 0 && isfinite(op->sum(x, n))) {
+        op->stand_out(x, n, mean, inverse, sums, proposals);
+        return;
+    }
+    for (int64_t b = 0; b < n; b++) {
+        sums[b] += x[b];
+        const float standing = inverse > 0 && isfinite(x[b]) ? (x[b] - mean) * inverse : -INFINITY;
+        proposals[b] = standing > proposals[b] ? standing : proposals[b];
+    }
+}
+
+void add(const ops * op, const float * x, int64_t n, float * sums) {
+    if (op) {
+        op->add_scaled(sums, x, n, 1);
+        return;
+    }
+    for (int64_t b = 0; b < n; b++) {
+        sums[b] += x[b];
+    }
 }
 
 } // namespace
@@ -181,31 +184,29 @@ extern "C" void actqkv_spread_scores(int32_t impl, const float * folded, const u
     });
 }
 
-extern "C" void actqkv_propose(const float * head_scores, int32_t n_head_kv, int64_t n, float * moments, float * scores,
-                               float * proposals, int32_t n_threads) {
+extern "C" void actqkv_propose(int32_t impl, const float * head_scores, int32_t n_head_kv, int64_t n, float * moments,
+                               float * scores, float * proposals, int32_t n_threads) {
     using namespace actqkv;
+    const ops * op = ops_for(impl);
     if (proposals != nullptr) {
         parallel(n_threads, [=](int ith, int nth) {
             for (int32_t g = ith; g < n_head_kv; g += nth) {
-                moments_of(head_scores + g * n, n, moments + 2 * g);
+                moments_of(op, head_scores + g * n, n, moments + 2 * g);
             }
         });
     }
     parallel(n_threads, [=](int ith, int nth) {
-        const int64_t from = n * ith / nth, to = n * (ith + 1) / nth;
-        for (int32_t g = 0; g < n_head_kv; g++) {
-            for (int64_t b = from; b < to; b++) {
-                scores[b] = head_scores[g * n + b] + (g == 0 ? 0 : scores[b]);
-            }
-        }
-        for (int64_t b = from; proposals != nullptr && b < to; b++) {
+        const int64_t from = n * ith / nth, n_here = n * (ith + 1) / nth - from;
+        memset(scores + from, 0, n_here * sizeof(float));
+        for (int64_t b = from; proposals != nullptr && b < from + n_here; b++) {
             proposals[b] = -INFINITY;
         }
-        for (int32_t g = 0; proposals != nullptr && g < n_head_kv; g++) {
-            const float mean = moments[2 * g], inverse = moments[2 * g + 1];
-            for (int64_t b = from; inverse > 0 && b < to; b++) {
-                const float standing = (head_scores[g * n + b] - mean) * inverse;
-                proposals[b] = standing > proposals[b] && standing < INFINITY ? standing : proposals[b];
+        for (int32_t g = 0; g < n_head_kv; g++) {
+            const float * of_head = head_scores + g * n + from;
+            if (proposals != nullptr) {
+                stand_out(op, of_head, n_here, moments + 2 * g, scores + from, proposals + from);
+            } else {
+                add(op, of_head, n_here, scores + from);
             }
         }
     });
