@@ -28,12 +28,8 @@ static void simd_spread_scores(const float * query, int64_t n_blocks, const floa
                 }
             }
             for (int32_t g = first; g < end; g++) {
-                const uint8_t * blocks[W];
-                for (int i = 0; i < W; i++) {
-                    blocks[i] = row[i] + g * n_blocks * actqkv::Q4_BYTES;
-                }
                 vf sum;
-                products_of<q4_integers, 1>(packed + (g - first) * n_blocks, n_blocks, blocks, &sum);
+                products_of<q4_integers, 1>(packed + (g - first) * n_blocks, n_blocks, row, g * n_blocks, &sum);
                 sum = v_fma(v_load_halves(row, tail + 2 * g), v_set1(reach[g]), sum);
                 v_store_n(scores + g * lds + b, sum, n_row);
             }
