@@ -149,8 +149,6 @@ def _time_plan(timer: Timer, note: Note) -> bool:
     spreads, sketches = timer.take("uint8_t *", n * SPREAD), timer.take("uint8_t *", n * KV_HEADS * SKETCH)
     keys, near, plan = (timer.take("uint8_t *", m * key_bytes) for m in (n, n_refined, granted))
     scores, votes = timer.take("float *", n * 4), timer.take("float *", n_sketched * 4)
-    of_spreads, proposals = timer.take("float *", KV_HEADS * n * 4), timer.take("float *", n * 4)
-    moments = timer.take("float *", 2 * KV_HEADS * 4)
     of_heads, entropy = timer.take("float *", HEADS * n_sketched * 4), timer.take("float *", 4)
     chunks, listed = timer.numbers(range(0, n, n // n_sketched)), timer.numbers(range(n))
     at, kept = (timer.take("int32_t *", n_sketched * 4) for _ in range(2))
@@ -158,10 +156,9 @@ def _time_plan(timer: Timer, note: Note) -> bool:
     timer.check(t.top_k(s, scores, n_refined, n_refined, at))  # `at` names somebody
     steps: list[tuple[str, int, Callable[[], int]]] = [
         ("query", HEADS * D * 4, lambda: t.spread_query(s, query, HEADS, KV_HEADS, D, folded)),
-        (f"spreads of {n}", n * SPREAD, lambda: t.spread_scores(s, folded, spreads, n, KV_HEADS, D, of_spreads)),
-        ("proposals", KV_HEADS * n * 4, lambda: t.propose(s, of_spreads, KV_HEADS, n, moments, scores, proposals)),
+        (f"spreads of {n}", n * SPREAD, lambda: t.spread_scores(s, folded, spreads, n, KV_HEADS, D, scores)),
         ("entropy", n * 4, lambda: t.entropy(s, scores, n, 1000, entropy)),
-        (f"top-k, {n_sketched} of {n}", n * 4, lambda: t.top_k(s, proposals, n, n_sketched, kept)),
+        (f"top-k, {n_sketched} of {n}", n * 4, lambda: t.top_k(s, scores, n, n_sketched, kept)),
         (
             f"sketches of {n_sketched}",
             n_sketched * KV_HEADS * SKETCH,

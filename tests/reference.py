@@ -427,19 +427,13 @@ def chunk_spread(keys: Floats, centre: Floats, stored: Callable[[Floats], Floats
 
 
 def spread_scores(query: Floats, spreads: Floats) -> Floats:
-    """Scores [G, N], summed over a KV head's query heads: the greatest product of query [H, d] with a box of the
-    half-width that spreads [N, G, d + 1] say, around their means."""
-    query = turned(query).reshape(spreads.shape[1], -1, query.shape[1])
-    products = np.einsum("grd,ngd->gn", query, spreads[:, :, :-1])
-    scores: Floats = products + spreads[:, :, -1].T * np.abs(query).sum(axis=(1, 2))[:, None]
+    """Scores [N], summed over query heads: the greatest product of query [H, d] with a box of the half-width that
+    spreads [N, G, d + 1] say, around their means."""
+    query = turned(query)
+    per_head = np.repeat(spreads, len(query) // spreads.shape[1], axis=1)
+    products = np.einsum("hd,nhd->n", query, per_head[:, :, :-1])
+    scores: Floats = products + per_head[:, :, -1] @ np.abs(query).sum(axis=1)
     return scores
-
-
-def proposals(scores: Floats) -> Floats:
-    """[N] of scores [G, N]: by how many standard deviations a chunk stands out, for the KV head where that is most."""
-    deviation = scores.std(axis=1, keepdims=True)
-    standing: Floats = (scores - scores.mean(axis=1, keepdims=True)) / deviation
-    return np.where(deviation > 0, standing, -np.inf).max(axis=0)
 
 
 # Sketches: of the engine's own making (native/kernels/cpu/sketch.cpp says what they are), no part of the papers

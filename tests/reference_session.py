@@ -25,8 +25,7 @@ class LayerResult(TypedDict):
     scores: Floats  # [N] that decide, -inf where not scored; with a list per KV head [G, N], votes or masses
     entropy: float  # NaN for N <= 1
     budget: int  # chunks this layer may take, N at most
-    proposed: Floats  # [N] what the first candidates are the best by, where there are more than chosen; else the scores
-    sketched: Floats  # [N] logarithms of votes by sketches, where `sketch` decides: -inf for others; else `proposed`
+    sketched: Floats  # [N] logarithms of votes by sketches, where `sketch` decides: -inf for others; else the scores
     refined: Floats  # [N] the same by keys, where `refine` decides: -inf for others; else `sketched`
     plan: Ints  # ascending chunk ids [k], or [G, k]
     attended: Ints  # ascending positions of the past, or [G, ...]; the window itself comes on top
@@ -156,15 +155,12 @@ class ReferenceSession:
         if not math.isnan(entropy):
             state.entropies.append(entropy)  # Reading: a window without a value (N <= 1) contributes none.
         budget = self._budgets[layer]
-        proposed = sketched = refined = scores
+        sketched = refined = scores
         if phase == "decode" and params.select == "top_k" and scores.ndim == 1:
             n_refined = min(len(scores), params.refine * budget)
             n_sketched = min(len(scores), max(params.sketch * budget, len(scores) // ref.SKETCHED_PART))
-            if params.summary == "spread" and max(params.sketch, params.refine) > 1 and len(scores) > budget:
-                proposed = ref.proposals(ref.spread_scores(probe.reshape(q.shape[1:]), summaries))
-                sketched = refined = proposed
             if params.sketch > 1 and n_sketched > n_refined:
-                sketched = self._among(state, q, proposed, n_sketched, by_sketch=True)
+                sketched = self._among(state, q, scores, n_sketched, by_sketch=True)
             refined = self._among(state, q, sketched, n_refined, by_sketch=False) if n_refined > budget else sketched
         plan = ref.top_k(refined, budget) if scores.ndim == 1 else np.array([ref.top_k(row, budget) for row in refined])
         attended, out = self._attend(state, q, k, v, plan if attended_plan is None else attended_plan)
@@ -175,7 +171,6 @@ class ReferenceSession:
             scores=scores,
             entropy=entropy,
             budget=budget,
-            proposed=proposed,
             sketched=sketched,
             refined=refined,
             plan=plan,
@@ -210,7 +205,7 @@ class ReferenceSession:
         if bounds:
             return summaries, ref.bound_scores(probe, summaries)
         if spread:
-            return summaries, ref.spread_scores(probe, summaries).sum(axis=0)
+            return summaries, ref.spread_scores(probe, summaries)
         question = self.question[layer] if self.question is not None and phase == "prefill" else None
         return summaries, ref.chunk_scores(probe.ravel(), summaries, params.score, question, params.question_weight)
 

@@ -136,7 +136,6 @@ class Jobs:
         yield self._probe()
         yield self._score()
         yield self._spread()
-        yield self._propose()
         yield self._sketch()
         yield self._refine()
         yield self._vote()
@@ -201,7 +200,7 @@ class Jobs:
         spreads = self._sets(n * one, self._of_chunks(one, spread))
         folded = np.empty(int(lib.actqkv_spread_query_size(*self.kv_heads)), np.float32)
         lib.actqkv_spread_query(_data(self.query), *self.heads, _data(folded))
-        scores = np.empty((self.shape.n_head_kv, n), np.float32)
+        scores = np.empty(n, np.float32)
 
         def make(i: int) -> Call:
             given = (_data(folded), _data(spreads[i % len(spreads)]), n, *self.kv_heads)
@@ -209,18 +208,6 @@ class Jobs:
 
         n_operations = 2 * n * math.prod(self.kv_heads)
         return Job(kernel="spread", work=f"{n:,} chunks", n_bytes=n * one, n_operations=n_operations, make=make)
-
-    def _propose(self) -> Job:
-        n, n_head_kv = self.shape.n_chunks, self.shape.n_head_kv
-        head_scores = self._sets(4 * n_head_kv * n, self._normal(n_head_kv, n).ravel())
-        moments, scores, proposals = (np.empty(size, np.float32) for size in (2 * n_head_kv, n, n))
-
-        def make(i: int) -> Call:
-            given = (_data(head_scores[i % len(head_scores)]), n_head_kv, n, _data(moments), _data(scores))
-            return partial(lib.actqkv_propose, self.impl, *given, _data(proposals), self.n_threads)
-
-        n_bytes, n_operations = 4 * n_head_kv * n, 7 * n_head_kv * n
-        return Job(kernel="propose", work=f"{n:,} chunks", n_bytes=n_bytes, n_operations=n_operations, make=make)
 
     def _sketch(self) -> Job:
         shape, n = self.shape, self.shape.sketched

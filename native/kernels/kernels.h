@@ -115,17 +115,11 @@ void actqkv_spread(const actqkv_f16 * keys, int64_t key_stride, const float * ce
 int64_t actqkv_spread_query_size(int32_t n_head_kv, int32_t d_head);
 void actqkv_spread_query(const float * query, int32_t n_head, int32_t n_head_kv, int32_t d_head, float * folded);
 
-// scores [G][n]: the query's products with the mean of chunk i less the centre, and as much more as keys reach that
-// spread so far, summed over the query heads of KV head g. The fast versions round the query to 16 bits, per 32 values.
+// scores[i], i < n: the query's products with the mean of chunk i less the centre, and as much more as keys reach that
+// spread so far, summed over query heads. The fast versions round the query to 16 bits,
+// per 32 values.
 void actqkv_spread_scores(int32_t impl, const float * folded, const uint8_t * spreads, int64_t n, int32_t n_head_kv,
                           int32_t d_head, float * scores, int32_t n_threads);
-
-// From head_scores [G][n]: scores [n], their sums over KV heads, and proposals [n], how many standard deviations a chunk's
-// score lies above the mean of all chunks', for the KV head where that is most. NULL: not wanted. Scores that are not finite
-// do not count; a KV head whose scores are all alike proposes nothing, and a chunk that no head proposes is at -infinity.
-// moments: room for 2*G floats.
-void actqkv_propose(int32_t impl, const float * head_scores, int32_t n_head_kv, int64_t n, float * moments,
-                    float * scores, float * proposals, int32_t n_threads);
 
 // ---- vote (section 4)
 

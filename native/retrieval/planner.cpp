@@ -180,15 +180,10 @@ void planner::make_spread_scores(int il, const kv_store & store) {
     folded.resize(actqkv_spread_query_size(hp.n_head_kv, hp.d_head));
     actqkv_spread_query(probe.data(), hp.n_head, hp.n_head_kv, hp.d_head, folded.data());
     scores.resize(n_chunks);
-    proposals.resize(is_decode ? n_chunks : 0);
-    head_scores.resize(hp.n_head_kv * n_chunks);
     // Waking threads takes longer than a few chunks do.
     const int n_threads = n_chunks * store.summary_bytes() < ALONE_BYTES ? 1 : reading.n_threads;
     actqkv_spread_scores(actqkv_impl_best(), folded.data(), store.spreads(il), n_chunks, hp.n_head_kv, hp.d_head,
-                         head_scores.data(), n_threads);
-    moments.resize(2 * hp.n_head_kv);
-    actqkv_propose(actqkv_impl_best(), head_scores.data(), hp.n_head_kv, n_chunks, moments.data(), scores.data(),
-                   is_decode ? proposals.data() : nullptr, n_threads);
+                         scores.data(), n_threads);
     score_stage.bytes += (uint64_t) n_chunks * store.summary_bytes();
 }
 
@@ -233,9 +228,8 @@ choice planner::choice_of(int il) const {
     return is_decode ? c : choice{c.k, n_chunks, c.k, c.k};
 }
 
-// The k best chunks by score. Answering, sketches of the n_sketched that are proposed decide which refine * k remain, and the
-// keys of those decide; query is the step's as it meets keys, stored_query as it meets keys in the store. Of summaries other
-// than spreads, scores propose.
+// The k best chunks by score. Answering, sketches of n_sketched of them decide which refine * k remain, and the keys
+// of those decide; query is the step's as it meets keys, stored_query as it meets keys in the store.
 void planner::choose(int il, const choice & sizes, const kv_store & store, const float * query,
                      const float * stored_query) {
     const stopwatch watch(refine_stage);
@@ -248,9 +242,7 @@ void planner::choose(int il, const choice & sizes, const kv_store & store, const
     const float scale = hp.attn_scale;
     candidates.resize(n_sketched);
     scratch.resize(n_chunks);
-    const bool proposes = now().method.summary == ACTQKV_SUMMARY_SPREAD && n_sketched > k;
-    const float * first = proposes ? proposals.data() : scores.data();
-    actqkv_top_k(actqkv_impl_best(), first, n_chunks, (int32_t) n_sketched, candidates.data(), scratch.data());
+    actqkv_top_k(actqkv_impl_best(), scores.data(), n_chunks, (int32_t) n_sketched, candidates.data(), scratch.data());
     if (n_sketched > n_refined) {
         head_scores.resize(hp.n_head * n_sketched);
         store.check_chunks(il, FILE_SKETCHES, candidates.data(), n_sketched);

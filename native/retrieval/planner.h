@@ -43,7 +43,7 @@ struct chunk_plan {
 struct choice {
     int64_t k;          // granted
     int64_t n_chunks;   // in all, every one scored
-    int64_t n_sketched; // of the best proposals; n_refined of them where sketches are not looked at
+    int64_t n_sketched; // of the best scores; n_refined of them where sketches are not looked at
     int64_t n_refined;  // k where keys are not
 };
 choice choice_of(const actqkv_method & method, int64_t share, int64_t n_chunks);
@@ -116,7 +116,7 @@ private:
     bool equal_shares = true; // of this window's layers, whatever their entropies
     int64_t pool = 0;
     std::vector<double> mean_entropy; // [n_layer]
-    std::vector<float> bias, weights, probe, folded, scores, moments, proposals, question_scores;
+    std::vector<float> bias, weights, probe, folded, scores, question_scores;
     std::vector<float> head_scores, votes;
     std::vector<int32_t> candidates, kept, scratch;
     chunk_plan chosen;

@@ -53,10 +53,7 @@ uint64_t gpu_planner::lay_out(const widths & w, uint8_t * memory, arrays & to) {
         to.layers.push_back(l);
     }
     to.folded = a.take<float>(actqkv_spread_query_size(w.n_head_kv, w.d_head));
-    to.spread_scores = a.take<float>(w.n_head_kv * w.n_chunks);
-    to.moments = a.take<float>(2 * w.n_head_kv);
     to.scores = a.take<float>(w.n_chunks);
-    to.proposals = a.take<float>(w.n_chunks);
     to.candidates = a.take<int32_t>(w.n_sketched);
     to.at = a.take<int32_t>(w.n_sketched);
     to.head_scores = a.take<float>((uint64_t) w.n_head * w.n_sketched);
@@ -128,8 +125,7 @@ void gpu_planner::set_slots(int il, const std::vector<int32_t> & slot_of) {
 void gpu_planner::make_scores(const layer & l, const choice & c, const float * query) {
     const int32_t G = width.n_head_kv, d = width.d_head;
     check(cuda.spread_query(compute, query, width.n_head, G, d, on_gpu.folded));
-    check(cuda.spread_scores(compute, on_gpu.folded, l.spreads, c.n_chunks, G, d, on_gpu.spread_scores));
-    check(cuda.propose(compute, on_gpu.spread_scores, G, c.n_chunks, on_gpu.moments, on_gpu.scores, on_gpu.proposals));
+    check(cuda.spread_scores(compute, on_gpu.folded, l.spreads, c.n_chunks, G, d, on_gpu.scores));
 }
 
 // Of n candidates, the k to whose best keys all query heads together pay the most attention, by head_scores; where among
@@ -150,8 +146,7 @@ void gpu_planner::make(int il, const choice & c, float temperature, const gpu_qu
     // Every stage leaves its chunks where the next one looks, the last one in chosen().
     const bool sketched = c.n_sketched > n_refined, by_keys = n_refined > c.k;
     int32_t *last = by_keys ? refined() : chosen(), *first = sketched ? on_gpu.candidates : last;
-    const float * proposing = c.n_sketched > c.k ? on_gpu.proposals : on_gpu.scores;
-    check(cuda.top_k(compute, proposing, c.n_chunks, (int32_t) c.n_sketched, first));
+    check(cuda.top_k(compute, on_gpu.scores, c.n_chunks, (int32_t) c.n_sketched, first));
     if (sketched) {
         check(cuda.sketch_scores(compute, q.q_keys, l.sketches, first, (int32_t) c.n_sketched, H, G, d, tokens, scale,
                                  on_gpu.head_scores));

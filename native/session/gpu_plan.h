@@ -66,7 +66,7 @@ private:
     };
     struct arrays {
         std::vector<layer> layers;
-        float *folded, *spread_scores, *moments, *scores, *proposals, *head_scores, *votes;
+        float *folded, *scores, *head_scores, *votes;
         int32_t *candidates, *at;
         uint8_t *refined_keys, *chosen_keys, *chosen_values;
         int32_t * report; // the entropy as float, chosen [n_most], refined [n_refined]

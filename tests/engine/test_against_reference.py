@@ -178,7 +178,7 @@ class Step:
 def check_plan(plan: ref.Ints, result: LayerResult, where: str) -> int:
     """The engine's plan is the reference's, but for chunks whose scores tie. Returns how many differ."""
     assert plan.shape == result["plan"].shape, where
-    stages = (result[name] for name in ("refined", "sketched", "proposed"))
+    stages = (result[name] for name in ("refined", "sketched", "scores"))
     rows = zip(*(np.atleast_2d(x) for x in (plan, result["plan"], *stages)), strict=True)
     return sum(check_list(*row, where) for row in rows)
 

@@ -182,20 +182,11 @@ def spread(keys: Array, centre: Array) -> tuple[Array, Array]:
 
 
 def spread_scores(query: Array, means: Array, spreads: Array) -> Array:
-    """query [H, d] as keys meet it, turned means [n, G, d], spreads [n, G] -> [G, n]: the best product with a corner of
-    the box of half-width s around the mean, added up over a KV head's query heads."""
+    """query [H, d] as keys meet it, turned means [n, G, d], spreads [n, G] -> [n]: the best product with a corner of
+    the box of half-width s around the mean, added up over heads."""
     turned, r = turn(query), len(query) // means.shape[1]
     corners = np.repeat(means, r, axis=1) + np.repeat(spreads, r, axis=1)[:, :, None] * np.sign(turned)
-    return np.asarray(np.einsum("hd,nhd->hn", turned, corners).reshape(-1, r, len(means)).sum(axis=1))
-
-
-def propose(scores: Array) -> tuple[Array, Array]:
-    """Scores of KV heads [G, n] -> their sums, and the most deviations that a chunk lies above a head's mean."""
-    finite = np.where(np.isfinite(scores), scores, np.nan)
-    rest, deviation = finite - np.nanmean(finite, axis=1)[:, None], np.nanstd(finite, axis=1)[:, None]
-    differ = deviation > 1e-9 * np.abs(np.nanmean(finite, axis=1)[:, None])
-    standing = np.where(np.isnan(rest), -np.inf, rest) / np.where(differ, deviation, 1)
-    return scores.sum(axis=0), np.where(differ, standing, -np.inf).max(axis=0)
+    return np.asarray(np.einsum("hd,nhd->n", turned, corners))
 
 
 def entropy(scores: Array, temperature: float) -> float:

@@ -99,10 +99,10 @@ struct ops {
     void (*sketch_scores)(const sketch_job * job);
     int sketch_rows;
 
-    // scores[g*lds + i] = query_g . row_g, and reach[g] times the half that lies 2*g behind a row's blocks of q4_0, of which
-    // every KV head g < n_head_kv has n_blocks; rows lie one behind the other. query [n_head_kv][32*n_blocks].
+    // scores[i] = query . row, and the sum over g < n_head_kv of reach[g] (f32) times the half that lies 2*g behind the
+    // row's n_blocks blocks of q4_0; rows lie one behind the other. query [32*n_blocks].
     void (*spread_scores)(const float * query, int64_t n_blocks, const float * reach, int32_t n_head_kv,
-                          const uint8_t * spreads, int64_t n, float * scores, int64_t lds);
+                          const uint8_t * spreads, int64_t n, float * scores);
 
     float (*max)(const float * x, int64_t n);
 
@@ -124,12 +124,6 @@ struct ops {
                       float * sums);
 
     float (*sum)(const float * x, int64_t n);
-
-    // sum of (x[i] - from)^2
-    float (*squares)(const float * x, int64_t n, float from);
-
-    // sums[i] += x[i];  greatest[i] = max(greatest[i], (x[i] - from) * factor); all finite, or -infinity in greatest
-    void (*stand_out)(const float * x, int64_t n, float from, float factor, float * sums, float * greatest);
 
     // dst[i] += factor * src[i];  dst[i] *= factor
     void (*add_scaled)(float * dst, const float * src, int64_t n, float factor);

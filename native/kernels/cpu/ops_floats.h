@@ -121,36 +121,6 @@ static float simd_sum(const float * x, int64_t n) {
     return sum;
 }
 
-static float simd_squares(const float * x, int64_t n, float from) {
-    const vf shift = v_set1(from);
-    vf a = v_zero();
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const vf rest = v_sub(v_load(x + i), shift);
-        a = v_fma(rest, rest, a);
-    }
-    float sum = v_sum(a);
-    for (; i < n; i++) {
-        sum += (x[i] - from) * (x[i] - from);
-    }
-    return sum;
-}
-
-static void simd_stand_out(const float * x, int64_t n, float from, float factor, float * sums, float * greatest) {
-    const vf shift = v_set1(from), f = v_set1(factor);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const vf score = v_load(x + i);
-        v_store(sums + i, v_add(v_load(sums + i), score));
-        v_store(greatest + i, v_max(v_load(greatest + i), v_mul(v_sub(score, shift), f)));
-    }
-    for (; i < n; i++) {
-        const float standing = (x[i] - from) * factor;
-        sums[i] += x[i];
-        greatest[i] = standing > greatest[i] ? standing : greatest[i];
-    }
-}
-
 static void simd_add_scaled(float * dst, const float * src, int64_t n, float factor) {
     const vf f = v_set1(factor);
     int64_t i = 0;

@@ -74,9 +74,9 @@ struct q4_integers {
     }
 };
 
-// sum[x] = x-th query . W rows, from their block `first` on
-template <class I, int NV> static inline void products_of(const query_block * queries, int64_t n_blocks,
-                                                          const uint8_t * const * row, int64_t first, vf * sum) {
+// sum[x] = x-th query . W rows
+template <class I, int NV>
+static inline void products_of(const query_block * queries, int64_t n_blocks, const uint8_t * const * row, vf * sum) {
     UNROLL
     for (int x = 0; x < NV; x++) {
         sum[x] = v_zero();
@@ -91,7 +91,7 @@ template <class I, int NV> static inline void products_of(const query_block * qu
         UNROLL
         for (int h = 0; h < 2; h++) {
             vi quads[4], words[N_WORDS];
-            vi_load_quads(row, (first + b) * I::BYTES + I::at(h), quads);
+            vi_load_quads(row, b * I::BYTES + I::at(h), quads);
             I::words(quads, h, words);
             UNROLL
             for (int x = 0; x < NV; x++) {
@@ -101,7 +101,7 @@ template <class I, int NV> static inline void products_of(const query_block * qu
                 }
             }
         }
-        const vf scale = v_load_halves(row, (first + b) * I::BYTES);
+        const vf scale = v_load_halves(row, b * I::BYTES);
         UNROLL
         for (int x = 0; x < NV; x++) {
             sum[x] = v_fma(v_of_vi(acc[x]), v_mul(scale, v_set1(q[x * n_blocks].scale)), sum[x]);
@@ -113,7 +113,7 @@ template <class I, int NV> static inline void products_of(const query_block * qu
 template <class I, int NV>
 static inline void greatest_of(const query_block * queries, int64_t n_blocks, const uint8_t * const * row, vf * best) {
     vf sum[NV];
-    products_of<I, NV>(queries, n_blocks, row, 0, sum);
+    products_of<I, NV>(queries, n_blocks, row, sum);
     UNROLL
     for (int x = 0; x < NV; x++) {
         best[x] = v_max(best[x], sum[x]);

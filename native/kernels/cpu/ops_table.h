@@ -34,8 +34,6 @@
      simd_exp_sum,                                                                                                     \
      simd_join_exps,                                                                                                   \
      simd_sum,                                                                                                         \
-     simd_squares,                                                                                                     \
-     simd_stand_out,                                                                                                   \
      simd_add_scaled,                                                                                                  \
      simd_scale,                                                                                                       \
      simd_column_stats,                                                                                                \

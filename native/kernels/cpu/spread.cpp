@@ -2,16 +2,11 @@
 // for how far they spread around it.
 //
 //     mu = mean_j k_j      s^2 = mean over keys j and channels e of (k_je - mu_e)^2
-//     score_gb = sum over query heads h of KV head g of  q_h . (mu - centre) + s |q_h|_1
+//     score_b = sum over query heads h of  q_h . (mu - centre) + s |q_h|_1
 //
 // which is the greatest product with any point of a box of half-width s around mu, less what all chunks share: Quest's bound
 // (docs/algorithms.md, 4) for a box of the keys' own, as large as most of them need instead of all. All vectors are turned
 // (kernels.h), so that four bits hold them alike; mu - centre is rounded to q4_0.
-//
-// A score of a chunk as such is their sum. Where more is looked at than chosen, a chunk is proposed by the KV head for which it
-// stands out most (native/README.md), whatever the lengths of heads' queries and keys:
-//
-//     proposal_b = max_g (score_gb - mean_b score_gb) / (standard deviation over b of score_gb)
 //
 // Layout: per KV head ceil(d / 32) blocks of q4_0 (rows.h), filled up with zeros; then f16 s[G]. Reads what it scores once:
 // memory-bound.
@@ -39,62 +34,16 @@ void store_head(float * x, int32_t d, double variance, int32_t n_head_kv, int32_
     store_half((float) sqrt(variance), spread + means_bytes(n_head_kv, d) + 2 * g);
 }
 
-float score_scalar(const float * folded, int32_t n_head_kv, int32_t d, const uint8_t * spread, int32_t g) {
-    const int64_t n = blocks_of_head(d) * BLOCK;
+float score_scalar(const float * folded, int32_t n_head_kv, int32_t d, const uint8_t * spread) {
+    const int64_t n = n_head_kv * blocks_of_head(d) * BLOCK, tail = means_bytes(n_head_kv, d);
     double sum = 0;
-    for (int64_t e = g * n; e < (g + 1) * n; e++) {
+    for (int64_t e = 0; e < n; e++) {
         sum += (double) folded[e] * row_value(ACTQKV_KV_Q4_0, spread, e);
     }
-    const double reach = folded[n_head_kv * n + g];
-    return (float) (sum + reach * load_half(spread + means_bytes(n_head_kv, d) + 2 * g));
-}
-
-// Mean of the scores that are finite, and 1 / standard deviation: 0 where they are all alike.
-void moments_of(const ops * op, const float * x, int64_t n, float * moments) {
-    double sum = op ? op->sum(x, n) : NAN, squares = 0;
-    int64_t n_finite = n;
-    if (!isfinite(sum)) { // scalar, or some are not
-        sum = 0;
-        n_finite = 0;
-        op = nullptr;
-        for (int64_t b = 0; b < n; b++) {
-            sum += isfinite(x[b]) ? x[b] : 0;
-            n_finite += isfinite(x[b]);
-        }
+    for (int32_t g = 0; g < n_head_kv; g++) {
+        sum += (double) folded[n + g] * load_half(spread + tail + 2 * g);
     }
-    const float mean = n_finite > 0 ? (float) (sum / (double) n_finite) : 0;
-    for (int64_t b = 0; !op && b < n; b++) {
-        const double rest = isfinite(x[b]) ? (double) x[b] - mean : 0;
-        squares += rest * rest;
-    }
-    const double variance = (op ? op->squares(x, n, mean) : squares) / (double) (n_finite > 0 ? n_finite : 1);
-    const double least = fabs(mean) * 1e-6; // rounding alone
-    moments[0] = mean;
-    moments[1] = variance > least * least && isfinite(variance) ? (float) (1 / sqrt(variance)) : 0;
-}
-
-// Adds x to sums, and lifts proposals to where x stands in its moments.
-void stand_out(const ops * op, const float * x, int64_t n, const float * moments, float * sums, float * proposals) {
-    const float mean = moments[0], inverse = moments[1];
-    if (op && inverse > 0 && isfinite(op->sum(x, n))) {
-        op->stand_out(x, n, mean, inverse, sums, proposals);
-        return;
-    }
-    for (int64_t b = 0; b < n; b++) {
-        sums[b] += x[b];
-        const float standing = inverse > 0 && isfinite(x[b]) ? (x[b] - mean) * inverse : -INFINITY;
-        proposals[b] = standing > proposals[b] ? standing : proposals[b];
-    }
-}
-
-void add(const ops * op, const float * x, int64_t n, float * sums) {
-    if (op) {
-        op->add_scaled(sums, x, n, 1);
-        return;
-    }
-    for (int64_t b = 0; b < n; b++) {
-        sums[b] += x[b];
-    }
+    return (float) sum;
 }
 
 } // namespace
@@ -168,46 +117,16 @@ extern "C" void actqkv_spread_scores(int32_t impl, const float * folded, const u
                                      int32_t n_head_kv, int32_t d_head, float * scores, int32_t n_threads) {
     using namespace actqkv;
     const ops * op = ops_for(impl);
-    const int64_t n_blocks = blocks_of_head(d_head), bytes = actqkv_spread_bytes(n_head_kv, d_head);
-    const float * reach = folded + n_head_kv * n_blocks * BLOCK;
+    const int64_t n_blocks = n_head_kv * blocks_of_head(d_head), bytes = actqkv_spread_bytes(n_head_kv, d_head);
+    const float * reach = folded + n_blocks * BLOCK;
     parallel(n_threads, [=](int ith, int nth) {
         const int64_t from = n * ith / nth, to = n * (ith + 1) / nth;
         if (op) {
-            op->spread_scores(folded, n_blocks, reach, n_head_kv, spreads + from * bytes, to - from, scores + from, n);
+            op->spread_scores(folded, n_blocks, reach, n_head_kv, spreads + from * bytes, to - from, scores + from);
             return;
         }
         for (int64_t i = from; i < to; i++) {
-            for (int32_t g = 0; g < n_head_kv; g++) {
-                scores[g * n + i] = score_scalar(folded, n_head_kv, d_head, spreads + i * bytes, g);
-            }
-        }
-    });
-}
-
-extern "C" void actqkv_propose(int32_t impl, const float * head_scores, int32_t n_head_kv, int64_t n, float * moments,
-                               float * scores, float * proposals, int32_t n_threads) {
-    using namespace actqkv;
-    const ops * op = ops_for(impl);
-    if (proposals != nullptr) {
-        parallel(n_threads, [=](int ith, int nth) {
-            for (int32_t g = ith; g < n_head_kv; g += nth) {
-                moments_of(op, head_scores + g * n, n, moments + 2 * g);
-            }
-        });
-    }
-    parallel(n_threads, [=](int ith, int nth) {
-        const int64_t from = n * ith / nth, n_here = n * (ith + 1) / nth - from;
-        memset(scores + from, 0, n_here * sizeof(float));
-        for (int64_t b = from; proposals != nullptr && b < from + n_here; b++) {
-            proposals[b] = -INFINITY;
-        }
-        for (int32_t g = 0; g < n_head_kv; g++) {
-            const float * of_head = head_scores + g * n + from;
-            if (proposals != nullptr) {
-                stand_out(op, of_head, n_here, moments + 2 * g, scores + from, proposals + from);
-            } else {
-                add(op, of_head, n_here, scores + from);
-            }
+            scores[i] = score_scalar(folded, n_head_kv, d_head, spreads + i * bytes);
         }
     });
 }

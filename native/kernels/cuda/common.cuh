@@ -244,7 +244,6 @@ int32_t mean(actqkv_cuda_stream *, const actqkv_f16 *, int64_t, int32_t, int32_t
 int32_t spread(actqkv_cuda_stream *, const actqkv_f16 *, int64_t, const float *, int32_t, int32_t, int32_t, uint8_t *);
 int32_t spread_query(actqkv_cuda_stream *, const float *, int32_t, int32_t, int32_t, float *);
 int32_t spread_scores(actqkv_cuda_stream *, const float *, const uint8_t *, int64_t, int32_t, int32_t, float *);
-int32_t propose(actqkv_cuda_stream *, const float *, int32_t, int64_t, float *, float *, float *);
 int32_t head_scores(actqkv_cuda_stream *, const float *, const actqkv_f16 *, int64_t, int32_t, int64_t, int64_t,
                     int32_t, float *);
 int32_t vote(actqkv_cuda_stream *, const float *, int64_t, int32_t, int32_t, int32_t, float *);

@@ -276,7 +276,6 @@ extern "C" const actqkv_cuda * actqkv_cuda_table(void) {
         spread,
         spread_query,
         spread_scores,
-        propose,
         head_scores,
         vote,
         sketch,

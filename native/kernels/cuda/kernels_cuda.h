@@ -106,8 +106,6 @@ struct actqkv_cuda {
     // The query is not rounded.
     int32_t (*spread_scores)(struct actqkv_cuda_stream * stream, const float * folded, const uint8_t * spreads,
                              int64_t n, int32_t n_head_kv, int32_t d_head, float * scores);
-    int32_t (*propose)(struct actqkv_cuda_stream * stream, const float * head_scores, int32_t n_head_kv, int64_t n,
-                       float * moments, float * scores, float * proposals);
 
     int32_t (*head_scores)(struct actqkv_cuda_stream * stream, const float * queries, const actqkv_f16 * reps,
                            int64_t block_stride, int32_t n_blocks, int64_t n, int64_t width, int32_t n_head,

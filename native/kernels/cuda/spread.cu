@@ -7,7 +7,7 @@
 namespace actqkv::cuda {
 namespace {
 
-constexpr int THREADS = 128, MANY = 256, N_WARPS = 8, BLOCK = 32, Q4_BYTES = 18;
+constexpr int THREADS = 128, N_WARPS = 8, BLOCK = 32, Q4_BYTES = 18;
 constexpr int QUERY_BLOCKS = 256; // of a query in shared memory at a time
 
 __host__ __device__ inline int64_t blocks_of_head(int d) { return divided_up(d, BLOCK); }
@@ -139,88 +139,34 @@ __device__ float q4_product(const uint8_t * block, const float * query) {
     return wide(*halfs_at(block)) * sum;
 }
 
-// grid.x: summaries, in turns. Blocks of whole heads at a time.
+// grid.x: summaries, in turns.
 __global__ void __launch_bounds__(N_WARPS * WARP)
     scores_kernel(const float * folded, const uint8_t * spreads, int64_t n, layout shape, float * scores) {
     __shared__ float query[QUERY_BLOCKS][BLOCK + 1];
-    __shared__ float products[N_WARPS][QUERY_BLOCKS];
     const int warp = (int) threadIdx.x / WARP, lane = (int) threadIdx.x % WARP;
-    const int of_head = (int) blocks_of_head(shape.d), most = QUERY_BLOCKS / of_head;
-    const int64_t tail = shape.tail(), bytes = shape.bytes();
-    const float * reach = folded + shape.n_head_kv * of_head * BLOCK;
-    for (int first = 0; first < shape.n_head_kv; first += most) {
-        const int n_heads = shape.n_head_kv - first < most ? shape.n_head_kv - first : most;
-        const int64_t begin = (int64_t) first * of_head;
+    const int64_t n_blocks = shape.n_head_kv * blocks_of_head(shape.d), tail = shape.tail(), bytes = shape.bytes();
+    const float * reach = folded + n_blocks * BLOCK;
+    for (int64_t first = 0; first < n_blocks; first += QUERY_BLOCKS) {
+        const int n_here = (int) (n_blocks - first < QUERY_BLOCKS ? n_blocks - first : QUERY_BLOCKS);
         __syncthreads(); // what was there has been read
-        for (int i = (int) threadIdx.x; i < n_heads * of_head * BLOCK; i += N_WARPS * WARP) {
-            query[i / BLOCK][i % BLOCK] = folded[begin * BLOCK + i];
+        for (int i = (int) threadIdx.x; i < n_here * BLOCK; i += N_WARPS * WARP) {
+            query[i / BLOCK][i % BLOCK] = folded[first * BLOCK + i];
         }
         __syncthreads();
         for (int64_t i = (int64_t) blockIdx.x * N_WARPS + warp; i < n; i += (int64_t) gridDim.x * N_WARPS) {
             const uint8_t * row = spreads + i * bytes;
-            for (int b = lane; b < n_heads * of_head; b += WARP) {
-                products[warp][b] = q4_product(row + (begin + b) * Q4_BYTES, query[b]);
+            float sum = 0;
+            for (int b = lane; b < n_here; b += WARP) {
+                sum += q4_product(row + (first + b) * Q4_BYTES, query[b]);
             }
-            __syncwarp();
-            for (int g = lane; g < n_heads; g += WARP) {
-                float sum = reach[first + g] * wide(halfs_at(row + tail)[first + g]);
-                for (int b = g * of_head; b < (g + 1) * of_head; b++) {
-                    sum += products[warp][b];
-                }
-                scores[(first + g) * n + i] = sum;
+            for (int g = lane; first == 0 && g < shape.n_head_kv; g += WARP) {
+                sum += reach[g] * wide(halfs_at(row + tail)[g]);
             }
-            __syncwarp();
+            sum = sum_lanes<WARP>(sum);
+            if (lane == 0) {
+                scores[i] = first == 0 ? sum : scores[i] + sum;
+            }
         }
-    }
-}
-
-// A block per KV head: mean, and 1 / standard deviation or 0, of the scores that are finite.
-__global__ void __launch_bounds__(MANY) moments_kernel(const float * head_scores, int64_t n, float * moments) {
-    __shared__ double part[WARP];
-    const float * x = head_scores + blockIdx.x * n;
-    double sum = 0, count = 0;
-    for (int64_t b = threadIdx.x; b < n; b += MANY) {
-        const bool finite = isfinite(x[b]);
-        sum += finite ? x[b] : 0;
-        count += finite;
-    }
-    sum = sum_block(sum, part);
-    count = sum_block(count, part);
-    const float mean = count > 0 ? (float) (sum / count) : 0;
-    double squares = 0;
-    for (int64_t b = threadIdx.x; b < n; b += MANY) {
-        const float rest = isfinite(x[b]) ? x[b] - mean : 0;
-        squares += rest * rest;
-    }
-    squares = sum_block(squares, part);
-    if (threadIdx.x == 0) {
-        const double variance = count > 0 ? squares / count : 0;
-        const float least = fabsf(mean) * 1e-6f; // rounding alone
-        const bool differ = variance > (double) least * least && isfinite(variance);
-        moments[2 * blockIdx.x] = mean;
-        moments[2 * blockIdx.x + 1] = differ ? (float) (1 / sqrt(variance)) : 0;
-    }
-}
-
-// A thread per chunk.
-__global__ void __launch_bounds__(MANY) propose_kernel(const float * head_scores, int n_head_kv, int64_t n,
-                                                       const float * moments, float * scores, float * proposals) {
-    const int64_t b = (int64_t) blockIdx.x * MANY + threadIdx.x;
-    if (b >= n) {
-        return;
-    }
-    float sum = 0, best = -INFINITY;
-    for (int g = 0; g < n_head_kv; g++) {
-        const float score = head_scores[g * n + b];
-        sum += score;
-        if (proposals != nullptr && moments[2 * g + 1] > 0) {
-            const float standing = (score - moments[2 * g]) * moments[2 * g + 1];
-            best = standing > best && standing < INFINITY ? standing : best;
-        }
-    }
-    scores[b] = sum;
-    if (proposals != nullptr) {
-        proposals[b] = best;
     }
 }
 
@@ -249,16 +195,6 @@ int32_t spread_scores(actqkv_cuda_stream * s, const float * folded, const uint8_
     const int64_t wanted = divided_up(n, N_WARPS), most = 4 * (int64_t) s->n_multiprocessors;
     return launch(s, scores_kernel, dim3((unsigned) (wanted < most ? wanted : most)), dim3(N_WARPS * WARP), 0, folded,
                   spreads, n, layout{n_head_kv, d_head}, scores);
-}
-
-int32_t propose(actqkv_cuda_stream * s, const float * head_scores, int32_t n_head_kv, int64_t n, float * moments,
-                float * scores, float * proposals) {
-    const int32_t status = proposals == nullptr || n == 0 ? 0
-                                                          : launch(s, moments_kernel, dim3((unsigned) n_head_kv),
-                                                                   dim3(MANY), 0, head_scores, n, moments);
-    return status != 0 ? status
-                       : launch(s, propose_kernel, dim3((unsigned) divided_up(n, MANY)), dim3(MANY), 0, head_scores,
-                                n_head_kv, n, moments, scores, proposals);
 }
 
 } // namespace actqkv::cuda
