@@ -210,7 +210,7 @@ def test_versions_agree() -> None:
 
 def test_ci_runs_what_the_readme_says() -> None:
     """README promises another test command than the one that is run before a change lands."""
-    install, test = 'pip install ".[test]"', "pytest -n auto"
+    install, test = 'pip install ".[test]"', "pytest"
     assert f"{install} && {test}\n" in text_of(ROOT / "README.md")
     script = text_of(ROOT / ".ci" / "run").splitlines()
     assert {install, test} <= {line.strip() for line in script}
