@@ -438,9 +438,10 @@ void kv_store::check_array(int il, file_array array, int64_t chunk) const {
     }
 }
 
-// Has the system read those chunks that are still to be checked, runs of them at a time and all at once: one by one, each
-// would wait for the disk.
 void kv_store::fetch_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const {
+    if (n_from_file == 0) {
+        return;
+    }
     const chunk_array from = chunk_arrays(il)[array];
     const uint64_t granule = kv_file::map_granule();
     const auto is_wanted = [&](int64_t chunk) { return chunk < n_from_file && !was_checked(il, array, chunk); };
@@ -460,9 +461,6 @@ void kv_store::fetch_chunks(int il, file_array array, const int32_t * chunks, in
 }
 
 void kv_store::check_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const {
-    if (n_from_file == 0) {
-        return;
-    }
     fetch_chunks(il, array, chunks, n);
     for (int64_t i = 0; i < n; i++) {
         if (chunks[i] < n_from_file) {

@@ -134,6 +134,8 @@ public:
     void check_between(int64_t first, int64_t last) const;
     // Whoever reads chunk_keys() or sketches() says first which chunks.
     void check_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const;
+    // Has the system read those that are still to be checked, all at once: one by one, each would wait for the disk.
+    void fetch_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const;
 
 private:
     struct layer {
@@ -151,7 +153,6 @@ private:
     void summarize(int il, int64_t chunk, actqkv_f16 * rep);
     uint8_t & was_checked(int il, file_array array, int64_t chunk) const;
     void check_array(int il, file_array array, int64_t chunk) const;
-    void fetch_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const;
     void check_summaries(int il) const;
     void map_from(std::shared_ptr<const kv_file> file);
 

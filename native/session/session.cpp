@@ -321,8 +321,8 @@ void session::add_list(const window & w, int il, const int32_t * chunks, int32_t
     const int64_t local = std::max<int64_t>(0, w.first - params.n_local);
     const int64_t open = shape.block_first(store.n_closed() + 1);
     const size_t begin = spans.size();
-    store.check_chunks(il, FILE_KEYS, chunks, n_chunks);
-    store.check_chunks(il, FILE_VALUES, chunks, n_chunks);
+    store.fetch_chunks(il, FILE_KEYS, chunks, n_chunks);
+    store.fetch_chunks(il, FILE_VALUES, chunks, n_chunks);
     const auto add = [&](int64_t block, int64_t first, int64_t last) {
         if (first < last) {
             spans.push_back(store.span(il, block, first, last, last > local));
