@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actqkv_cpp import saved
 from actqkv_cpp.answering import Generated, Sampling, SamplingOptions
 from actqkv_cpp.document import (
     GAP,
@@ -205,7 +206,8 @@ class Chat(Conversation):
         self._read_behind(self._steps, reading, progress)
 
     def resume(self, *, progress: Progress | None = None) -> None:
-        """Read on where the latest interrupted reading stopped; nothing to do where none was interrupted.
+        """Read on where the latest interrupted reading stopped, into the Llama's KV file where that was being written;
+        nothing to do where none was interrupted.
 
         Turns and documents after it are forgotten: they would stand in the middle of what is read.
 
@@ -222,8 +224,10 @@ class Chat(Conversation):
         at, reading = stopped[-1]
         before, n_turns = self._steps[:at], len(self.turns)
         self._return(before)
+        held = self._as_held(reading)
         try:
-            self._read_behind(before, self._as_held(reading), progress)
+            with saved.written(self.llm, held):
+                self._read_behind(before, held, progress)
         finally:
             self.answer = self.answer if len(self.turns) == n_turns else None
 

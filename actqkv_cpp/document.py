@@ -326,7 +326,8 @@ class Document(Conversation):
         return self._reading.seconds
 
     def resume(self, *, progress: Progress | None = None) -> None:
-        """Read on after an interrupted reading; nothing to do when all was read.
+        """Read on after an interrupted reading, into the Llama's KV file where it was being written; nothing to do when
+        all was read.
 
         Args:
             progress: as in `Llama.read`; counts from what was read before.
@@ -337,6 +338,11 @@ class Document(Conversation):
         """
         if self.tokens_read > 0:
             self._check_history(self._reading.here())
+        if self.tokens_read < self.tokens_total:
+            with saved.written(self.llm, self._reading):
+                self._read_rest(progress)
+
+    def _read_rest(self, progress: Progress | None) -> None:
         if self.tokens_read < self.tokens_total:
             self._read(self._reading, progress)
 

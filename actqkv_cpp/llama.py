@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -602,9 +602,9 @@ class Llama(llama_cpp.Llama):
         if self._has_opened:
             saved.leave_opened(self)
         document = Document(self, files, system=system, question=question, reserve=reserve)
-        with nullcontext() if self.kv_file is None else saved.written(self, self.kv_file, document._reading):
+        with saved.written(self, document._reading):
             self.document = document
-            document.resume(progress=progress)
+            document._read_rest(progress)
         return document
 
     def open(self, path: PathLike) -> Document:

@@ -329,9 +329,14 @@ def _stand(llm: Llama, reading: Reading) -> None:
 
 
 @contextmanager
-def written(llm: Llama, path: Path, reading: Reading) -> Iterator[None]:
-    """Within the block the session of `llm` writes `reading` to the KV file `path`, and keeps it there instead of in
-    memory. Where the file holds the reading's beginning, the session starts with that."""
+def written(llm: Llama, reading: Reading) -> Iterator[None]:
+    """Within the block the session of `llm` writes `reading` to the KV file that `llm` was given, if any, and keeps it
+    there instead of in memory. Where the file holds the reading's beginning, the session starts with that. What stands
+    behind something else in the session, or on another file that was opened, is not written."""
+    path = llm.kv_file
+    if path is None or reading.step.keep or llm._has_opened:
+        yield
+        return
     session = llm._native_session("a KV file")
     machine.check_memory(session.plan, llm.n_ctx(), n_in_file=reading.n_total)
     if not path.exists():

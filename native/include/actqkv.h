@@ -368,7 +368,7 @@ ACTQKV_API int32_t actqkv_file_spill(actqkv_session * session, bool on, struct a
 ACTQKV_API int32_t actqkv_file_sync(actqkv_session * session, struct actqkv_error * err);
 // The same, of a reading that is all read; the file is complete then, and no longer the session's.
 ACTQKV_API int32_t actqkv_file_end(actqkv_session * session, struct actqkv_error * err);
-// The file is no longer the session's, complete or not. Nothing where there is none.
+// The file is no longer the session's, complete or not, and another session may write it on. Nothing where there is none.
 ACTQKV_API void actqkv_file_leave(actqkv_session * session);
 
 // ---- what was attended

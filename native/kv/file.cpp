@@ -116,9 +116,7 @@ kv_file::kv_file(kv_file && other) noexcept
 }
 
 kv_file::~kv_file() {
-    if (writing.valid()) {
-        writing.wait();
-    }
+    end_writing();
     if (fd >= 0) {
         close(fd);
     }
@@ -418,6 +416,15 @@ void kv_file::finish() {
         writing.get();
         sequence++;
         current = next;
+    }
+}
+
+void kv_file::end_writing() {
+    if (writing.valid()) {
+        writing.wait();
+    }
+    if (fd >= 0) {
+        flock(fd, LOCK_UN);
     }
 }
 

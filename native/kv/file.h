@@ -125,6 +125,8 @@ public:
     void write_slot(const file_slot & slot);
     bool busy() const; // finish() would wait
     void finish();
+    // From now on another writer may go on with the file, which stays mapped. Waits for what is being written.
+    void end_writing();
 
     // Copies chunks [0, n) of an array out of the file. Unchecked.
     void read_chunks(int il, int array, int64_t n, const chunk_array & to) const;

@@ -45,11 +45,9 @@ int32_t rows_for(const hparams & hp, const actqkv_params & p) {
     return p.method.summary == ACTQKV_SUMMARY_HEAD ? hp.n_head : hp.n_head_kv;
 }
 
-bool sketches(const actqkv_params & p) { return p.method.decode == ACTQKV_RETRIEVE_TOP && p.method.sketch > 1; }
-
 // Of a chunk.
 int64_t sketch_bytes_for(const hparams & hp, const actqkv_params & p) {
-    return sketches(p) ? hp.n_head_kv * actqkv_sketch_bytes(hp.d_head, p.method.n_chunk_tokens) : 0;
+    return makes_sketches(p.method) ? hp.n_head_kv * actqkv_sketch_bytes(hp.d_head, p.method.n_chunk_tokens) : 0;
 }
 
 int64_t sums_per_layer(const hparams & hp, const actqkv_params & p) {

@@ -19,6 +19,9 @@
 
 namespace actqkv {
 
+// Whether chunks get sketches, which answering steps choose by.
+inline bool makes_sketches(const actqkv_method & m) { return m.decode == ACTQKV_RETRIEVE_TOP && m.sketch > 1; }
+
 // Number of f16 per chunk and layer of a summary kind; 0 for spreads (kernels.h), which are of another make.
 int64_t summary_width(int32_t kind, const hparams & hp);
 

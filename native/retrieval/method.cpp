@@ -1,6 +1,7 @@
 #include "method.h"
 
 #include "../kernels/kernels.h"
+#include "../kv/store.h"
 
 #include "../error.h"
 
@@ -331,8 +332,7 @@ void check_same_stores(const actqkv_method & reading, const actqkv_method & answ
         } else {
             compare_summaries(d, reading, answering);
         }
-        const bool sketched = reading.sketch > 1 && reading.decode == ACTQKV_RETRIEVE_TOP;
-        if (answering.sketch > 1 && !sketched && answering.decode == ACTQKV_RETRIEVE_TOP) {
+        if (makes_sketches(answering) && !makes_sketches(reading)) {
             d.add("the reading made no sketches");
         }
     }

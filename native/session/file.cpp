@@ -250,7 +250,14 @@ void session::file_end() {
     write_checkpoint(true);
     write_checkpoint(true); // in both slots: damage to one of them costs nothing
     file->finish();
-    file = nullptr;
+    file_leave();
+}
+
+void session::file_leave() {
+    if (file != nullptr) {
+        file->end_writing();
+        file = nullptr;
+    }
 }
 
 } // namespace actqkv

@@ -59,7 +59,7 @@ public:
     void file_spill(bool on);
     void file_sync();
     void file_end();
-    void file_leave() { file = nullptr; }
+    void file_leave();
 
     actqkv_progress_fn progress = nullptr;
     void * progress_user = nullptr;

@@ -155,6 +155,31 @@ def test_written_while_read(kv_type: str, tiny_model: Path, book: Path, tmp_path
     kvfile.verify(path)
 
 
+@pytest.mark.parametrize("how", ["document", "chat"])
+def test_reading_on_goes_on_writing(how: str, tiny_model: Path, book: Path, tmp_path: Path) -> None:
+    """Breaks when the file of a reading that was stopped and read on, by the same Llama, never becomes whole."""
+    path = tmp_path / "a.akv"
+    with make(tiny_model) as llm:
+        expected = asked(llm.read(book))
+    with make(tiny_model, kv_file=path) as llm:
+        with pytest.raises(Cancelled):
+            llm.read(book, progress=lambda done, _: done < 300)
+        doc = llm.document
+        assert doc is not None
+        doc.ask("Who?", max_tokens=3)
+        if how == "document":
+            doc.resume()
+            assert asked(doc) == expected
+        else:
+            chat = llm.chat(doc)
+            chat.say("Who?", max_tokens=3)
+            chat.resume()
+    assert kvfile.info(path).complete
+    kvfile.verify(path)
+    with make(tiny_model) as llm:
+        assert asked(llm.open(path)) == expected
+
+
 def test_opened_before_it_is_complete(llm: Llama, tiny_model: Path, book: Path, tmp_path: Path) -> None:
     """Breaks when an interrupted reading opens as a whole one, or cannot be read on."""
     expected = asked(llm.read(book))
