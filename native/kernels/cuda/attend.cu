@@ -135,9 +135,8 @@ room lay_out(arena & a, uint64_t n_tiles, uint64_t n_lists, uint64_t n_spans, ui
     return r;
 }
 
-// One copy from ordinary memory, which the host may forget at once.
 int32_t upload(actqkv_cuda_stream * s, const room & r, const plan & p) {
-    std::vector<uint8_t> bytes(r.upload_bytes);
+    std::vector<uint8_t> & bytes = s->sent.emplace_back(r.upload_bytes);
     const auto put = [&](const void * at, const void * from, size_t n) {
         memcpy(bytes.data() + ((const uint8_t *) at - (const uint8_t *) r.tiles), from, n);
     };

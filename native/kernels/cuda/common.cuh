@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "kernels_cuda.h"
 
@@ -15,6 +16,9 @@ struct actqkv_cuda_stream {
     cudaStream_t stream;
     cudaEvent_t passed, started, stopped;
     uint32_t * tickets; // [N_TICKETS], zero between kernels; see attend_one.cu
+    // Ordinary memory of copies that are queued, until the next wait: where a GPU reads such memory itself (Grace,
+    // HMM), a copy may begin after the call that queued it has returned.
+    std::vector<std::vector<uint8_t>> sent;
 };
 
 namespace actqkv::cuda {

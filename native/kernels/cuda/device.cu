@@ -80,7 +80,7 @@ int32_t take_pinned(uint64_t bytes, void ** memory) {
     return status;
 }
 
-int32_t give_back_pinned(void * memory) { return cudaFreeHost(memory); }
+int32_t give_back_pinned(void * memory) { return memory != nullptr ? cudaFreeHost(memory) : 0; }
 
 int32_t pin(void * memory, uint64_t bytes) {
     const cudaError_t status = cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
@@ -209,6 +209,7 @@ int32_t wait(actqkv_cuda_stream * s) {
         status = cudaStreamSynchronize(s->stream);
     }
     const cudaError_t launched = cudaGetLastError();
+    s->sent.clear();
     return status != cudaSuccess ? status : launched;
 }
 
@@ -225,6 +226,7 @@ int32_t stop_clock(actqkv_cuda_stream * s, float * ms) {
     }
     if (status == cudaSuccess) {
         status = cudaEventSynchronize(s->stopped);
+        s->sent.clear();
     }
     return status != cudaSuccess ? status : cudaEventElapsedTime(ms, s->started, s->stopped);
 }

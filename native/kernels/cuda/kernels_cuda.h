@@ -63,7 +63,8 @@ struct actqkv_cuda {
     int32_t (*open)(int32_t device, struct actqkv_cuda_stream ** stream);
     // Waits for what is queued. NULL is allowed.
     void (*close)(struct actqkv_cuda_stream * stream);
-    // Between any two of GPU, pinned and ordinary memory. From ordinary memory it may wait for the copy.
+    // Between any two of GPU, pinned and ordinary memory, which stays as it is until the next wait. From ordinary
+    // memory it may wait for the copy.
     int32_t (*copy)(struct actqkv_cuda_stream * stream, void * to, const void * from, uint64_t bytes);
     // The same of n_rows rows, which lie `stride` bytes apart in both.
     int32_t (*copy_rows)(struct actqkv_cuda_stream * stream, void * to, const void * from, uint64_t stride,
