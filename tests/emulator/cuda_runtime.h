@@ -2,8 +2,14 @@
 //
 // Every thread of a block is a fiber. A fiber runs until a barrier, a warp's exchange or its end; whoever comes next is
 // drawn at random, and so are the blocks, so that a missing barrier shows. Memory of the "GPU" ends at a page that
-// cannot be touched: reading or writing behind an array is a segmentation fault. What this does not show: what the real
-// compiler makes of the text, memory ordering, speed.
+// cannot be touched: reading or writing behind an array is a segmentation fault, and an access that is not aligned an
+// illegal instruction. Memory that nobody wrote to is NaN. A launch that some card would refuse is refused.
+//
+// What is queued on a stream runs when somebody waits, of several streams in random turns: what one should have waited
+// for of another shows, and so does memory of the host that is written or freed too early. Ordinary memory is read at
+// once or late, at random, since the driver promises neither.
+//
+// What this does not show: what the real compiler makes of the text, blocks side by side, memory ordering, speed.
 //
 // The GPU's faults are asked for by the environment, as numbers: ACTQKV_EMULATOR_DEVICES, _DRIVER, _MAJOR (of the compute
 // capability), _FREE (bytes of memory), and _FAIL_MALLOC, _FAIL_PIN, _FAIL_COPY, _FAIL_LAUNCH: the n-th call and all after it fail.
@@ -13,11 +19,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <tuple>
 
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static // one block runs at a time
+#define __shared__ static thread_local // one block runs at a time; by thread, so that they lie together (poison())
 #define __launch_bounds__(...)
 
 #define CUDART_VERSION 13000
@@ -38,7 +45,6 @@ struct place {
 };
 extern place here; // of the fiber that runs
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> & kernel);
 void wait_block();
 // What every lane of the warp gives, at all[lane].
 const uint64_t * exchange(uint64_t mine);
@@ -167,11 +173,13 @@ cudaError_t cudaMemsetAsync(void * memory, int byte, size_t bytes, cudaStream_t 
 cudaError_t cudaFuncSetAttribute(const void * kernel, cudaFuncAttribute which, int value);
 
 namespace emulator {
-cudaError_t launched(); // 0, or what went wrong in the last grid
-}
+// Queues a grid, of which `body` is a thread.
+cudaError_t launch(const cudaLaunchConfig_t & config, const void * kernel, std::function<void()> body);
+} // namespace emulator
 
 template <typename... Parameters, typename... Arguments> cudaError_t
 cudaLaunchKernelEx(const cudaLaunchConfig_t * config, void (*kernel)(Parameters...), Arguments &&... arguments) {
-    emulator::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
-    return emulator::launched();
+    const std::tuple<Parameters...> copies(arguments...);
+    static_assert(sizeof(copies) <= 4096, "what a card takes as parameters");
+    return emulator::launch(*config, (const void *) kernel, [kernel, copies] { std::apply(kernel, copies); });
 }

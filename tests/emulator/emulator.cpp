@@ -6,12 +6,21 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#ifdef __linux__
+#include <link.h>
+#endif
+
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -35,7 +44,8 @@ bool fails(const char * what, long & n_calls) {
 }
 long n_mallocs, n_launches, n_pins, n_copies;
 
-constexpr size_t STACK_BYTES = 128 << 10, MOST_SHARED = 227 << 10, MOST_STATIC = 48 << 10;
+// Of shared memory: what every card from Ampere on has (8.6 and 8.9 have the least), and what a kernel gets unasked.
+constexpr size_t STACK_BYTES = 128 << 10, MOST_SHARED = 99 << 10, MOST_UNASKED = 48 << 10;
 constexpr int WARP = 32;
 
 struct warp {
@@ -69,6 +79,27 @@ int n_arrived, n_ended;
 uint64_t block_turn;
 cudaError_t failure;
 std::mt19937 random(20250101);
+
+#ifdef __linux__
+thread_local bool there; // so that there is a block of thread-local memory
+
+// Fills the __shared__ variables of this thread, all that is thread-local in this library, with NaN.
+int poison(dl_phdr_info * library, size_t, void *) {
+    const auto has = [&](const ElfW(Phdr) & part) {
+        const uintptr_t start = library->dlpi_addr + part.p_vaddr, at = (uintptr_t) &n_launches;
+        return part.p_type == PT_LOAD && start <= at && at < start + part.p_memsz;
+    };
+    const ElfW(Phdr) * parts = library->dlpi_phdr, *end = parts + library->dlpi_phnum;
+    if (std::none_of(parts, end, has)) {
+        return 0;
+    }
+    const auto shared_part = std::find_if(parts, end, [](const ElfW(Phdr) & part) { return part.p_type == PT_TLS; });
+    if (shared_part != end && library->dlpi_tls_data != nullptr) {
+        std::memset(library->dlpi_tls_data, 0xff, shared_part->p_memsz);
+    }
+    return 1;
+}
+#endif
 
 void enter() {
     (*body)();
@@ -114,6 +145,10 @@ void run_block(dim3 block, dim3 at, dim3 grid) {
     fibers.assign(n, {});
     warps.assign((n + WARP - 1) / WARP, {});
     std::memset(shared.data(), 0xff, shared.size()); // NaN: what is read before it is written shows
+#ifdef __linux__
+    there = true;
+    dl_iterate_phdr(poison, nullptr);
+#endif
     n_arrived = n_ended = 0;
     block_turn = 0;
     std::vector<int> order(n);
@@ -149,21 +184,10 @@ void run_block(dim3 block, dim3 at, dim3 grid) {
     }
 }
 
-} // namespace
-
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> & kernel) {
-    if (fails("FAIL_LAUNCH", n_launches)) {
-        failure = cudaErrorLaunchFailure;
-        return;
-    }
-    if (grid.x == 0 || grid.y == 0 || grid.z != 1 || grid.y > 65535 || block.x * block.y * block.z > 1024 ||
-        shared_bytes > MOST_SHARED) {
-        failure = cudaErrorInvalidValue;
-        return;
-    }
     body = &kernel;
     shared.resize(shared_bytes + 16);
-    std::vector<unsigned> order(grid.x * grid.y);
+    std::vector<unsigned> order((size_t) grid.x * grid.y);
     for (unsigned i = 0; i < order.size(); i++) {
         order[i] = i;
     }
@@ -173,7 +197,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
     }
 }
 
-cudaError_t launched() { return failure; }
+} // namespace
 
 int lane() { return running->index % WARP; }
 
@@ -229,7 +253,115 @@ void actqkv::cuda::emulated_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t 
     }
 }
 
-// ---- the runtime's functions: all at once, in order
+// ---- streams
+
+namespace {
+
+struct range {
+    const unsigned char * start;
+    size_t bytes;
+
+    bool meets(const range & other) const { return start < other.start + other.bytes && other.start < start + bytes; }
+};
+
+struct moment {
+    bool passed = false;
+    double at = 0;
+};
+
+struct operation {
+    std::function<void()> run;
+    std::shared_ptr<moment> after; // NULL: at once
+    std::vector<range> copied;     // what a copy reads and writes; of a kernel nobody knows
+};
+
+double now_ms() {
+    using namespace std::chrono;
+    return duration<double, std::milli>(steady_clock::now().time_since_epoch()).count();
+}
+
+} // namespace
+
+struct emulated_stream {
+    std::deque<operation> queue;
+};
+struct emulated_event {
+    std::shared_ptr<moment> last; // NULL: never recorded
+};
+
+namespace {
+
+std::recursive_mutex door; // one thread at a time in all of this
+using entered = std::lock_guard<std::recursive_mutex>;
+
+std::set<emulated_stream *> streams;
+std::map<const void *, size_t> allowed; // bytes of shared memory that were asked for, by kernel
+cudaError_t last_error;                 // of the calls themselves
+
+cudaError_t said(cudaError_t status) {
+    last_error = status != cudaSuccess ? status : last_error;
+    return status;
+}
+
+cudaError_t queue(cudaStream_t stream, operation && next) {
+    const entered lock(door);
+    stream->queue.push_back(std::move(next));
+    return cudaSuccess;
+}
+
+// The next operation of a stream that is drawn; false: there is none.
+bool step() {
+    std::vector<emulated_stream *> ready;
+    for (emulated_stream * s : streams) {
+        if (!s->queue.empty() && (s->queue.front().after == nullptr || s->queue.front().after->passed)) {
+            ready.push_back(s);
+        }
+    }
+    if (ready.empty()) {
+        return false;
+    }
+    std::deque<operation> & from = ready[emulator::random() % ready.size()]->queue;
+    const operation next = std::move(from.front());
+    from.pop_front();
+    next.run();
+    return true;
+}
+
+template <typename Done> cudaError_t run_until(Done && done) {
+    const entered lock(door);
+    while (!done() && step()) {
+    }
+    return emulator::failure;
+}
+
+void run_all() {
+    run_until([] { return false; });
+}
+
+} // namespace
+
+cudaError_t emulator::launch(const cudaLaunchConfig_t & config, const void * kernel, std::function<void()> body) {
+    const dim3 grid = config.gridDim, block = config.blockDim;
+    const size_t bytes = config.dynamicSmemBytes;
+    const entered lock(door);
+    if (grid.x == 0 || grid.y == 0 || grid.z != 1 || grid.x > INT32_MAX || grid.y > 65535 ||
+        block.x * block.y * block.z == 0 || (size_t) block.x * block.y * block.z > 1024 || block.z > 64 ||
+        bytes > std::max(MOST_UNASKED, allowed[kernel])) {
+        return said(cudaErrorInvalidValue);
+    }
+    const bool broken = fails("FAIL_LAUNCH", n_launches); // as a card does, it says so when somebody waits
+    return queue(config.stream, {[=, body = std::move(body)] {
+                                     if (broken) {
+                                         failure = cudaErrorLaunchFailure;
+                                     } else if (failure == cudaSuccess) { // nothing runs behind a kernel that failed
+                                         run_grid(grid, block, bytes, body);
+                                     }
+                                 },
+                                 nullptr,
+                                 {}});
+}
+
+// ---- the runtime's functions
 
 using emulator::fails, emulator::wish, emulator::n_mallocs, emulator::n_pins, emulator::n_copies;
 
@@ -242,17 +374,20 @@ struct mapping {
 std::map<void *, mapping> mappings;
 std::map<void *, size_t> pinned;
 
-double now_ms() {
-    using namespace std::chrono;
-    return duration<double, std::milli>(steady_clock::now().time_since_epoch()).count();
+// Whether it is memory of the GPU, or of the host and pinned, as a whole.
+bool is_known(const void * memory, size_t bytes) {
+    const unsigned char *start = (const unsigned char *) memory, *end = start + bytes;
+    const auto mapped = std::find_if(mappings.begin(), mappings.end(), [&](const auto & one) {
+        const unsigned char * from = (const unsigned char *) one.second.start;
+        return from <= start && end <= from + one.second.bytes;
+    });
+    return mapped != mappings.end() || std::any_of(pinned.begin(), pinned.end(), [&](const auto & one) {
+               const unsigned char * from = (const unsigned char *) one.first;
+               return from <= start && end <= from + one.second;
+           });
 }
 
 } // namespace
-
-struct emulated_stream {};
-struct emulated_event {
-    double at = 0;
-};
 
 const char * cudaGetErrorString(cudaError_t status) {
     return status == cudaSuccess                 ? "no error"
@@ -261,8 +396,8 @@ const char * cudaGetErrorString(cudaError_t status) {
                                                  : "launch failure";
 }
 cudaError_t cudaGetLastError() {
-    const cudaError_t last = emulator::failure;
-    emulator::failure = cudaSuccess;
+    const cudaError_t last = last_error != cudaSuccess ? last_error : emulator::failure;
+    last_error = emulator::failure = cudaSuccess;
     return last;
 }
 cudaError_t cudaDriverGetVersion(int * version) { return *version = (int) wish("DRIVER", 13000), cudaSuccess; }
@@ -280,15 +415,16 @@ cudaError_t cudaMemGetInfo(size_t * free, size_t * total) {
 }
 
 cudaError_t cudaMalloc(void ** memory, size_t bytes) {
+    const entered lock(door);
     if (bytes > 1 << 30 || fails("FAIL_MALLOC", n_mallocs)) {
-        return cudaErrorMemoryAllocation;
+        return said(cudaErrorMemoryAllocation);
     }
     const size_t page = (size_t) sysconf(_SC_PAGESIZE), rounded = (bytes + 15) / 16 * 16;
     const size_t usable = std::max<size_t>(1, (rounded + page - 1) / page) * page;
     unsigned char * start =
         (unsigned char *) mmap(nullptr, usable + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED) {
-        return cudaErrorMemoryAllocation;
+        return said(cudaErrorMemoryAllocation);
     }
     std::memset(start, 0xff, usable);
     mprotect(start + usable, page, PROT_NONE);
@@ -297,49 +433,92 @@ cudaError_t cudaMalloc(void ** memory, size_t bytes) {
     return cudaSuccess;
 }
 cudaError_t cudaFree(void * memory) {
+    const entered lock(door);
+    run_all(); // the driver waits as well
     const auto found = mappings.find(memory);
     if (found == mappings.end()) {
-        return memory == nullptr ? cudaSuccess : cudaErrorInvalidValue;
+        return memory == nullptr ? cudaSuccess : said(cudaErrorInvalidValue);
     }
     munmap(found->second.start, found->second.bytes);
     mappings.erase(found);
     return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void ** memory, size_t bytes, unsigned) { return cudaMalloc(memory, bytes); }
-cudaError_t cudaFreeHost(void * memory) { return cudaFree(memory); }
+cudaError_t cudaFreeHost(void * memory) {
+    return memory == nullptr ? said(cudaErrorInvalidValue) : cudaFree(memory); // nothing is said of NULL
+}
 // As the driver: memory is pinned once, and ranges do not overlap at the system's granularity.
 cudaError_t cudaHostRegister(void * memory, size_t bytes, unsigned) {
+    const entered lock(door);
     const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE), start = (uintptr_t) memory / page * page;
     const uintptr_t end = ((uintptr_t) memory + bytes + page - 1) / page * page;
     for (const auto & [other, n] : pinned) {
         const uintptr_t from = (uintptr_t) other / page * page, to = ((uintptr_t) other + n + page - 1) / page * page;
         if (from < end && start < to) {
-            return cudaErrorInvalidValue;
+            return said(cudaErrorInvalidValue);
         }
     }
     if (bytes == 0 || fails("FAIL_PIN", n_pins)) {
-        return bytes == 0 ? cudaErrorInvalidValue : cudaErrorMemoryAllocation;
+        return said(bytes == 0 ? cudaErrorInvalidValue : cudaErrorMemoryAllocation);
     }
     pinned[memory] = bytes;
     return cudaSuccess;
 }
 cudaError_t cudaHostUnregister(void * memory) {
-    return pinned.erase(memory) == 1 ? cudaSuccess : cudaErrorInvalidValue;
+    const entered lock(door);
+    const auto found = pinned.find(memory);
+    if (found == pinned.end()) {
+        return said(cudaErrorInvalidValue);
+    }
+    const range all = {(const unsigned char *) memory, found->second};
+    const auto met = [&](const range & one) { return one.meets(all); };
+    for (const emulated_stream * s : streams) {
+        for (const operation & one : s->queue) {
+            if (std::any_of(one.copied.begin(), one.copied.end(), met)) {
+                fprintf(stderr, "emulator: memory is unpinned while a copy of it is queued\n");
+                abort();
+            }
+        }
+    }
+    pinned.erase(found);
+    return cudaSuccess;
 }
 cudaError_t cudaHostGetDevicePointer(void ** there, void * memory, unsigned) { return *there = memory, cudaSuccess; }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t * stream, unsigned) {
-    return *stream = new emulated_stream, cudaSuccess;
+    const entered lock(door);
+    streams.insert(*stream = new emulated_stream);
+    return cudaSuccess;
 }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator::failure; }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    const entered lock(door);
+    cudaStreamSynchronize(stream);
+    streams.erase(stream);
+    delete stream;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    return run_until([&] { return stream->queue.empty(); });
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    return queue(stream, {[] {}, event->last, {}});
+}
 cudaError_t cudaEventCreate(cudaEvent_t * event) { return *event = new emulated_event, cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, unsigned) { return cudaEventCreate(event); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { return event->at = now_ms(), cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    const auto now = event->last = std::make_shared<moment>();
+    return queue(stream, {[now] { *now = {true, now_ms()}; }, nullptr, {}});
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    return run_until([&] { return event->last == nullptr || event->last->passed; });
+}
 cudaError_t cudaEventElapsedTime(float * ms, cudaEvent_t from, cudaEvent_t to) {
-    return *ms = (float) (to->at - from->at), cudaSuccess;
+    for (const emulated_event * event : {from, to}) {
+        if (event->last == nullptr || !event->last->passed) {
+            return said(cudaErrorInvalidValue);
+        }
+    }
+    return *ms = (float) (to->last->at - from->last->at), cudaSuccess;
 }
 // As the driver: a range may not be pinned in part.
 bool whole(const void * memory, size_t bytes) {
@@ -353,32 +532,47 @@ bool whole(const void * memory, size_t bytes) {
     return true;
 }
 
-cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-    if (!whole(to, bytes) || !whole(from, bytes)) {
-        return cudaErrorInvalidValue;
-    }
-    if (fails("FAIL_COPY", n_copies)) {
-        return cudaErrorLaunchFailure;
-    }
-    return std::memmove(to, from, bytes), cudaSuccess;
+cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    return cudaMemcpy2DAsync(to, bytes, from, bytes, bytes, 1, kind, stream);
 }
 cudaError_t cudaMemcpy2DAsync(void * to, size_t to_pitch, const void * from, size_t from_pitch, size_t width,
                               size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
-    if (width > to_pitch || width > from_pitch) {
-        return cudaErrorInvalidValue;
+    const entered lock(door);
+    const size_t to_bytes = width * height > 0 ? (height - 1) * to_pitch + width : 0;
+    const size_t from_bytes = width * height > 0 ? (height - 1) * from_pitch + width : 0;
+    const bool to_known = is_known(to, to_bytes), from_known = is_known(from, from_bytes);
+    if (width > to_pitch || width > from_pitch || !whole(to, to_bytes) || !whole(from, from_bytes) ||
+        (kind == cudaMemcpyHostToDevice && !to_known)) {
+        return said(cudaErrorInvalidValue);
     }
-    for (size_t i = 0; i < height; i++) {
-        const cudaError_t status =
-            cudaMemcpyAsync((char *) to + i * to_pitch, (const char *) from + i * from_pitch, width, kind, stream);
-        if (status != cudaSuccess) {
-            return status;
+    if (fails("FAIL_COPY", n_copies)) {
+        return said(cudaErrorLaunchFailure);
+    }
+    const auto copy = [=](const unsigned char * start) {
+        for (size_t i = 0; i < height; i++) {
+            std::memmove((unsigned char *) to + i * to_pitch, start + i * from_pitch, width);
         }
+    };
+    const unsigned char * start = (const unsigned char *) from;
+    if (!from_known && emulator::random() % 2 == 0) { // taken at once; else late
+        const std::vector<unsigned char> taken(start, start + from_bytes);
+        return queue(stream, {[=] { copy(taken.data()); }, nullptr, {{(unsigned char *) to, to_bytes}}});
     }
+    return queue(stream,
+                 {[=] { copy(start); }, nullptr, {{start, from_bytes}, {(const unsigned char *) to, to_bytes}}});
+}
+cudaError_t cudaMemsetAsync(void * memory, int byte, size_t bytes, cudaStream_t stream) {
+    const entered lock(door);
+    if (!is_known(memory, bytes)) {
+        return said(cudaErrorInvalidValue);
+    }
+    return queue(stream, {[=] { std::memset(memory, byte, bytes); }, nullptr, {}});
+}
+cudaError_t cudaFuncSetAttribute(const void * kernel, cudaFuncAttribute, int value) {
+    const entered lock(door);
+    if (value > (int) emulator::MOST_SHARED) {
+        return said(cudaErrorInvalidValue);
+    }
+    allowed[kernel] = (size_t) value;
     return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void * memory, int byte, size_t bytes, cudaStream_t) {
-    return std::memset(memory, byte, bytes), cudaSuccess;
-}
-cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int value) {
-    return value <= (int) emulator::MOST_SHARED ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -31,7 +31,8 @@ def build_emulated() -> Path:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: install one, or set CXX")
     sources = sorted([*CUDA.glob("*.cu"), EMULATOR / "emulator.cpp"])
-    every = [*sources, *CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA.parent / "kernels.h", EMULATOR / "cuda_runtime.h"]
+    headers = [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA.parent / "kernels.h", EMULATOR / "cuda_runtime.h"]
+    every = [Path(__file__), *sources, *headers]  # this file has the flags
     state = hashlib.sha256(b"".join(path.read_bytes() for path in every)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"actqkv-emulated-{os.getuid()}-{state}"
     library = folder / "libactqkv_cuda.so"
@@ -39,6 +40,7 @@ def build_emulated() -> Path:
         return library
     folder.mkdir(exist_ok=True)
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-Wno-unknown-pragmas", f"-I{EMULATOR}", f"-I{CUDA}"]
+    flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]  # a GPU aligns every access
     with tempfile.TemporaryDirectory(dir=folder) as objects:
         compiling = [
             subprocess.Popen([compiler, *flags, "-x", "c++", "-c", source, "-o", f"{objects}/{source.stem}.o"])
