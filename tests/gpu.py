@@ -25,6 +25,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ import time as clock
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,22 +58,35 @@ def run(command: list[Any], log: Path, *, limit_s: float | None = None, **env: s
     """Shows and keeps what a command prints; whether it ended well, and within its time."""
     print("$", *command, flush=True)
     with log.open("w") as file, ExitStack() as stack:
-        child = subprocess.Popen(
-            list(map(str, command)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | env,
-            cwd=log.parent,  # not the sources' folder, whose actqkv_cpp/ hides an installed one
-        )
+        try:
+            child = subprocess.Popen(
+                list(map(str, command)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=os.environ | env,
+                cwd=log.parent,  # not the sources' folder, whose actqkv_cpp/ hides an installed one
+                start_new_session=True,
+            )
+        except OSError as error:  # not there
+            print(error, flush=True)
+            return False
         assert child.stdout is not None
-        timer = threading.Timer(min(limit_s or ENDS_AT, _left(ENDS_AT)), child.kill)
+        stack.callback(_end, child)
+        timer = threading.Timer(min(limit_s or ENDS_AT, _left(ENDS_AT)), _end, [child])
         timer.start()
         stack.callback(timer.cancel)
         for line in child.stdout:
             file.write(line)
             print(line, end="", flush=True)
         return child.wait() == 0
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """With what it has started: a program under compute-sanitizer has the pipe too, whose end run() waits for."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _left(deadline: float) -> float:

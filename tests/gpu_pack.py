@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WHEELS = ("cffi", "pycparser", "diskcache", "gguf", "prompt_toolkit", "wcwidth")
+WHEELS = ("cffi", "pycparser", "diskcache", "gguf", "pyyaml", "prompt_toolkit", "wcwidth")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
 LEFT_OUT = re.compile(
     r"[^/]+/(\.git/|docs/|examples/|tests/|vendor/llama\.cpp/"

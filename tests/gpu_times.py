@@ -43,7 +43,9 @@ class Timer:
 
     def numbers(self, numbers: Sequence[int]) -> Any:
         array = self.take("int32_t *", len(numbers) * 4)
-        self.check(self.table.copy(self.stream, array, self.ffi.new("int32_t[]", list(numbers)), len(numbers) * 4))
+        here = self.ffi.new("int32_t[]", list(numbers))
+        self.check(self.table.copy(self.stream, array, here, len(numbers) * 4))
+        self.check(self.table.wait(self.stream))
         return array
 
     def ms(self, function: Callable[[int], int], n: int = 64) -> float:
