@@ -3,7 +3,8 @@
 // Every thread of a block is a fiber. A fiber runs until a barrier, a warp's exchange or its end; whoever comes next is
 // drawn at random, and so are the blocks, so that a missing barrier shows. Memory of the "GPU" ends at a page that
 // cannot be touched: reading or writing behind an array is a segmentation fault, and an access that is not aligned an
-// illegal instruction. Memory that nobody wrote to is NaN. A launch that some card would refuse is refused.
+// illegal instruction. Memory that nobody wrote to is NaN. A launch that some card would refuse is refused, and so is one
+// with pointers to ordinary memory.
 //
 // What is queued on a stream runs when somebody waits, of several streams in random turns: what one should have waited
 // for of another shows, and so does memory of the host that is written or freed too early. Ordinary memory is read at
@@ -20,6 +21,7 @@
 #include <cstdint>
 #include <functional>
 #include <tuple>
+#include <type_traits>
 
 #define __global__
 #define __device__
@@ -173,6 +175,17 @@ cudaError_t cudaMemsetAsync(void * memory, int byte, size_t bytes, cudaStream_t 
 cudaError_t cudaFuncSetAttribute(const void * kernel, cudaFuncAttribute which, int value);
 
 namespace emulator {
+// Whether it is memory of the GPU, or of the host and pinned, as a whole.
+bool is_known(const void * memory, size_t bytes);
+
+// Whether a card reaches what a kernel's parameter points to; structs are not looked into.
+template <typename T> bool reaches(const T & parameter) {
+    if constexpr (std::is_pointer_v<T>) {
+        return parameter == nullptr || is_known(parameter, 1);
+    }
+    return true;
+}
+
 // Queues a grid, of which `body` is a thread.
 cudaError_t launch(const cudaLaunchConfig_t & config, const void * kernel, std::function<void()> body);
 } // namespace emulator
@@ -181,5 +194,8 @@ template <typename... Parameters, typename... Arguments> cudaError_t
 cudaLaunchKernelEx(const cudaLaunchConfig_t * config, void (*kernel)(Parameters...), Arguments &&... arguments) {
     const std::tuple<Parameters...> copies(arguments...);
     static_assert(sizeof(copies) <= 4096, "what a card takes as parameters");
+    if (!std::apply([](const auto &... one) { return (emulator::reaches(one) && ...); }, copies)) {
+        return cudaErrorInvalidValue;
+    }
     return emulator::launch(*config, (const void *) kernel, [kernel, copies] { std::apply(kernel, copies); });
 }

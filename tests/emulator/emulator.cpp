@@ -363,7 +363,7 @@ cudaError_t emulator::launch(const cudaLaunchConfig_t & config, const void * ker
 
 // ---- the runtime's functions
 
-using emulator::fails, emulator::wish, emulator::n_mallocs, emulator::n_pins, emulator::n_copies;
+using emulator::fails, emulator::is_known, emulator::wish, emulator::n_mallocs, emulator::n_pins, emulator::n_copies;
 
 namespace {
 
@@ -374,8 +374,10 @@ struct mapping {
 std::map<void *, mapping> mappings;
 std::map<void *, size_t> pinned;
 
-// Whether it is memory of the GPU, or of the host and pinned, as a whole.
-bool is_known(const void * memory, size_t bytes) {
+} // namespace
+
+bool emulator::is_known(const void * memory, size_t bytes) {
+    const entered lock(door);
     const unsigned char *start = (const unsigned char *) memory, *end = start + bytes;
     const auto mapped = std::find_if(mappings.begin(), mappings.end(), [&](const auto & one) {
         const unsigned char * from = (const unsigned char *) one.second.start;
@@ -386,8 +388,6 @@ bool is_known(const void * memory, size_t bytes) {
                return from <= start && end <= from + one.second;
            });
 }
-
-} // namespace
 
 const char * cudaGetErrorString(cudaError_t status) {
     return status == cudaSuccess                 ? "no error"
