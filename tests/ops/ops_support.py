@@ -67,7 +67,7 @@ def gpu(impl: int) -> Gpu:
             return Gpu(ffi, table_at(str(build_emulated())))
         except FileNotFoundError as error:
             pytest.skip(str(error))
-    table, n = table_at(ALONE), ffi.new("int32_t *")
+    table, n = table_at(ALONE or os.environ.get("ACTQKV_CUDA_LIBRARY")), ffi.new("int32_t *")
     status = table.n_devices(n)
     if status != 0 or n[0] == 0:
         pytest.skip(f"no GPU: {ffi.string(table.error_text(status)).decode() if status else 'the driver has none'}")
