@@ -94,10 +94,11 @@ def test_it_answers_as_the_processor_does(tiny_model: Path, on_cpu: tuple[str, n
         ({"devices": 0}, "there is no GPU 0"),
         ({"driver": 0}, "no NVIDIA driver"),
         ({"major": 7}, "compute capability 7.0, 8.0 is needed"),
+        ({"devices": 2}, None),  # the emulator's second one fails
         ({"free": 600 << 20}, None),
         ({"free": 512 << 20}, "has 512 MiB free"),
     ],
-    ids=["launch", "copy", "later copy", "malloc", "no device", "no driver", "old", "enough", "full"],
+    ids=["launch", "copy", "later copy", "malloc", "no device", "no driver", "old", "another fails", "enough", "full"],
 )
 def test_without_it_nothing_is_lost(
     tiny_model: Path, on_cpu: tuple[str, np.ndarray], faulty: Faulty, faults: dict[str, int], problem: str | None

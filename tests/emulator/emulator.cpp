@@ -407,7 +407,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int) {
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
-cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : said(cudaErrorInvalidValue); }
 cudaError_t cudaMemGetInfo(size_t * free, size_t * total) {
     *total = 1 << 30;
     *free = (size_t) wish("FREE", 1 << 30);

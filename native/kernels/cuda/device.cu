@@ -18,18 +18,26 @@ __global__ void to_f16_kernel(const float * src, actqkv_f16 * dst, int64_t n) {
 
 const char * error_text(int32_t status) { return cudaGetErrorString((cudaError_t) status); }
 
+// What a call outside of streams failed with is an answer, not a state: wait() must not report it once more.
+int32_t answered(cudaError_t status) {
+    if (status != cudaSuccess) {
+        cudaGetLastError();
+    }
+    return status;
+}
+
 int32_t driver_version(int32_t * version) {
     int found = 0;
     const cudaError_t status = cudaDriverGetVersion(&found);
     *version = found;
-    return status;
+    return answered(status);
 }
 
 int32_t n_devices(int32_t * n) {
     int found = 0;
     const cudaError_t status = cudaGetDeviceCount(&found);
     *n = found;
-    return status;
+    return answered(status);
 }
 
 int32_t attribute(cudaDeviceAttr which, int index) {
@@ -42,7 +50,7 @@ int32_t device(int32_t index, actqkv_cuda_device * found) {
     cudaDeviceProp properties;
     cudaError_t status = cudaGetDeviceProperties(&properties, index);
     if (status != cudaSuccess || (status = cudaSetDevice(index)) != cudaSuccess) {
-        return status;
+        return answered(status);
     }
     static_assert(sizeof(found->name) <= sizeof(properties.name), "names are cut to the shorter");
     memcpy(found->name, properties.name, sizeof(found->name) - 1);
@@ -53,44 +61,29 @@ int32_t device(int32_t index, actqkv_cuda_device * found) {
     status = cudaMemGetInfo(&free, &total);
     found->free_bytes = free;
     found->memory_bytes = total;
-    return status;
+    return answered(status);
 }
 
 int32_t take(int32_t device, uint64_t bytes, void ** memory) {
     *memory = nullptr;
     const cudaError_t status = cudaSetDevice(device);
-    if (status != cudaSuccess) {
-        return status;
-    }
-    const cudaError_t taken = cudaMalloc(memory, bytes);
-    if (taken != cudaSuccess) {
-        cudaGetLastError(); // out of memory is an answer, not a state: later calls must not report it once more
-    }
-    return taken;
+    return answered(status != cudaSuccess ? status : cudaMalloc(memory, bytes));
 }
 
-int32_t give_back(void * memory) { return cudaFree(memory); }
+int32_t give_back(void * memory) { return answered(cudaFree(memory)); }
 
 int32_t take_pinned(uint64_t bytes, void ** memory) {
     *memory = nullptr;
-    const cudaError_t status = cudaHostAlloc(memory, bytes, cudaHostAllocPortable);
-    if (status != cudaSuccess) {
-        cudaGetLastError();
-    }
-    return status;
+    return answered(cudaHostAlloc(memory, bytes, cudaHostAllocPortable));
 }
 
-int32_t give_back_pinned(void * memory) { return memory != nullptr ? cudaFreeHost(memory) : 0; }
+int32_t give_back_pinned(void * memory) { return memory != nullptr ? answered(cudaFreeHost(memory)) : 0; }
 
 int32_t pin(void * memory, uint64_t bytes) {
-    const cudaError_t status = cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
-    if (status != cudaSuccess) {
-        cudaGetLastError();
-    }
-    return status;
+    return answered(cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped));
 }
 
-int32_t unpin(void * memory) { return cudaHostUnregister(memory); }
+int32_t unpin(void * memory) { return answered(cudaHostUnregister(memory)); }
 
 int32_t reaches(int32_t device, const void * pinned, int32_t * same) {
     *same = 0;
@@ -99,12 +92,8 @@ int32_t reaches(int32_t device, const void * pinned, int32_t * same) {
     if (status == cudaSuccess) {
         status = cudaHostGetDevicePointer(&there, const_cast<void *>(pinned), 0);
     }
-    if (status != cudaSuccess) {
-        cudaGetLastError();
-        return status;
-    }
-    *same = there == pinned;
-    return 0;
+    *same = status == cudaSuccess && there == pinned;
+    return answered(status);
 }
 
 void close(actqkv_cuda_stream * s) {
