@@ -119,8 +119,7 @@ def draw(tokenizer: Any, config: TrainConfig, step: int) -> list[Selection]:
     repeat_share = REPEAT_SHARE * max(0.0, 1 - 2 * progress) if index == 0 else 0.0
     sampler = Sampler(tokenizer, config=config.samples, seed=f"train-{config.seed}-{step}")
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    shares = {"repeat_share": repeat_share, "haystack_share": stage.haystack_share}
-    batches = [sampler.batch(stage.n_tokens, stage.n_samples, **shares) for _ in range(stage.n_accumulated)]
+    batches = [sampler.batch(stage, repeat_share=repeat_share) for _ in range(stage.n_accumulated)]
     n_answer_tokens = max(1, sum(int((batch.roles[:, 1:] > Role.TEXT).sum()) for batch in batches))
     loss_weights = {
         "text_weight": config.text_weight / stage.n_accumulated,

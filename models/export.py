@@ -1,4 +1,4 @@
-"""Write a trained network and its tokenizer as GGUF files for llama.cpp: F16 and Q8_0."""
+"""A trained network and its tokenizer as GGUF files for llama.cpp, F16 and Q8_0, and back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from actqkv_cpp.files import written_atomically
 from models.network import Llama
-from models.recipe import RECIPE_KEY, NetworkConfig
+from models.recipe import RECIPE_KEY, STEP_KEY, NetworkConfig
 from models.tokenizer import add_prompt_format
 
 FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
@@ -31,7 +32,7 @@ LAYER_TENSOR_NAMES = {
 }
 
 
-def export(network: Llama, *, tokenizer: Any, path: Path, file_type: str, recipe: str) -> None:
+def export(network: Llama, *, tokenizer: Any, path: Path, file_type: str, recipe: str, step: int) -> None:
     """Write one GGUF file.
 
     Args:
@@ -40,6 +41,7 @@ def export(network: Llama, *, tokenizer: Any, path: Path, file_type: str, recipe
         path: of the file, which is complete or not there.
         file_type: a key of `FILE_TYPES`: the type of the matrices. Vectors are stored as F32.
         recipe: digest of the recipe, for the metadata.
+        step: how many steps the network was trained for, for the metadata.
 
     Raises:
         ValueError: the tokenizer's vocabulary has another size than the network's.
@@ -51,6 +53,7 @@ def export(network: Llama, *, tokenizer: Any, path: Path, file_type: str, recipe
         writer = gguf.GGUFWriter(temporary, "llama")
         writer.add_name("needle")
         writer.add_string(RECIPE_KEY, recipe)
+        writer.add_uint32(STEP_KEY, step)
         writer.add_description("tiny retrieval model trained from scratch on synthetic documents")
         writer.add_file_type(FILE_TYPES[file_type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -77,11 +80,56 @@ def gguf_tensors(network: Llama) -> dict[str, NDArray[np.float32]]:
     return tensors
 
 
+def read_weights(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The weights of a file that `export` wrote, in float32 under the network's names, and the step it is of.
+
+    Raises:
+        ValueError: the file is not one of `export`.
+    """
+    reader = gguf.GGUFReader(path)
+    names = {written: name for name, written in TENSOR_NAMES.items()}
+    layer_names = {written: name for name, written in LAYER_TENSOR_NAMES.items()}
+    heads = {"q": "llama.attention.head_count", "k": "llama.attention.head_count_kv"}
+    weights = {}
+    for tensor in reader.tensors:
+        *layer, part, _ = tensor.name.split(".")  # "blk.0.attn_q.weight", "output.weight"
+        name = layer_names[part] if layer else names[part]
+        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        rows = halves(weight, int(_value(reader, path, heads[name]))) if name in heads else weight
+        weights[f"layers.{layer[1]}.{name}.weight" if layer else f"{name}.weight"] = rows
+    return weights, int(_value(reader, path, STEP_KEY))
+
+
+def _value(reader: gguf.GGUFReader, path: Path, key: str) -> Any:
+    field = reader.get_field(key)
+    if field is None:
+        raise ValueError(f"{path} has no {key}: it was not made by models.make")
+    return field.contents()
+
+
+def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights`, as a file of the type Q8_0 holds them."""
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+
+    def stored(weight: Tensor) -> Tensor:
+        quantized = gguf.quants.quantize(weight.float().cpu().numpy(), q8_0)
+        return torch.from_numpy(gguf.quants.dequantize(quantized, q8_0)).to(weight.device)
+
+    return {name: stored(weight) if weight.dim() == 2 else weight for name, weight in weights.items()}
+
+
 def interleaved(weight: Tensor, n_heads: int) -> Tensor:
     """Reorder the rows of q or k, per head, from two halves that turn against each other to neighbouring pairs."""
     n_rows, n_columns = weight.shape
-    halves = weight.reshape(n_heads, 2, n_rows // n_heads // 2, n_columns)
-    return halves.transpose(1, 2).reshape(n_rows, n_columns)
+    in_halves = weight.reshape(n_heads, 2, n_rows // n_heads // 2, n_columns)
+    return in_halves.transpose(1, 2).reshape(n_rows, n_columns)
+
+
+def halves(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of `interleaved`."""
+    n_rows, n_columns = weight.shape
+    pairs = weight.reshape(n_heads, n_rows // n_heads // 2, 2, n_columns)
+    return pairs.transpose(1, 2).reshape(n_rows, n_columns)
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, weights: NDArray[np.float32], file_type: str) -> None:

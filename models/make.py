@@ -1,7 +1,8 @@
 """Make a model: train the tokenizer, train the network, export GGUF files.
 
-    python -m models.make --out DIR            the whole recipe: an hour or more on two CPU cores
-    python -m models.make --out DIR --smoke    the same steps on a toy scale: seconds
+    python -m models.make --out DIR                 the whole recipe: hours on two CPU cores
+    python -m models.make --out DIR --start FILE    the cycles of it that follow those that made a GGUF file
+    python -m models.make --out DIR --smoke         the same steps on a toy scale: seconds
 
 A run that was cut off goes on where it was when the same command is given again.
 """
@@ -23,14 +24,14 @@ TOKENIZER = "tokenizer.model"
 RECIPE = "recipe.json"
 
 
-def make(folder: Path, recipe: Recipe) -> list[Path]:
-    """Run `recipe` in `folder`, or finish what is there of it.
+def make(folder: Path, recipe: Recipe, *, start: Path | None = None) -> list[Path]:
+    """Run `recipe` in `folder`, or finish what is there of it; from `start` on, a file that earlier cycles made.
 
     Returns:
         The GGUF files.
 
     Raises:
-        ValueError: the folder holds a run of another recipe.
+        ValueError: the folder holds a run of another recipe, or `start` does not fit.
         ImportError: sentencepiece is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,11 +39,19 @@ def make(folder: Path, recipe: Recipe) -> list[Path]:
     if not (folder / TOKENIZER).exists():
         tokenizers.train(folder / TOKENIZER, config=recipe.tokenizer)
     tokenizer = tokenizers.load(folder / TOKENIZER)
-    network = train(folder, tokenizer=tokenizer, network_config=recipe.network, config=recipe.training)
+    config = recipe.training
+    network = train(folder, tokenizer=tokenizer, network_config=recipe.network, config=config, start=start)
     paths = []
     for file_type in FILE_TYPES:
         paths.append(folder / f"needle-{file_type}.gguf")
-        export(network, tokenizer=tokenizer, path=paths[-1], file_type=file_type, recipe=recipe.digest())
+        export(
+            network,
+            tokenizer=tokenizer,
+            path=paths[-1],
+            file_type=file_type,
+            recipe=recipe.digest(),
+            step=config.n_steps,
+        )
     return paths
 
 
@@ -61,12 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m models.make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="GGUF file that earlier cycles of the recipe made")
     parser.add_argument("--smoke", action="store_true", help="a toy scale, to see every step run")
     args = parser.parse_args(argv)
     recipe = SMOKE if args.smoke else FULL
     try:
-        paths = make(args.out, recipe)
-    except (ValueError, ImportError) as error:
+        paths = make(args.out, recipe, start=args.start)
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for path in paths:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Final
 
 from actqkv_cpp.evaluation.generator.documents import Mix, build_document
@@ -16,6 +17,7 @@ from actqkv_cpp.evaluation.suites.retrieve import kv_draft
 from actqkv_cpp.evaluation.suites.ruler import niah_draft
 
 RECIPE_KEY: Final = "needle.recipe"  # of the digest, in a GGUF's metadata
+STEP_KEY: Final = "needle.step"  # of the step that the weights were exported after
 N_DIGEST_DOCUMENTS: Final = 20
 
 TASK_ODDS: Final = {
@@ -99,6 +101,8 @@ class Stage:
     """`n_steps` steps, each on `n_accumulated` batches of `n_samples` samples of `n_tokens` tokens.
 
     Attributes:
+        document_share: least and largest share of a sample that its document takes; the rest is for questions.
+        fact_density: least and largest share of a document's text that states facts.
         haystack_share: share of the documents that are hay of one kind (`HAYSTACKS`).
     """
 
@@ -106,12 +110,17 @@ class Stage:
     n_samples: int
     n_accumulated: int
     n_steps: int
+    document_share: tuple[float, float]
+    fact_density: tuple[float, float]
     haystack_share: float = 0.0
 
 
 @dataclass(frozen=True)
 class Cycle:
     """Stages under one rise and fall of the learning rate.
+
+    Each cycle but the first starts from what a Q8_0 file holds of the weights, with new optimisers: training can go on
+    from the file that earlier cycles made.
 
     Attributes:
         stages: run in order.
@@ -171,6 +180,20 @@ class TrainConfig:
     def n_steps(self) -> int:
         return sum(cycle.n_steps for cycle in self.cycles)
 
+    @property
+    def first_steps(self) -> list[int]:
+        """Of each cycle, from 0."""
+        return [0, *accumulate(cycle.n_steps for cycle in self.cycles[:-1])]
+
+    def n_tokens_before(self, step: int) -> int:
+        """Tokens that training has seen when `step`, from 0, begins."""
+        ends = list(accumulate((stage.n_steps for stage in self.stages), initial=0))
+        done = [min(stage.n_steps, max(0, step - first)) for stage, first in zip(self.stages, ends, strict=False)]
+        return sum(
+            stage.n_tokens * stage.n_samples * stage.n_accumulated * n
+            for stage, n in zip(self.stages, done, strict=True)
+        )
+
     def stage_at(self, step: int) -> tuple[int, float]:
         """Index of the stage that `step`, from 0, belongs to, and how much of that stage is done, 0 to 1."""
         return _place([stage.n_steps for stage in self.stages], step)
@@ -226,18 +249,32 @@ FULL = Recipe(
     training=TrainConfig(
         cycles=(
             Cycle(
-                (Stage(256, 16, 2, 200), Stage(512, 8, 2, 750), Stage(2048, 2, 2, 420), Stage(8192, 1, 1, 110)),
+                (
+                    Stage(256, 16, 2, 200, document_share=(0.4, 0.75), fact_density=(0.35, 0.8)),
+                    Stage(512, 8, 2, 750, document_share=(0.4, 0.75), fact_density=(0.15, 0.7)),
+                    Stage(2048, 2, 2, 420, document_share=(0.75, 0.9), fact_density=(0.06, 0.5)),
+                    Stage(8192, 1, 1, 110, document_share=(0.68, 0.85), fact_density=(0.05, 0.35)),
+                ),
                 decay_share=0.45,
             ),
             Cycle(
                 (
-                    Stage(2048, 2, 2, 200),
-                    Stage(2048, 2, 2, 150, haystack_share=0.2),
-                    Stage(4096, 1, 2, 280, haystack_share=0.2),
-                    Stage(8192, 1, 1, 130, haystack_share=0.15),
+                    Stage(2048, 2, 2, 200, document_share=(0.75, 0.9), fact_density=(0.06, 0.5)),
+                    Stage(2048, 2, 2, 150, document_share=(0.75, 0.9), fact_density=(0.06, 0.5), haystack_share=0.2),
+                    Stage(4096, 1, 2, 280, document_share=(0.68, 0.85), fact_density=(0.05, 0.35), haystack_share=0.2),
+                    Stage(8192, 1, 1, 130, document_share=(0.68, 0.85), fact_density=(0.05, 0.35), haystack_share=0.15),
                 ),
                 peak=0.6,
                 decay_share=0.8,
+            ),
+            Cycle(
+                (
+                    Stage(2048, 2, 2, 420, document_share=(0.5, 0.8), fact_density=(0.2, 0.7), haystack_share=0.1),
+                    Stage(4096, 1, 2, 120, document_share=(0.6, 0.8), fact_density=(0.2, 0.6), haystack_share=0.1),
+                    Stage(8192, 1, 1, 100, document_share=(0.65, 0.85), fact_density=(0.1, 0.5), haystack_share=0.1),
+                ),
+                peak=0.6,
+                decay_share=0.9,
             ),
         ),
     ),
@@ -247,8 +284,14 @@ SMOKE = Recipe(
     network=NetworkConfig(n_vocab=1792, n_embd=128, n_layers=4, n_heads=4, n_kv_heads=2, n_ff=128, n_context=512),
     training=TrainConfig(
         cycles=(
-            Cycle((Stage(256, 2, 2, 5),)),
-            Cycle((Stage(256, 2, 2, 3), Stage(512, 2, 1, 4, haystack_share=0.3)), peak=0.5),
+            Cycle((Stage(256, 2, 2, 5, document_share=(0.4, 0.75), fact_density=(0.35, 0.8)),)),
+            Cycle(
+                (
+                    Stage(256, 2, 2, 3, document_share=(0.4, 0.75), fact_density=(0.35, 0.8)),
+                    Stage(512, 2, 1, 4, document_share=(0.4, 0.75), fact_density=(0.15, 0.7), haystack_share=0.3),
+                ),
+                peak=0.5,
+            ),
         ),
         n_warmup=2,
         save_every=3,

@@ -24,7 +24,7 @@ from actqkv_cpp.evaluation.generator.facts import TASKS
 from actqkv_cpp.evaluation.generator.smalltalk import SMALL_TALK
 from actqkv_cpp.evaluation.samples import Draft
 from models.network import N_STAGES
-from models.recipe import HAYSTACK_ODDS, HAYSTACKS, SampleConfig
+from models.recipe import HAYSTACK_ODDS, HAYSTACKS, SampleConfig, Stage
 from models.tokenizer import ASSISTANT, BOS, DOCUMENT, END, FIRST_TEXT_ID, USER
 
 CHARS_PER_TOKEN: Final = 2.75  # low on purpose: the document must leave room for the questions
@@ -152,22 +152,23 @@ class Sampler:
         self.space = tokenizer.piece_to_id("\u2581")
         self.sentence_ends = {END, tokenizer.piece_to_id("."), tokenizer.piece_to_id("<0x0A>")}
 
-    def batch(self, n_tokens: int, n_samples: int, *, repeat_share: float = 0.0, haystack_share: float = 0.0) -> Batch:
-        """`n_samples` samples of `n_tokens` + 1 tokens.
+    def batch(self, stage: Stage, *, repeat_share: float = 0.0) -> Batch:
+        """The samples of one batch of a stage, each of one token more than the stage says.
 
         Args:
-            repeat_share: about this share of them are repeated random tokens.
-            haystack_share: about this share of the documents are `HAYSTACKS`.
+            stage: lengths, and what documents are like.
+            repeat_share: about this share of the samples are repeated random tokens.
         """
+        n_tokens = stage.n_tokens + 1
         samples, positions = [], []
-        for _ in range(n_samples):
+        for _ in range(stage.n_samples):
             kind = self.rng.random()
             if kind < repeat_share:
-                sample = self._repeated(n_tokens + 1)
-            elif kind < repeat_share + haystack_share:
-                sample = self._conversation(n_tokens + 1, *self._haystack(n_tokens + 1))
+                sample = self._repeated(n_tokens)
+            elif kind < repeat_share + stage.haystack_share:
+                sample = self._conversation(n_tokens, *self._haystack(n_tokens))
             else:
-                sample = self._conversation(n_tokens + 1, *self._document(n_tokens + 1))
+                sample = self._conversation(n_tokens, *self._document(stage))
             samples.append(sample)
             positions.append(self._positions(samples[-1].ids))
         return Batch(
@@ -275,18 +276,19 @@ class Sampler:
         sample.spans.append(Span(len(sample.ids), len(ids) + 1, "small talk"))
         sample.put([*ids, END], Role.ANSWER)
 
-    def _document(self, n_tokens: int) -> tuple[str, list[Question]]:
-        """A document that leaves room for questions, dense in facts where it is short."""
+    def _document(self, stage: Stage) -> tuple[str, list[Question]]:
+        """A document that leaves room for questions."""
         rng = self.rng
+        n_tokens = stage.n_tokens + 1
         task_odds = self.config.task_odds
         tasks, odds = list(task_odds), list(task_odds.values())
-        n_chars = int(n_tokens * rng.uniform(*document_share(n_tokens)) * CHARS_PER_TOKEN)
+        n_chars = int(n_tokens * rng.uniform(*stage.document_share) * CHARS_PER_TOKEN)
         if rng.random() < 0.25:  # a document about few kinds of facts
             answerable = [task for task in TASKS if task != "absent"]
             tasks = [*rng.sample(answerable, rng.choice((1, 2, 3))), "absent"]
             odds = [task_odds[task] for task in tasks]
         while True:
-            density = rng.uniform(*fact_density(n_tokens - 1))
+            density = rng.uniform(*stage.fact_density)
             mix = Mix(
                 tasks=tasks,
                 weights=odds,
@@ -338,21 +340,3 @@ class Sampler:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text)
         return ids
-
-
-def document_share(n_tokens: int) -> tuple[float, float]:
-    """Least and largest share of a sample of `n_tokens` tokens that its document takes; the rest is for questions."""
-    if n_tokens <= 512:
-        return 0.4, 0.75
-    if n_tokens <= 1024:
-        return 0.6, 0.85
-    return (0.75, 0.9) if n_tokens <= 4096 else (0.68, 0.85)
-
-
-def fact_density(n_tokens: int) -> tuple[float, float]:
-    """Least and largest share of a document's text that states facts, in samples of `n_tokens` tokens."""
-    if n_tokens <= 256:
-        return 0.35, 0.8
-    if n_tokens <= 512:
-        return 0.15, 0.7
-    return (0.06, 0.5) if n_tokens <= 2048 else (0.05, 0.35)

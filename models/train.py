@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from actqkv_cpp.files import written_atomically
 from models.draw import Selection, drawn
+from models.export import read_weights, rounded
 from models.network import Llama, wire
 from models.recipe import NetworkConfig, TrainConfig
 from models.samples import Role, Sampler
@@ -33,7 +34,9 @@ CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 
 
-def train(folder: Path, *, tokenizer: Any, network_config: NetworkConfig, config: TrainConfig) -> Llama:
+def train(
+    folder: Path, *, tokenizer: Any, network_config: NetworkConfig, config: TrainConfig, start: Path | None = None
+) -> Llama:
     """Train a network, or finish a run that was cut off, in `folder`, on a CUDA GPU where there is one.
 
     Args:
@@ -41,9 +44,13 @@ def train(folder: Path, *, tokenizer: Any, network_config: NetworkConfig, config
         tokenizer: a SentencePiece processor.
         network_config: shape of the network.
         config: the recipe; a resumed run must be given the same one, and the same shape.
+        start: GGUF file that earlier cycles of the recipe made, to go on from where there is no checkpoint yet.
 
     Returns:
         The trained network.
+
+    Raises:
+        ValueError: `start` is of another shape, or not of the end of a cycle.
     """
     torch.set_num_threads(config.n_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,10 +59,14 @@ def train(folder: Path, *, tokenizer: Any, network_config: NetworkConfig, config
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
         trainer.load(checkpoint)
+    elif start:
+        trainer.start_from(start)
     log = folder / LOG
     _keep_log_until(log, trainer.step)
     n_processes = 0 if device.type == "cpu" else max(1, (os.cpu_count() or 1) - 2)  # a GPU outruns one that draws
     for selections in drawn(tokenizer, config, trainer.step, n_processes=n_processes):
+        if trainer.step in config.first_steps[1:]:
+            trainer.start_cycle()
         records = [trainer.train_step(selections)]
         if trainer.step % config.eval_every == 0 or trainer.step == config.n_steps:
             records.append(trainer.evaluate())
@@ -189,7 +200,7 @@ class Trainer:
         n_asked: Counter[str] = Counter()
         n_right: Counter[str] = Counter()
         for _ in range(n_samples):
-            batch = sampler.batch(stage.n_tokens - 1, 1, haystack_share=stage.haystack_share)
+            batch = sampler.batch(replace(stage, n_tokens=stage.n_tokens - 1, n_samples=1))
             tokens, positions = batch.tokens[:, :-1].to(self.device), batch.positions[:, :-1].to(self.device)
             with self._autocast():
                 predicted = self.network.output(self.network.features(tokens, positions))[0].argmax(-1).cpu()
@@ -212,6 +223,28 @@ class Trainer:
         }
         with written_atomically(path) as temporary:
             torch.save(state, temporary)
+
+    def start_from(self, path: Path) -> None:
+        """Begin where the cycles that made a GGUF file ended.
+
+        Raises:
+            ValueError: the file is of another shape, or not of the end of a cycle.
+        """
+        weights, step = read_weights(path)
+        ends = self.config.first_steps[1:]
+        if step not in ends:
+            raise ValueError(f"{path} is of step {step}: expected the end of a cycle that others follow, {ends}")
+        try:
+            self.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is not of this recipe's shape: {error}") from error
+        self.step = step
+        self.n_tokens_seen = self.config.n_tokens_before(step)
+
+    def start_cycle(self) -> None:
+        """Go on as from a Q8_0 file of the weights: rounded, and with new optimisers."""
+        self.network.load_state_dict(rounded(self.network.state_dict()))
+        self._muon, self._adam, self._others = self._optimisers()
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of the same recipe."""

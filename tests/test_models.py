@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,31 @@ def test_killed_run_resumes_to_the_same_end(smoke_run: Path, tmp_path: Path) -> 
         assert (tmp_path / name).read_bytes() == (smoke_run / name).read_bytes()
 
 
-def test_folder_of_another_recipe_is_refused(smoke_run: Path) -> None:
-    from dataclasses import replace
+def test_training_goes_on_from_the_file_of_a_cycle(smoke_run: Path, tmp_path: Path) -> None:
+    """More training of the shipped file would not end where the whole recipe does."""
+    from models.make import make
 
+    first = replace(SMOKE, training=replace(SMOKE.training, cycles=SMOKE.training.cycles[:1]))
+    *_, start = make(tmp_path / "first", first)
+    assert start.name == "needle-q8_0.gguf"
+    for end in make(tmp_path / "rest", SMOKE, start=start):
+        assert end.read_bytes() == (smoke_run / end.name).read_bytes()
+    assert log_of(tmp_path / "rest") == log_of(smoke_run)[first.training.n_steps :]
+
+
+def test_start_that_does_not_fit_is_refused(smoke_run: Path, tmp_path: Path) -> None:
+    from models.make import make
+
+    other = replace(SMOKE, network=replace(SMOKE.network, n_ff=64))
+    first = replace(other, training=replace(other.training, cycles=other.training.cycles[:1]))
+    *_, start = make(tmp_path / "first", first)
+    with pytest.raises(ValueError, match="not of this recipe's shape"):
+        make(tmp_path / "shape", SMOKE, start=start)
+    with pytest.raises(ValueError, match=r"of step 12: expected the end of a cycle that others follow, \[5\]"):
+        make(tmp_path / "step", SMOKE, start=smoke_run / "needle-q8_0.gguf")
+
+
+def test_folder_of_another_recipe_is_refused(smoke_run: Path) -> None:
     from models.make import make
 
     other = replace(SMOKE, training=replace(SMOKE.training, seed=99))
@@ -150,11 +173,12 @@ def test_chat_template_writes_the_trained_form(smoke_run: Path) -> None:
 
 def test_samples_weigh_the_answers(smoke_run: Path) -> None:
     from models import tokenizer as tokenizers
-    from models.recipe import SampleConfig
+    from models.recipe import SampleConfig, Stage
     from models.samples import Role, Sampler
 
     tokenizer = tokenizers.load(smoke_run / "tokenizer.model")
-    batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(512, 8, repeat_share=0.2)
+    stage = Stage(512, 8, 1, 1, document_share=(0.4, 0.75), fact_density=(0.15, 0.7))
+    batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(stage, repeat_share=0.2)
     assert batch.tokens.shape == batch.roles.shape == batch.positions.shape == (8, 513)
     assert (batch.positions.diff(dim=1) >= 1).all()
     spans = [(index, span) for index, spans in enumerate(batch.spans) for span in spans]
@@ -170,11 +194,12 @@ def test_samples_weigh_the_answers(smoke_run: Path) -> None:
 def test_guided_attention_is_sent_to_the_token_that_follows(smoke_run: Path, haystack_share: float) -> None:
     """Training would teach heads to look at other places than those where the answer's next token stands."""
     from models import tokenizer as tokenizers
-    from models.recipe import SampleConfig
+    from models.recipe import SampleConfig, Stage
     from models.samples import Sampler
 
     tokenizer = tokenizers.load(smoke_run / "tokenizer.model")
-    batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(1024, 32, haystack_share=haystack_share)
+    stage = Stage(1024, 32, 1, 1, document_share=(0.6, 0.85), fact_density=(0.06, 0.5), haystack_share=haystack_share)
+    batch = Sampler(tokenizer, config=SampleConfig(), seed="test").batch(stage)
     n_equal = n_all = n_bridged = 0
     for ids, lookups in zip(batch.tokens.tolist(), batch.lookups, strict=True):
         for lookup in lookups:
