@@ -340,11 +340,7 @@ class Document(Conversation):
             self._check_history(self._reading.here())
         if self.tokens_read < self.tokens_total:
             with saved.written(self.llm, self._reading):
-                self._read_rest(progress)
-
-    def _read_rest(self, progress: Progress | None) -> None:
-        if self.tokens_read < self.tokens_total:
-            self._read(self._reading, progress)
+                self._read(self._reading, progress)
 
     def save(self, path: PathLike) -> None:
         """Write the reading to a KV file, in place of what is there: `Llama.open` opens it without reading again.

@@ -604,7 +604,7 @@ class Llama(llama_cpp.Llama):
         document = Document(self, files, system=system, question=question, reserve=reserve)
         with saved.written(self, document._reading):
             self.document = document
-            document._read_rest(progress)
+            document._read(document._reading, progress)
         return document
 
     def open(self, path: PathLike) -> Document:

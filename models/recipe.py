@@ -114,6 +114,10 @@ class Stage:
     fact_density: tuple[float, float]
     haystack_share: float = 0.0
 
+    @property
+    def n_step_tokens(self) -> int:
+        return self.n_tokens * self.n_samples * self.n_accumulated
+
 
 @dataclass(frozen=True)
 class Cycle:
@@ -187,12 +191,7 @@ class TrainConfig:
 
     def n_tokens_before(self, step: int) -> int:
         """Tokens that training has seen when `step`, from 0, begins."""
-        ends = list(accumulate((stage.n_steps for stage in self.stages), initial=0))
-        done = [min(stage.n_steps, max(0, step - first)) for stage, first in zip(self.stages, ends, strict=False)]
-        return sum(
-            stage.n_tokens * stage.n_samples * stage.n_accumulated * n
-            for stage, n in zip(self.stages, done, strict=True)
-        )
+        return sum(self.stages[self.stage_at(earlier)[0]].n_step_tokens for earlier in range(step))
 
     def stage_at(self, step: int) -> tuple[int, float]:
         """Index of the stage that `step`, from 0, belongs to, and how much of that stage is done, 0 to 1."""

@@ -187,7 +187,7 @@ class Trainer:
         lr_scale = config.lr_scale(self.step)
         self._update(lr_scale)
         self.step += 1
-        self.n_tokens_seen += stage.n_tokens * stage.n_samples * stage.n_accumulated
+        self.n_tokens_seen += stage.n_step_tokens
         losses = {f"{name}_loss": mean.value() for name, mean in loss.items()}
         return self._record("step", n_tokens=stage.n_tokens, lr_scale=round(lr_scale, 4), **losses)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 
 import pytest
 
 from actqkv_cpp import Llama, Retrieval
 from actqkv_cpp.evaluation.generator import make_document
+from actqkv_cpp.evaluation.generator.documents import Mix, build_document
 from actqkv_cpp.evaluation.generator.smalltalk import ABILITY
 
 N_TOKENS = 1800
 LEAST_RIGHT = {"passkey": 0.85, "number": 0.85, "fact": 0.9, "json": 0.85, "absent": 0.85}  # all 1.0 when written
 LEAST_RIGHT_OF_ALL = 0.78  # 97 of 113 when this was written
+LEAST_SENTENCES = 30  # of 40
 
 pytestmark = pytest.mark.model
 
@@ -34,6 +37,16 @@ def test_dense_answers_inside_the_window(llm: Llama) -> None:
     everything = [one for found in right.values() for one in found]
     assert all(shares[task] >= least for task, least in LEAST_RIGHT.items()), shares
     assert sum(everything) >= LEAST_RIGHT_OF_ALL * len(everything), shares
+
+
+def test_a_sentence_where_one_is_asked_for(llm: Llama) -> None:
+    right = []
+    for seed in range(4):
+        mix = Mix(tasks=("fact", "multi", "twohop"), weights=(3, 1, 1), density=0.3, heldout=True, sentence_share=1.0)
+        document = build_document(random.Random(f"sentences-{seed}"), 4500, mix)
+        read = llm.read(text=document.text)
+        right += [str(read.ask(q.question, max_tokens=80)).strip() == q.answer for q in document.questions[:10]]
+    assert sum(right) >= LEAST_SENTENCES, f"{sum(right)} of {len(right)}"
 
 
 def _encode(llm: Llama) -> Callable[[str], Sequence[int]]:
