@@ -172,7 +172,8 @@ class Chat(Conversation):
         name: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Add a document to the running conversation; later turns see it beside all before it.
+        """Add a document to the running conversation; later turns see it beside all before it. One that nothing stands
+        before is written to the Llama's KV file, if it has one.
 
         Args:
             source: as in `Llama.read`; of a KV file the documents are read once more, as its keys and values hold only
@@ -226,18 +227,18 @@ class Chat(Conversation):
         self._return(before)
         held = self._as_held(reading)
         try:
-            with saved.written(self.llm, held):
-                self._read_behind(before, held, progress)
+            self._read_behind(before, held, progress)
         finally:
             self.answer = self.answer if len(self.turns) == n_turns else None
 
     def _read_behind(self, steps: Sequence[_Step], reading: Reading, progress: Progress | None) -> None:
-        """Read what is left of `reading`; the conversation is `steps` and it then, however it ends."""
-        try:
-            self._read(reading, progress)
-        finally:
-            self._steps = list(steps)
-            self._append(reading)
+        """Read what is left of `reading`; the conversation is `steps` and it then, however the reading ends."""
+        with saved.written(self.llm, reading):
+            try:
+                self._read(reading, progress)
+            finally:
+                self._steps = list(steps)
+                self._append(reading)
 
     def _as_held(self, reading: Reading) -> Reading:
         """A reading of the same, as far as the session holds it."""

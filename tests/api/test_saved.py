@@ -379,6 +379,32 @@ def test_kv_file_in_a_running_chat(llm: Llama, tiny_model: Path, book: Path, tmp
         llm.chat().read(tmp_path / "none.akv")
 
 
+def test_first_document_of_a_chat(tiny_model: Path, book: Path, tmp_path: Path) -> None:
+    """Breaks when the document that a chat begins with is not in the KV file, another is, or what the session held
+    before is."""
+    path = tmp_path / "a.akv"
+    with make(tiny_model) as llm:
+        chat = llm.chat()
+        chat.read(book)
+        expected = chat.say("Who?", max_tokens=8, min_tokens=8).text
+    with make(tiny_model, kv_file=path) as llm:
+        llm.create_completion("who kept the book", max_tokens=2)
+        chat = llm.chat()
+        chat.read(book)
+        info = kvfile.info(path)
+        assert info.complete
+        assert info.n_tokens == chat.readings[0].n_total
+        before = path.read_bytes()
+        assert chat.say("Who?", max_tokens=8, min_tokens=8).text == expected
+        chat.read(TextFile("other.txt", OTHER))
+        assert chat.documents == [str(book), "other.txt"]
+        assert path.read_bytes() == before
+    with make(tiny_model) as llm:
+        chat = llm.chat(llm.open(path))
+        assert chat.documents == [str(book)]
+        assert chat.say("Who?", max_tokens=8, min_tokens=8).text == expected
+
+
 def test_nothing_leaks(llm: Llama, book: Path, tmp_path: Path) -> None:
     """Breaks when opening and closing over and over keeps memory, mappings, files or sessions."""
     llm.read(book).save(tmp_path / "a.akv")
