@@ -10,27 +10,21 @@ import re
 from actqkv_cpp.formats.extract import Anchor
 
 _LINE = re.compile(r"([^\r\n]*)(?:\r\n|\r|\n|$)")
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")  # with a backtick behind it, it is code within a line
 _HASHES = re.compile(r"\ufeff? {0,3}#{1,6}(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 _UNDERLINE = re.compile(r" {0,3}(?:=+|-+)[ \t]*$")
 _NO_PARAGRAPH = re.compile(r"\s*$|\s*[#>|*+-]|\s*\d+[.)]\s|    |\t")  # a line that an underline makes no heading of
-_FRONT_MATTER = "---"
+_FRONT_MATTER, _ITS_ENDS = "---", ("---", "...")
 
 
 def anchors(text: str) -> tuple[Anchor, ...]:
     """The headings of a Markdown text, hashed or underlined, where their lines begin; not those in fenced code."""
     found: list[Anchor] = []
     fence = ""  # that the current code began with
-    front_matter = False
     before = (0, "")  # the line before: where it begins, and what it says
-    for match in _LINE.finditer(text):
+    for match in _LINE.finditer(text, _after_front_matter(text)):
         line, start = match[1], match.start()
-        if start == 0 and line.rstrip() == _FRONT_MATTER:
-            front_matter = True
-        elif front_matter:
-            front_matter = line.rstrip() not in (_FRONT_MATTER, "...")
-            line = ""
-        elif fence:
+        if fence:
             mark = _FENCE.match(line)
             if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
                 fence = ""
@@ -45,3 +39,12 @@ def anchors(text: str) -> tuple[Anchor, ...]:
             line = ""
         before = (start, line)
     return tuple(found)
+
+
+def _after_front_matter(text: str) -> int:
+    """Where the text begins behind the settings that some files have before it; where nothing ends them, their first
+    line is a rule."""
+    lines = _LINE.finditer(text)
+    if next(lines)[1].removeprefix("\ufeff").rstrip() != _FRONT_MATTER:
+        return 0
+    return next((line.end() for line in lines if line[1].rstrip() in _ITS_ENDS), 0)

@@ -68,6 +68,25 @@ def test_markdown(tmp_path: Path) -> None:
     ]
 
 
+def test_markdown_code_within_a_line(tmp_path: Path) -> None:
+    """Code that begins a line, fenced in three backticks within it, hides all headings that follow."""
+    file = load(tmp_path, "a.md", b"# One\n\n```pip install x```\n\n# Two\n\n~~~ a ` b\n# not\n~~~\n\n# Three\n")
+    assert [anchor.label for anchor in file.anchors] == ["One", "Two", "Three"]
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("---\ntitle: One\n---\n# Two\n", ["Two"]),
+        ("\ufeff---\r\ntitle: One\r\n---\r\n# Two\r\n", ["Two"]),
+        ("---\n\n# One\n\nmore\n\n# Two\n", ["One", "Two"]),
+    ],
+)
+def test_markdown_front_matter(tmp_path: Path, text: str, labels: list[str]) -> None:
+    """Settings before the text are taken for a heading, or a rule there hides all headings."""
+    assert [anchor.label for anchor in load(tmp_path, "a.md", text.encode()).anchors] == labels
+
+
 def test_pdf(tmp_path: Path) -> None:
     """Lines of a PDF are lost or run together, or a passage is told to stand on another page."""
     file = load(tmp_path, "a.pdf", PDF)
