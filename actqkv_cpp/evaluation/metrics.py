@@ -115,15 +115,17 @@ def code_similarity(said: str, reference: str) -> float:
 # ---- InfiniteBench
 
 
-def choice(said: str, letter: str) -> float:
-    """Whether the answer chooses `letter` of A to D: as its first letter, behind "answer is" and the like, or as the
-    first of its words that is one of the four."""
+def choice(said: str, option: str, letter: str) -> float:
+    """Whether the answer chooses the option of `letter`, A to D: by the letter with which it begins, as the option's
+    own words, by either behind "answer is" and the like, or by the first of its words that is one of the four."""
     if said[:1] and said[0] in _OPTIONS:
         return float(said[0] == letter)
+    if said == option:
+        return 1.0
     plain = " ".join(_words(said, "\"'.,?!{}"))
     for words in ("answer is:", "answer:", "answer is", "option is"):
         if words in plain:
-            return float(plain.split(words, 1)[1].lstrip().startswith(letter))
+            return float(plain.split(words, 1)[1].lstrip().startswith((letter, option)))
     chosen = next((word for word in plain.split() if word in _OPTIONS), None)
     return float(chosen == letter)
 

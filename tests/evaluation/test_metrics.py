@@ -48,12 +48,6 @@ CLASSES = ("Date", "Other date", "Number", "Number of something")
         (m.code_similarity, "# next\nabcd\nmore", "abxd", 6 / 8),
         (m.code_similarity, "\n\nreturn x", "return x", 1),
         (m.code_similarity, "```python", "return x", 0),
-        (m.choice, "B", "B", 1),
-        (m.choice, "B. Anna", "C", 0),
-        (m.choice, "The answer is: C, since", "C", 1),
-        (m.choice, "The correct option is D", "D", 1),
-        (m.choice, "It must be A or B", "A", 1),
-        (m.choice, "", "A", 0),
         (m.last_integer, "The value is 7.", "7", 1),
         (m.last_integer, "7 apples", "7", 0),
         (m.last_integer, "so -3", "-3", 1),
@@ -86,6 +80,25 @@ def test_share_contained() -> None:
 def test_classification(said: str, reference: str, score: float) -> None:
     """An answer that names all classes is right."""
     assert m.classification(said, reference, CLASSES) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("said", "letter", "score"),
+    [
+        ("B", "B", 1),
+        ("B. Paul", "C", 0),
+        ("The answer is: C, since", "C", 1),
+        ("The correct option is D", "D", 1),
+        ("It must be A or B", "A", 1),
+        ("Paul", "B", 1),
+        ("The answer is Paul.", "B", 1),
+        ("The answer is Nora.", "B", 0),
+        ("", "A", 0),
+    ],
+)
+def test_choice(said: str, letter: str, score: float) -> None:
+    """An option is found by its letter or its words, or by neither, or another one is."""
+    assert m.choice(said, "Paul", letter) == score
 
 
 @pytest.mark.parametrize(

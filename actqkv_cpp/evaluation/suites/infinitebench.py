@@ -60,7 +60,7 @@ TASKS = {
         "Read the book and answer the question.\n\n{context}\n\nQuestion: {input}\n\nOnly one of the following options "
         "is correct, tell me the answer using one single letter (A, B, C, or D). Don't say anything else.\n" + _OPTIONS,
         40,
-        lambda question, said: metrics.choice(said, question.references[1]),
+        lambda question, said: metrics.choice(said, question.references[0], question.references[1]),
     ),
     "longbook_qa_eng": Task(
         "Read the book below and answer a question.\n\n{context}\n\nQuestion: {input}\n\nBe very concise.",
