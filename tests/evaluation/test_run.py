@@ -117,6 +117,15 @@ def test_perplexity_against_dense() -> None:
     assert streaming["nll"] > 0
 
 
+def test_divergence_beyond_the_trained_window(tmp_path: Path) -> None:
+    """Divergence is from dense attention of another model, or at the positions of the method that is named first."""
+    both = plan("perplexity", methods=tuple(methods(["streaming", "actqkv"], [2048])), lengths=(1024,))
+    for seed in (0, 1):  # models of one vocabulary, for which the text is the same
+        model = make_tiny_gguf(tmp_path / f"{seed}.gguf", seed=seed, n_ctx_train=256)
+        _, all_in = (row.total.measures for row in run(both, model=model, n_local=512).rows)
+        assert all_in["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_equal_readings_are_shared(readings: list[str]) -> None:
     """A document is read again for each question, or for methods whose readings are equal."""
     names = ["actqkv", "actqkv-equal", "streaming"]

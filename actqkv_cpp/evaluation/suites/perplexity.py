@@ -7,7 +7,7 @@ while answering are measured too. Its tokens are scored from the logits before t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -36,7 +36,7 @@ class _Perplexity(Suite):
     """Text in, no questions; the dense reference of the latest text is kept for the next method."""
 
     shares_reading: ClassVar[bool] = False
-    _reference: dict[tuple[str, int], LogRows] = field(default_factory=dict)
+    _reference: dict[tuple[str, str, int], LogRows] = field(default_factory=dict)  # by model, text and length
 
     def read(self, llm: Llama, sample: Sample, progress: Progress, *, question: str | None = None) -> Document | None:
         return None
@@ -62,15 +62,16 @@ class _Perplexity(Suite):
     def _dense(
         self, llm: Llama, sample: Sample, tokens: NDArray[np.int32], rows: LogRows, progress: Progress
     ) -> LogRows | None:
-        """What dense attention over f16 says of the same text: exact inside the trained window, clamped beyond it."""
+        """What dense attention over f16 says of the same text: exact inside the trained window, clamped beyond it, at
+        the default size of local, since methods differ in theirs."""
         if sample.n_ctx > REFERENCE_CTX:
             return None
-        key = (sample.document, sample.n_ctx)
+        key = (llm.model_path, sample.document, sample.n_ctx)
         if key not in self._reference:
             exact = sample.n_ctx <= llm._model.n_ctx_train()
-            dense = replace(llm.retrieval, method="dense", positions="exact" if exact else "clamped")
+            dense = Retrieval("dense", positions="exact" if exact else "clamped")
             self._reference.clear()
-            same = llm.retrieval.method == "dense" and llm.kv_type == "f16"
+            same = exact and (llm.retrieval.method, llm.retrieval.positions, llm.kv_type) == ("dense", None, "f16")
             self._reference[key] = rows if same else _score(llm, dense, tokens, progress, kv_type="f16")
         return self._reference[key]
 
