@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from actqkv_cpp import results, saved, sources
 from actqkv_cpp.answering import Generated, Sampling, SamplingOptions, generate
 from actqkv_cpp.errors import ContextError, DocumentError, ParameterError, StateError
-from actqkv_cpp.figures import GpuStats
 from actqkv_cpp.reader import TextFile, headings, is_kv_file, load
 from actqkv_cpp.reading import QUESTION, Place, Reading
 from actqkv_cpp.results import Answer, Memory
@@ -121,10 +120,11 @@ class Conversation:
         prompt_s = time.perf_counter() - begin
         n_prompt = into.n_prompt = step.keep + len(step.tokens)
         passages: tuple[results.Source, ...] = ()
-        attended_max, attended_mean, dense_max = n_prompt + into.n_tokens, float(n_prompt), 0
-        on_gpu: GpuStats | None = None
+        dense_max, on_gpu = 0, None
         if session is None:
             generate(llm, into, sampling)
+            attended_max, n_steps = llm.n_tokens, llm.n_tokens - n_prompt  # a step attends all before it and itself
+            attended_mean = n_prompt + (n_steps + 1) / 2 if n_steps else float(n_prompt)
         else:
             prompt_stats = session.stats()
             session.stats_reset()

@@ -376,6 +376,16 @@ def test_usage_and_json(tiny_sparse: Llama) -> None:
     assert all(value >= 0 for part in ("usage", "memory", "timing") for value in found[part].values())
 
 
+def test_usage_through_llama_cpp(tiny_model: Path) -> None:
+    """Breaks when an answer through llama.cpp reports fewer attended tokens than one by our dense method."""
+    used = []
+    for retrieval in (Retrieval("llama.cpp"), Retrieval("dense", n_local=64, window=32, n_sink=4, chunk=16)):
+        with Llama(tiny_model, n_ctx=512, n_threads=1, retrieval=retrieval, verbose=False) as llm:
+            doc = llm.read(text=FILLER)
+            used.append([doc.ask("where", min_tokens=n, max_tokens=n).usage for n in (1, 8)])
+    assert used[0] == used[1]
+
+
 def test_question_before_the_document(tiny_sparse: Llama) -> None:
     """Breaks when question-aware reading does not mark the question's tokens, and only those."""
     tiny_sparse.read(text="the key of the house", system="the book", question="who kept it")
