@@ -117,18 +117,24 @@ class _Stream:
         self.text = ""
         self.stopped = self.refused = False
 
-    def push(self, piece: bytes, *, final: bool = False) -> None:
-        self.text += self._decoder.decode(piece, final)
+    def push(self, piece: bytes) -> None:
+        self.text += self._decoder.decode(piece)
         if not self._n_out:
             self.text = self.text.lstrip()
         found = [at for stop in self._stop if (at := self.text.find(stop)) >= 0]
         if found:
-            self.text, self.stopped, final = self.text[: min(found)], True, True
-        ready = len(self.text) - (0 if final else self._held())
-        if ready > self._n_out:
+            self.text, self.stopped = self.text[: min(found)], True
+        self._show(len(self.text) - (0 if self.stopped else self._held()))
+
+    def end(self) -> None:
+        """Nothing follows. Of a character that was cut with the answer nothing is shown, as in llama_cpp."""
+        self._show(len(self.text))
+
+    def _show(self, ready: int) -> None:
+        """Hand on the first `ready` characters, unless nothing more is wanted."""
+        if ready > self._n_out and not self.refused:
             out, self._n_out = self.text[self._n_out : ready], ready
-            if self._on_text is not None and self._on_text(out) is False:
-                self.refused = True
+            self.refused = self._on_text is not None and self._on_text(out) is False
 
     def _held(self) -> int:
         """Characters at the end that may be the beginning of a stop text."""
@@ -163,20 +169,20 @@ def generate(llm: Llama, into: Generated, sampling: Sampling) -> None:
             into.n_tokens += 1
             stream.push(llm._encoder.piece(token))
             into.text = stream.text
+            ended = stream.stopped or stream.refused
+            if ended:
+                into.finish_reason = "stop" if stream.stopped else "cancelled"
             if llm.n_tokens >= llm.n_ctx():
-                into.context_full = True
+                into.context_full = not ended
                 break
             begin = time.perf_counter()
             llm.eval([token])  # also the last one: the history ends with what was said
             into.decode_s += time.perf_counter() - begin
-            if stream.stopped or stream.refused:
-                into.finish_reason = "stop" if stream.stopped else "cancelled"
-                break
-            if sampling.max_tokens is not None and into.n_tokens >= sampling.max_tokens:
+            if ended or (sampling.max_tokens is not None and into.n_tokens >= sampling.max_tokens):
                 break
     finally:
         llm._sampler = None
-        stream.push(b"", final=True)
+        stream.end()
         into.text = stream.text.rstrip()
 
 
