@@ -94,13 +94,17 @@ def ask(
 
 
 def _load_questions(path: Path) -> list[str]:
-    lines = [line.strip() for line in reader.load_plain(path).split("\n")]  # not at U+2028, which may stand in JSON
+    text = reader.load_plain(path).removeprefix("\ufeff")  # the mark of Windows' editors
+    lines = [line for part in text.split("\n") if (line := part.strip())]  # not at U+2028, which may stand in JSON
     if path.suffix != ".jsonl":
-        return [line for line in lines if line]
+        return lines
     try:
-        return [str(json.loads(line)["question"]) for line in lines if line]
+        found = [json.loads(line)["question"] for line in lines]
     except (ValueError, KeyError, TypeError):
-        raise DocumentError(f"{path} is not JSON lines with a question each", 'a line is {"question": "..."}') from None
+        found = [None]
+    if not all(isinstance(question, str) for question in found):
+        raise DocumentError(f"{path} is not JSON lines with a question each", 'a line is {"question": "..."}')
+    return found
 
 
 def _ask(output: Output, engine: o.EngineOptions, sampling: o.SamplingOptions, request: _Request) -> None:

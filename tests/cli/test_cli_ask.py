@@ -16,6 +16,7 @@ from cli_support import ANSWER, LONG, OTHER_ANSWER, OTHER_QUESTION, QUESTION, Ac
 
 from actqkv_cpp.__main__ import main
 from actqkv_cpp.cli.ask import _load_questions
+from actqkv_cpp.errors import DocumentError
 
 pytestmark = pytest.mark.model
 
@@ -74,13 +75,24 @@ def test_standard_input_and_questions_in_a_file(actqkv: Actqkv, book: Path, tmp_
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl"])
-def test_lines_of_questions(tmp_path: Path, ending: str) -> None:
-    """A question with a line separator of Unicode is cut, or its file is no JSON lines any more."""
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_lines_of_questions(tmp_path: Path, mark: str, ending: str) -> None:
+    """A question with a line separator of Unicode is cut, or its file is no JSON lines any more; or the mark with which
+    editors begin a file is part of the first question."""
     asked = ["Who\u2028kept it?", "When\x85?"]
     lines = [json.dumps({"question": text}, ensure_ascii=False) for text in asked] if ending == ".jsonl" else asked
     path = tmp_path / f"q{ending}"
-    path.write_bytes("\r\n".join([*lines, ""]).encode())
+    path.write_bytes((mark + "\r\n".join([*lines, ""])).encode())
     assert _load_questions(path) == asked
+
+
+@pytest.mark.parametrize("line", ["Who?", "[]", '{"text": "Who?"}', '{"question": null}', '{"question": ["Who?"]}'])
+def test_lines_without_a_question(tmp_path: Path, line: str) -> None:
+    """What is no question is asked, None for one, or ends in a traceback."""
+    path = tmp_path / "q.jsonl"
+    path.write_text(f'{{"question": "Where?"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(DocumentError, match="a question each"):
+        _load_questions(path)
 
 
 def test_model_and_quiet(actqkv: Actqkv, babbler: Path, book: Path) -> None:
