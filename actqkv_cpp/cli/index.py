@@ -65,6 +65,8 @@ def index(
         looks = [list_files, info, verify]
         if sum(looks) > 1 or (any(looks) and (out is not None or path is not None)):
             raise typer.BadParameter("--list, --info and --verify go alone, with KV files")
+        if as_json and not (list_files or info):
+            raise typer.BadParameter("--json goes with --list or --info")
         if any(looks):
             _look(output, names, info=info, verify=verify, as_json=as_json)
             return

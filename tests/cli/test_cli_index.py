@@ -202,6 +202,8 @@ def test_looking_at_files(actqkv: Actqkv, babbler: Path, book: Path, indexed: Pa
         ["index", "-o", "a.akv"],
         ["index", "--list", "--info"],
         ["index", "--info", "-o", "a"],
+        ["index", "--verify", "--json", "a.akv"],
+        ["index", "a.txt", "-o", "a.akv", "--json"],
     ],
     ids=" ".join,
 )
