@@ -8,13 +8,14 @@ import re
 import sys
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from actqkv_cpp.errors import DocumentError, StateError
 from actqkv_cpp.formats import docx, epub, html, markdown, pdf
 from actqkv_cpp.formats.extract import Anchor, Extract, last_before, one_line
+from actqkv_cpp.origin import Origin
 
 STDIN_NAME = "stdin"
 _KV_FILE = b"AKVFILE\0"
@@ -49,12 +50,14 @@ class TextFile:
             file; of other formats the text taken out of it, which `actqkv text FILE` prints.
         anchors: pages or headings, by ascending `start`, an offset into `text` in code points.
         by_line: places are told by line instead.
+        origin: the file on disk that it was read from; None where there was none.
     """
 
     name: str
     text: str
     anchors: tuple[Anchor, ...] = ()
     by_line: bool = False
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     def place(self, at: int) -> str | None:
         """What people call the place of character `at`: "p. 214", a heading, "line 120"; None where nothing is known.
@@ -154,12 +157,13 @@ def load(path: str | Path) -> TextFile:
         >>> load("book.txt").text[:6]
         'Call m'
     """
-    return _document(str(path), _bytes(path))
+    data, origin = _bytes(path)
+    return replace(_document(str(path), data), origin=origin)
 
 
 def load_plain(path: str | Path) -> str:
     """The text of a file in UTF-8 as it is, whatever its name says. DocumentError as for `load`."""
-    return _plain(str(path), _bytes(path))
+    return _plain(str(path), _bytes(path)[0])
 
 
 def load_stdin() -> TextFile:
@@ -177,10 +181,13 @@ def load_stdin() -> TextFile:
     return _document(STDIN_NAME, sys.stdin.buffer.read())
 
 
-def _bytes(path: str | Path) -> bytes:
+def _bytes(path: str | Path) -> tuple[bytes, Origin | None]:
     name = str(path)
     try:
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            found = os.fstat(file.fileno())
+            data = file.read()
+        return data, Origin.of(path, found, data)
     except FileNotFoundError:
         raise DocumentError(f"no such file: {name}", "check the path") from None
     except IsADirectoryError:

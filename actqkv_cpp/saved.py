@@ -29,6 +29,7 @@ from actqkv_cpp.errors import Cancelled, KVFileError, StateError
 from actqkv_cpp.figures import FileInfo, Params
 from actqkv_cpp.files import written_atomically
 from actqkv_cpp.identity import Identity
+from actqkv_cpp.origin import HASH_CHARS, Origin
 from actqkv_cpp.reader import TextFile
 from actqkv_cpp.reading import QUESTION, Place, Reading
 from actqkv_cpp.template import Cursor, Part, Span, Step, Tokens
@@ -38,46 +39,6 @@ if TYPE_CHECKING:
 
 _PHASES = {"prefill": 0, "decode": 1, "question": 2}  # enum actqkv_phase
 _FORMAT = 1
-_HASH_CHARS = 16  # of digests in messages
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The file on disk that a document was read from, as it was then."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    sha256: str
-
-    @classmethod
-    def of(cls, name: str) -> Origin | None:
-        """None where there is no such file: standard input, texts."""
-        try:
-            path = Path(name).resolve()
-            found = path.stat()
-            if not path.is_file():
-                return None
-            with path.open("rb") as file:
-                digest = hashlib.sha256()
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except (OSError, ValueError):
-            return None
-        return cls(str(path), found.st_size, found.st_mtime_ns, digest.hexdigest())
-
-    def change(self) -> str | None:
-        """What has become of the file since, both digests said; None where it is the same, or gone."""
-        try:
-            found = Path(self.path).stat()
-        except (OSError, ValueError):
-            return None
-        if (found.st_size, found.st_mtime_ns) == (self.size, self.mtime_ns):
-            return None
-        now = Origin.of(self.path)
-        if now is None or now.sha256 == self.sha256:
-            return None
-        return f"{self.path} has changed: sha256 {self.sha256[:_HASH_CHARS]} then, {now.sha256[:_HASH_CHARS]} now"
 
 
 @dataclass(frozen=True)
@@ -86,7 +47,6 @@ class Saved:
 
     model: Identity
     files: tuple[TextFile, ...]
-    origins: tuple[Origin | None, ...]
     reading: Reading
 
 
@@ -95,12 +55,11 @@ class Saved:
 
 def encode(model: Identity, files: tuple[TextFile, ...], reading: Reading) -> bytes:
     """The section of a reading from the beginning of a session."""
-    origins = [Origin.of(file.name) for file in files]
     found = {
         "format": _FORMAT,
         "model": model.to_json(),
         "files": [file.to_json() for file in files],
-        "origins": [origin and asdict(origin) for origin in origins],
+        "origins": [file.origin and asdict(file.origin) for file in files],
         "place": _place_json(reading.place),
         "closing": _parts_json(reading.closing),
         "done": _place_json(reading.done),
@@ -131,7 +90,10 @@ def decode(section: bytes, tokens: Tokens) -> Saved:
 
 
 def _saved(found: dict[str, Any], ends: bytes, tokens: Tokens) -> Saved:
-    files = tuple(TextFile.from_json(file) for file in found["files"])
+    files = tuple(
+        replace(TextFile.from_json(file), origin=origin and Origin(**origin))
+        for file, origin in zip(found["files"], found["origins"], strict=True)
+    )
     spans = _spans(found["spans"], ends, files, len(tokens))
     kept = tuple(span for span in spans if span.document != QUESTION)
     done = _place(found["done"], tokens, files, kept)
@@ -139,14 +101,13 @@ def _saved(found: dict[str, Any], ends: bytes, tokens: Tokens) -> Saved:
     step = Step(0, tokens, done.cursor, spans)
     if done.cursor.n_past != len(tokens) or place.cursor.n_past:
         raise ValueError("the reading does not end with its tokens")
-    origins = tuple(origin and Origin(**origin) for origin in found["origins"])
-    if len(origins) != len(files) or not files or not kept:
+    if not files or not kept:
         raise ValueError("documents are missing")
     model = Identity(**found["model"])
     if not all(isinstance(value, str) for value in asdict(model).values()):
         raise ValueError("the model is not named")
     reading = Reading(place, _parts(found["closing"]), step, done, seconds=float(found["seconds"]))
-    return Saved(model, files, origins, reading)
+    return Saved(model, files, reading)
 
 
 def _spans(rows: list[list[int]], data: bytes, files: tuple[TextFile, ...], n_tokens: int) -> tuple[Span, ...]:
@@ -269,8 +230,8 @@ def load(path: str | Path, model_path: str | Path) -> tuple[FileInfo, Saved]:
     if here.exact != saved.model.exact:
         if (here.family, here.tokenizer) != (saved.model.family, saved.model.tokenizer):
             raise StateError(
-                f"{path} was read by another model: {saved.model.name} ({saved.model.exact[:_HASH_CHARS]}), "
-                f"this is {here.name} ({here.exact[:_HASH_CHARS]})",
+                f"{path} was read by another model: {saved.model.name} ({saved.model.exact[:HASH_CHARS]}), "
+                f"this is {here.name} ({here.exact[:HASH_CHARS]})",
                 "use the model that read it, or index the document with this one",
             )
         warnings.warn(
@@ -278,8 +239,8 @@ def load(path: str | Path, model_path: str | Path) -> tuple[FileInfo, Saved]:
             "this one",
             stacklevel=4,
         )
-    for origin in saved.origins:
-        if origin is not None and (change := origin.change()):
+    for file in saved.files:
+        if file.origin is not None and (change := file.origin.change()):
             warnings.warn(f"{change}; {path} holds it as it was then", stacklevel=4)
     return info, saved
 
@@ -367,7 +328,7 @@ def check_same(path: str | Path, found: Saved, info: FileInfo, reading: Reading,
     """StateError where a KV file is not of `reading` under `params`, and so cannot be gone on with."""
     hint = "name another file, or remove this one"
     for old, new in zip(found.files, reading.done.files, strict=False):
-        then, now = (hashlib.sha256(file.text.encode()).hexdigest()[:_HASH_CHARS] for file in (old, new))
+        then, now = (hashlib.sha256(file.text.encode()).hexdigest()[:HASH_CHARS] for file in (old, new))
         if then != now:
             raise StateError(f"{path} is of another text: {old.name} {then} in it, {new.name} {now} given", hint)
     same_tokens = np.array_equal(found.reading.step.tokens, reading.step.tokens)

@@ -153,7 +153,7 @@ def _row(path: Path) -> dict[str, Any]:
         "bytes": _on_disk(path),
         "version": info.version,
         "reading": params,
-        "changed": [change for origin in found.origins if origin and (change := origin.change())],
+        "changed": [change for file in found.files if file.origin and (change := file.origin.change())],
     }
 
 

@@ -342,6 +342,22 @@ def test_a_document_that_changed(llm: Llama, book: Path, tmp_path: Path) -> None
         llm.open(tmp_path / "a.akv")
 
 
+def test_a_document_that_changed_before_it_was_saved(llm: Llama, book: Path, tmp_path: Path) -> None:
+    """Breaks when a document that was edited between reading and saving, or before it is saved once more, is taken for
+    what the file holds; or a text for the file of its name."""
+    document = llm.read(book)
+    book.write_text("New.")
+    document.save(tmp_path / "a.akv")
+    for name, then in (("a.akv", "b.akv"), ("b.akv", "c.akv")):
+        with pytest.warns(UserWarning, match="has changed"):
+            llm.open(tmp_path / name).save(tmp_path / then)
+    llm.read(text=TEXT, name=str(book)).save(tmp_path / "text.akv")
+    book.write_text("Newer.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm.open(tmp_path / "text.akv")
+
+
 def test_memory_is_planned(tiny_model: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when a file is planned as memory, or what is needed beside it is not planned at all."""
     with make(tiny_model, n_ctx="64k") as llm:
