@@ -399,7 +399,10 @@ class Llama(llama_cpp.Llama):
         self._enter()
         self._sampled = None  # a prompt is prefill, also one that begins with the token sampled last
         self._prompting = True
-        yield from super().generate(tokens, *args, **kwargs)
+        try:
+            yield from super().generate(tokens, *args, **kwargs)
+        finally:
+            self._prompting = False  # also where it ended before the prompt was read
 
     def reset(self) -> None:
         """Start a new history; memory of the old one is reused when the next tokens agree with it."""

@@ -287,6 +287,16 @@ def test_last_token_of_a_prompt_is_a_decode_step(ours: Llama) -> None:
     assert phases == [0] * (len(phases) - 2) + [1, 1]  # the last of the first prompt, reused, and of the second
 
 
+def test_a_prompt_that_was_not_read_leaves_nothing(ours: Llama) -> None:
+    """Breaks when tokens that are read after a generation which failed before its prompt are taken for that prompt."""
+    ours.reset()
+    with pytest.raises(ParameterError, match="does not parse"):
+        next(ours.generate([1, 300], grammar=LlamaGrammar(_grammar="root ::= (")))
+    ours.eval([1, 300, 301])
+    assert ours.session is not None
+    assert ours.session.history()[1].tolist() == [0, 0, 0]
+
+
 def test_save_and_load_state(ours: Llama) -> None:
     """Breaks when a state does not continue where it was taken, also after other use and through pickle."""
     ours.reset()
