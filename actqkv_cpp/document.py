@@ -432,6 +432,8 @@ def text_files(source: Source, text: str | None, name: str | None, *, kv_files: 
         if not isinstance(item, (str, Path, TextFile)):
             raise ParameterError(f"a source is a path or a TextFile, not {type(item).__name__}", "give text= a text")
         if isinstance(item, TextFile):
+            if not item.text.strip():
+                raise DocumentError(f"{item.name} is empty", "it needs at least a word")
             files.append(item)
         elif kv_files and is_kv_file(item):
             files += saved.texts(item)

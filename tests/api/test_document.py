@@ -225,6 +225,8 @@ def test_empty_document(tiny_sparse: Llama, text: str) -> None:
     """Breaks when nothing counts as a document."""
     with pytest.raises(DocumentError):
         tiny_sparse.read(text=text)
+    with pytest.raises(DocumentError, match="b is empty"):
+        tiny_sparse.read([TextFile("a", "the key"), TextFile("b", text)])
 
 
 def test_wrong_use(tiny_sparse: Llama, tmp_path: Path) -> None:
