@@ -336,7 +336,8 @@ class Llama(llama_cpp.Llama):
             raise StateError("a Llama with vocab_only=True only tokenises", "load it without vocab_only")
 
     def _rewind(self, n_past: int) -> None:
-        """Forget tokens from `n_past` on, on either engine."""
+        """Forget tokens from `n_past` on, on either engine. Of a model that cannot go back (recurrent ones, which run
+        through llama.cpp), those before are read again."""
         if self.session is not None:
             if n_past > self.session.n_past:
                 raise StateError(f"n_tokens is {n_past}, the session holds {self.session.n_past}")
@@ -344,6 +345,10 @@ class Llama(llama_cpp.Llama):
                 self.session.rewind(n_past)
                 self._requires_eval = True
             self._rows.truncate(n_past)
+        elif n_past < self.n_tokens and not self._ctx.kv_cache_seq_rm(-1, n_past, -1):
+            before = self.input_ids[:n_past].tolist()
+            self.reset()
+            super().eval(before)
         self.n_tokens = n_past
 
     @property

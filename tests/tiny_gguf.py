@@ -343,6 +343,43 @@ def make_gemma_gguf(path: str | Path, *, seed: int = 0, quantisation: str = "F32
     return make_tiny_gguf(path, arch="gemma", seed=seed, tied=True, quantisation=quantisation)
 
 
+def make_mamba_gguf(path: str | Path, *, seed: int = 0) -> Path:
+    """Architecture mamba: a recurrent state in place of keys and values, which cannot go back to an earlier token."""
+    shape = _Shape(n_layer=2, n_embd=64, n_head=0, n_head_kv=0, d_head=0, n_ff=0, n_vocab=1024, n_expert=0)
+    n_inner, n_state, n_conv, rank = 128, 8, 4, 4
+    rng = np.random.default_rng(seed)
+
+    def matrix(n_out: int, n_in: int, scale: float = 1.0) -> FloatArray:
+        return rng.normal(0.0, scale / math.sqrt(n_in), (n_out, n_in)).astype(np.float32)
+
+    values = _metadata("mamba", shape) | {
+        "mamba.ssm.conv_kernel": n_conv,
+        "mamba.ssm.inner_size": n_inner,
+        "mamba.ssm.state_size": n_state,
+        "mamba.ssm.time_step_rank": rank,
+    }
+    tensors = {"token_embd.weight": matrix(shape.n_vocab, shape.n_embd, 8.0)}
+    for layer in range(shape.n_layer):
+        block = {
+            "attn_norm.weight": np.ones(shape.n_embd, np.float32),
+            "ssm_in.weight": matrix(2 * n_inner, shape.n_embd),
+            "ssm_conv1d.weight": matrix(n_inner, n_conv),
+            "ssm_conv1d.bias": np.zeros(n_inner, np.float32),
+            "ssm_x.weight": matrix(rank + 2 * n_state, n_inner),
+            "ssm_dt.weight": matrix(n_inner, rank),
+            "ssm_dt.bias": np.full(n_inner, -2.0, np.float32),
+            "ssm_a": np.full((n_inner, n_state), -0.05, np.float32),
+            "ssm_d": np.ones(n_inner, np.float32),
+            "ssm_out.weight": matrix(shape.n_embd, n_inner),
+        }
+        tensors |= {f"blk.{layer}.{name}": tensor for name, tensor in block.items()}
+    tensors |= {"output_norm.weight": np.ones(shape.n_embd, np.float32)}
+    tensors |= {"output.weight": matrix(shape.n_vocab, shape.n_embd, 3.0)}
+    kept = {name: value for name, value in values.items() if ".rope." not in name and ".attention.key" not in name}
+    _write(Path(path), "mamba", {n: v for n, v in kept.items() if ".attention.value" not in n}, tensors)
+    return Path(path)
+
+
 # Files that must be refused with a message, never with an abort.
 
 

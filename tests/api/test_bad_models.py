@@ -85,6 +85,22 @@ def test_model_that_our_graph_lacks(make: Callable[[Path], Path], tmp_path: Path
     llm.close()
 
 
+def test_model_that_cannot_go_back(tmp_path: Path) -> None:
+    """Breaks when the second question about a document fails with a recurrent model, or sees the first."""
+    path = tiny_gguf.make_mamba_gguf(tmp_path / "model.gguf")
+    with pytest.warns(UserWarning, match="'mamba' is not one of"):
+        llm = Llama(path, n_ctx=512, verbose=False, n_threads=1)
+    text = "the key of the house was found in the green river " * 4
+    answers = [doc.ask("where is the key", max_tokens=8).text for doc in [llm.read(text=text)] for _ in range(2)]
+    answers.append(llm.read(text=text).ask("where is the key", max_tokens=8).text)
+    assert len(set(answers)) == 1
+    chat = llm.chat(llm.read(text=text))
+    chat.say("where is the key", max_tokens=3)
+    chat.undo()
+    assert answers[0].startswith(chat.say("where is the key", max_tokens=3).text)
+    llm.close()
+
+
 def test_split_model(tmp_path: Path) -> None:
     """Breaks when a model in several files does not load by its first."""
     path = tiny_gguf.make_tiny_gguf(tmp_path / "model.gguf", split_max_tensors=8)
