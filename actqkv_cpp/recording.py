@@ -170,10 +170,11 @@ class Recording:
         """
         bias: NDArray[np.float64] = np.full((self.n_layer, n_tokens), np.nan)
         for record in self.records:
-            if record.bias is not None and record.n_past + record.n_tokens <= n_tokens:
+            if record.bias is not None and record.n_past < n_tokens:
                 mean = float(record.bias.mean())
                 relative: Any = record.bias / mean if mean > 0 else np.ones(record.n_tokens)
-                bias[record.layer, record.n_past : record.n_past + record.n_tokens] = relative
+                n = min(record.n_tokens, n_tokens - record.n_past)  # of a window that goes on behind them
+                bias[record.layer, record.n_past : record.n_past + n] = relative[:n]
         return bias
 
     def chosen_counts(self) -> NDArray[np.float64]:

@@ -85,6 +85,12 @@ def test_figures_follow_from_the_records(found: Inspection) -> None:
     assert (best.start, best.end) == doc.range_of(token, token + recording.n_chunk_tokens)
 
 
+def test_bias_reaches_the_end_of_the_text(found: Inspection) -> None:
+    """Breaks when the last tokens of the documents have no bias, because their window goes on behind them."""
+    for doc in found.documents if found.has_bias else ():
+        assert np.isfinite(found.bias[:, doc.start : doc.start + len(doc.ends)]).all()
+
+
 def test_anchors_are_the_tokens_of_most_bias(found: Inspection) -> None:
     """Breaks when an anchor is not among the greatest biases, or a method without bias has anchors."""
     assert (found.method == "actqkv") == found.has_bias == bool(found.anchors)
