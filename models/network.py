@@ -171,9 +171,6 @@ class Llama(nn.Module):
         logits: Tensor = self.output(self.features(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None]))
         return logits
 
-    def n_parameters(self) -> int:
-        return sum(weight.numel() for weight in self.parameters())
-
 
 # The wired start. Attention that finds the earlier occurrence of a token and copies what followed took too long to
 # appear from random weights on two CPU cores, so the weights start with it. All of them stay trainable.
