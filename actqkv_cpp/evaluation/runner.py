@@ -63,6 +63,7 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.lengths, default=1) < 1:
             raise ParameterError("a length of 0 tokens has no room for anything", "use lengths of 1k or more")
+        object.__setattr__(self, "lengths", tuple(dict.fromkeys(self.lengths)))
 
     def lengths_of(self, suite: Suite) -> tuple[int | None, ...]:
         return (None,) if suite.from_file else self.lengths

@@ -321,6 +321,11 @@ def test_recalls_are_kept_where_asked_for() -> None:
     assert "attention_mass" not in ours.total.recalls
 
 
+def test_a_length_that_is_named_twice() -> None:
+    """One length, written 1k and 1024, gives two equal rows, which a report refuses."""
+    assert plan("kv", lengths=(2048, 1024, 2048)).lengths == (2048, 1024)
+
+
 def test_length_of_nothing() -> None:
     """A length of 0 is refused only when the model is loaded, in the words of another option."""
     with pytest.raises(ParameterError, match="a length of 0 tokens"):
