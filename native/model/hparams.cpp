@@ -44,6 +44,15 @@ struct metadata {
         }
         return parsed;
     }
+
+    int32_t count(const std::string & name, int32_t fallback) const {
+        const double parsed = number(name, fallback);
+        if (!(parsed >= 0.0 && parsed <= INT32_MAX)) {
+            throw error(ACTQKV_ERR_MODEL, format("metadata %s%s is %g, expected 0 to %d", prefix.c_str(), name.c_str(),
+                                                 parsed, INT32_MAX));
+        }
+        return (int32_t) parsed;
+    }
 };
 
 // libllama's llama_context constructor: YaRN's magnitude, with the factor that ggml_rope applies itself cancelled.
@@ -68,7 +77,11 @@ rope_params read_rope(const metadata & meta, const hparams & hp) {
     default:
         throw error(ACTQKV_ERR_MODEL, "rope type is neither normal nor neox");
     }
-    rope.n_dims = (int) meta.number("rope.dimension_count", hp.d_head);
+    rope.n_dims = meta.count("rope.dimension_count", hp.d_head);
+    if (rope.n_dims == 0 || rope.n_dims % 2 != 0 || rope.n_dims > hp.d_head) { // ggml aborts, or does not end
+        throw error(ACTQKV_ERR_MODEL,
+                    format("rope.dimension_count is %d, expected an even number from 2 to %d", rope.n_dims, hp.d_head));
+    }
     rope.freq_base = (float) meta.number("rope.freq_base", 10000.0);
     require(rope.freq_base > 0.0f && std::isfinite(rope.freq_base), "rope.freq_base is not a positive number");
     const std::string type = meta.text(meta.prefix + "rope.scaling.type", "linear");
@@ -78,7 +91,7 @@ rope_params read_rope(const metadata & meta, const hparams & hp) {
     const double factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 0.0));
     require(factor >= 0.0, "rope.scaling.factor is negative");
     rope.freq_scale = factor == 0.0 || type == "none" ? 1.0f : 1.0f / (float) factor;
-    rope.n_ctx_orig = (int) meta.number("rope.scaling.original_context_length", 0);
+    rope.n_ctx_orig = meta.count("rope.scaling.original_context_length", 0);
     if (rope.n_ctx_orig == 0) {
         rope.n_ctx_orig = hp.n_ctx_train;
     }
@@ -116,7 +129,7 @@ hparams read_hparams(const llama_model * model) {
 
     meta.number("attention.head_count", 0); // one number for all layers, not a list
     meta.number("attention.head_count_kv", 0);
-    hp.d_head = (int32_t) meta.number("attention.key_length", hp.n_embd / hp.n_head);
+    hp.d_head = meta.count("attention.key_length", hp.n_embd / hp.n_head);
     require(meta.number("attention.value_length", hp.d_head) == hp.d_head, "key and value heads differ in size");
     require(hp.d_head > 0 && hp.d_head % 2 == 0, "the head size is odd");
     hp.rms_eps = (float) meta.number("attention.layer_norm_rms_epsilon", 0.0);

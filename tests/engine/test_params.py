@@ -203,6 +203,23 @@ FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda path: tiny.make_tiny_gguf(path, metadata={"attention.causal": False}),
         "attention that is not causal",
     ),
+    # ggml aborts where it meets the first two, and never ends the third
+    "rotation beyond the head": (
+        lambda path: tiny.make_tiny_gguf(path, arch="qwen2", rope_dim=64),
+        "rope.dimension_count is 64, expected an even number from 2 to 32",
+    ),
+    "rotation of half a pair": (
+        lambda path: tiny.make_tiny_gguf(path, arch="qwen2", rope_dim=31),
+        "rope.dimension_count is 31, expected an even number from 2 to 32",
+    ),
+    "rotation of nothing": (
+        lambda path: tiny.make_tiny_gguf(path, arch="qwen2", metadata={"rope.dimension_count": 0}),
+        "rope.dimension_count is 0, expected an even number from 2 to 32",
+    ),
+    "rotation beyond all measure": (
+        lambda path: tiny.make_tiny_gguf(path, arch="qwen2", metadata={"rope.dimension_count": 0xFFFFFFFF}),
+        "qwen2.rope.dimension_count is 4.29497e\\+09, expected 0 to",
+    ),
     # ggml aborts where it meets the first; with the others every logit would be NaN
     "negative epsilon": (
         lambda path: tiny.make_tiny_gguf(path, metadata={"attention.layer_norm_rms_epsilon": -1e-5}),
