@@ -133,7 +133,8 @@ hparams read_hparams(const llama_model * model) {
     require(meta.number("attention.value_length", hp.d_head) == hp.d_head, "key and value heads differ in size");
     require(hp.d_head > 0 && hp.d_head % 2 == 0, "the head size is odd");
     hp.rms_eps = (float) meta.number("attention.layer_norm_rms_epsilon", 0.0);
-    require(hp.rms_eps >= 0.0f && std::isfinite(hp.rms_eps), "the epsilon of its norms is negative or not finite");
+    // libllama tells six decimals. With 0 instead of what is less, a token whose embedding is all zeros would be NaN.
+    require(hp.rms_eps > 0.0f && std::isfinite(hp.rms_eps), "the epsilon of its norms is below 0.000001 or not finite");
     hp.rope = read_rope(meta, hp);
     hp.attn_scale = 1.0f / sqrtf((float) hp.d_head);
     return hp;

@@ -223,7 +223,11 @@ FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
     # ggml aborts where it meets the first; with the others every logit would be NaN
     "negative epsilon": (
         lambda path: tiny.make_tiny_gguf(path, metadata={"attention.layer_norm_rms_epsilon": -1e-5}),
-        "the epsilon of its norms is negative",
+        "the epsilon of its norms is below",
+    ),
+    "epsilon that is told as 0": (
+        lambda path: tiny.make_tiny_gguf(path, metadata={"attention.layer_norm_rms_epsilon": 4e-7}),
+        "the epsilon of its norms is below",
     ),
     "negative base": (
         lambda path: tiny.make_tiny_gguf(path, metadata={"rope.freq_base": -10000.0}),
