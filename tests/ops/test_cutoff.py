@@ -34,6 +34,18 @@ def test_entropy_ends(impl: int) -> None:
     assert lib.actqkv_entropy(impl, pointer(peak), 77, 1.0) == 0
 
 
+@pytest.mark.parametrize(
+    ("scores", "temperature"),
+    [([0.0, 1e30], 1e-10), ([-3e38, 3e38], 1.0), ([0.0, 5.0], 1e-38), ([0.0, 5.0], 1e-45), ([2.0, 2.0], 1e-45)],
+)
+def test_entropy_of_scores_that_lie_far_apart(impl: int, scores: list[float], temperature: float) -> None:
+    """Of such scores only the greatest count, 20 of 40 or all."""
+    n_greatest = 20 * scores.count(max(scores))
+    array = np.array(20 * scores, np.float32)
+    expected = np.log(n_greatest) / np.log(40)
+    assert lib.actqkv_entropy(impl, pointer(array), 40, temperature) == pytest.approx(expected, abs=1e-6)
+
+
 def chosen(impl: int, scores: np.ndarray, k: int) -> list[int]:  # type: ignore[type-arg]
     out, scratch = Guarded(max(min(k, len(scores)), 0), np.int32), Guarded(len(scores), np.int32)
     lib.actqkv_top_k(impl, pointer(scores), len(scores), k, pointer(out), pointer(scratch))

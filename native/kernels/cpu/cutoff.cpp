@@ -4,6 +4,7 @@
 //
 // With x_b = (score_b - max) / temperature and Z = sum_b e^x_b:  H(p) = ln Z - (sum_b x_b e^x_b) / Z.
 #include <algorithm>
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -129,7 +130,8 @@ extern "C" float actqkv_entropy(int32_t impl, const float * scores, int64_t n, f
         return 0;
     }
     double z, zx;
-    (ops ? ops->exp_moments : actqkv::exp_moments_scalar)(scores, n, max, 1 / temperature, &z, &zx);
+    const float factor = std::min(1 / temperature, FLT_MAX); // finite also where the temperature is next to nothing
+    (ops ? ops->exp_moments : actqkv::exp_moments_scalar)(scores, n, max, factor, &z, &zx);
     const double h = (log(z) - zx / z) / log((double) n);
     return (float) std::min(std::max(h, 0.0), 1.0);
 }

@@ -190,7 +190,8 @@ static void simd_exp_moments(const float * scores, int64_t n, float shift, float
         int64_t missing = 0; // lanes beyond the end: x = 0 there, e^x = 1, x e^x = 0
         for (int64_t i = from; i < n && i < from + STEP; i += W) {
             const vf s = v_load_end(scores + i, n - i, shift);
-            const vf x = v_mul(v_sub(s, v_set1(shift)), v_set1(factor));
+            // No less than where e^x is 0: infinity times 0 is no number.
+            const vf x = v_max(v_mul(v_sub(s, v_set1(shift)), v_set1(factor)), v_set1(-127));
             const vf y = v_exp2(v_mul(x, log2_e));
             sum = v_add(sum, y);
             weighted = v_fma(x, y, weighted);

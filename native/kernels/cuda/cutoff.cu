@@ -1,6 +1,8 @@
 // cutoff - how spread out a layer's scores are, and its k best chunks; formulas: ../cpu/cutoff.cpp.
 //
 // One block each: there are 4,096 scores at 128K tokens and 32,768 at 1M, 4 to 32 per thread. Few scores have few threads.
+#include <cfloat>
+
 #include "top_k.cuh"
 
 namespace actqkv::cuda {
@@ -51,7 +53,7 @@ int32_t entropy(actqkv_cuda_stream * s, const float * scores, int64_t n, float t
     }
     const bool few = n <= MOST_OF_FEW;
     return launch(s, few ? entropy_kernel<FEW> : entropy_kernel<MANY>, dim3(1), dim3(few ? FEW : MANY), 0, scores, n,
-                  1 / temperature, entropy);
+                  fminf(1 / temperature, FLT_MAX), entropy);
 }
 
 int32_t top_k(actqkv_cuda_stream * s, const float * scores, int64_t n, int32_t k, int32_t * chosen) {
