@@ -185,10 +185,9 @@ enum actqkv_mass { ACTQKV_MASS_NONE = 0, ACTQKV_MASS_ANSWERS = 1, ACTQKV_MASS_AL
 typedef bool (*actqkv_progress_fn)(void * user, int64_t n_done, int64_t n_total);
 
 // One named array of one layer of the current window, f32, dense, ne[0] fastest. Valid during the call only.
-// q [d,H,m] k [d,G,m] v [d,G,m] before RoPE; mean var [H*d]; bias weights [m]; probe [H*d]; scores [N], or of the chunks
-// `scored` [n] where those are not all; entropy [1];
+// q [d,H,m] k [d,G,m] v [d,G,m] before RoPE; mean var [H*d]; bias weights [m]; probe [H*d]; scores [N]; entropy [1];
 // share [1] chunks granted; plan [n]; out [H*d,m]. Per KV head: head_scores [N,H], votes [N,G] (logarithms) and plans
-// [n,G] in place of scores and plan. mass [N]: true attention mass, where it decides.
+// [n,G] in place of scores and plan. mass [N], per KV head [N,G]: true attention mass, where it decides.
 typedef void (*actqkv_observe_fn)(void * user, const char * name, int32_t layer, int64_t n_past, const float * data,
                                   const int64_t * ne);
 
@@ -334,7 +333,7 @@ struct actqkv_file_info {
     uint64_t file_bytes;         // as large as the complete file; what is not written yet takes no room
 };
 
-// Needs no model. Checks all but chunks; ACTQKV_ERR_FILE, ACTQKV_ERR_STATE.
+// Needs no model. Checks all but chunks and the section; ACTQKV_ERR_FILE, ACTQKV_ERR_STATE.
 ACTQKV_API int32_t actqkv_file_info(const char * path, struct actqkv_file_info * info, struct actqkv_error * err);
 // Copies the reading's tokens [n_tokens], enum actqkv_phase of each, and the section [section_bytes]; NULL skips one.
 ACTQKV_API int32_t actqkv_file_read(const char * path, int32_t * tokens, int8_t * phases, uint8_t * section,

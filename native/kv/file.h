@@ -97,7 +97,7 @@ public:
     static kv_file create(const std::string & path, file_header header, const int32_t * tokens, const int8_t * phases,
                           const uint8_t * section);
 
-    // Checks header, size, tokens, section and slots. `write`: for one writer at a time, else read-only.
+    // Checks header, size, tokens and slots. `write`: for one writer at a time, else read-only.
     // ACTQKV_ERR_FILE where the system refuses; ACTQKV_ERR_STATE where the file is damaged or no KV file.
     static kv_file open(const std::string & path, bool write);
 

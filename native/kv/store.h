@@ -106,8 +106,8 @@ public:
     uint64_t recent_kv(int64_t n_tokens, int64_t n_closed) const;
     uint64_t recent_sums(int64_t n_tokens, int64_t n_closed) const;
 
-    // Sinks, closed chunks and summaries of one layer as byte ranges in use for so many tokens and closed chunks: state
-    // blobs are made of them.
+    // Sinks, closed chunks, their summaries and sketches of one layer as byte ranges in use for so many tokens and closed
+    // chunks: state blobs are made of them.
     struct range {
         const void * data;
         uint64_t bytes;

@@ -6,7 +6,7 @@
 //   i64 n_tokens   i64 n_done   i64 n_closed
 //   i32 tokens[n_tokens]   i8 phases[n_tokens]
 //   layer memories, recent state, checkpoints (each array preceded by its u64 count)
-//   per layer: sinks, closed chunks, summaries, norms in use
+//   per layer: sinks, closed chunks, summaries, norms, sketches in use
 //   u64 checksum of everything before
 //
 // A blob is checked as a whole, and every count against what this session expects, before the session is touched:
