@@ -494,8 +494,9 @@ bool kv_file::map(int il, int array, uint64_t begin, uint64_t end, const chunk_a
 #endif
     const off_t offset = (off_t) (array_offset(il, array) + begin);
     if (mmap(at, end - begin, PROT_READ | PROT_WRITE, flags, fd, offset) == MAP_FAILED) {
-        const int code = errno; // what was mapped here may be gone: put memory back before anyone looks
+        const int code = errno; // what lay here may be gone, and be all that the session had
         mmap(at, end - begin, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS, -1, 0);
+        read_at((uint64_t) offset, at, end - begin);
         fail_os("map", path, code);
     }
     // Chunks are read from all over: what lies around them is not to come along. A first question after 143,268 tokens in

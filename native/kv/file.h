@@ -131,7 +131,8 @@ public:
     // Copies chunks [0, n) of an array out of the file. Unchecked.
     void read_chunks(int il, int array, int64_t n, const chunk_array & to) const;
     // Maps bytes [begin, end) of an array copy-on-write over the memory at to.data + begin. False, and nothing happens,
-    // where one of the three is no multiple of map_granule(), or the array lies in several rows.
+    // where one of the three is no multiple of map_granule(), or the array lies in several rows. ACTQKV_ERR_FILE where the
+    // system refuses; the bytes are in memory then.
     bool map(int il, int array, uint64_t begin, uint64_t end, const chunk_array & to) const;
 
     static uint64_t map_granule(); // bytes

@@ -28,7 +28,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         made = tmp_path_factory.mktemp("program") / Path(driver).stem
         include = [f"-I{NATIVE}", f"-I{NATIVE / 'include'}", f"-I{NATIVE / 'kernels'}"]
         files = [Path(__file__).with_name(driver), *(NATIVE / name for name in sources)]
-        subprocess.run([compiler, "-std=c++17", "-O1", *include, *files, "-o", made, "-ldl"], check=True)
+        subprocess.run([compiler, "-std=c++17", "-O1", "-pthread", *include, *files, "-o", made, "-ldl"], check=True)
         return made
 
     return compile_program
