@@ -373,7 +373,8 @@ ACTQKV_API void actqkv_file_leave(actqkv_session * session);
 // ---- what was attended
 
 // From now on sum, for every token of the past, the squares of the attention weights that answered tokens (ACTQKV_DECODE)
-// give it, averaged over heads and layers. Squares, so that heads which have found something decide. Changes no result.
+// give it, averaged over heads and layers. Squares, so that heads which have found something decide. Tokens that were
+// answered before, and those that a rewind has read again, do not count. Changes no result.
 ACTQKV_API void actqkv_sources_begin(actqkv_session * session);
 // Copies the sums of up to n tokens, from the first on, returns how many there are (0: nothing was answered), and stops.
 ACTQKV_API int64_t actqkv_sources_end(actqkv_session * session, double * weights, int64_t n);

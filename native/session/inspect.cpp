@@ -138,6 +138,7 @@ void session::audit(const window & w, int il, const chunk_plan & plan) {
 
 void session::begin_sources() {
     recording = true;
+    sources_from = tokens.size();
     sources.clear();
 }
 

@@ -3,8 +3,6 @@
 #include "../error.h"
 #include "../kernels/parallel.h"
 
-#include "llama.h"
-
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -137,7 +135,7 @@ bool session::decode(const int32_t * more, int64_t n, int32_t phase, float * log
         rewind(std::max(before, n_done));
         return false;
     } catch (...) { // perhaps midway through a window, whose statistics are then neither of its start nor of its end
-        tokens.truncate(before);
+        truncate(before);
         restore(std::min(before, n_done));
         throw;
     }
@@ -169,6 +167,7 @@ session::window session::run_next(int64_t first_out) {
     run_window(w);
     store.check_file();
     n_done = end;
+    sources_from = std::max(sources_from, end);
     (w.decode ? counts.decode_ms : counts.prefill_ms) += now_ms() - before;
     (w.decode ? counts.n_decode_tokens : counts.n_prefill_tokens) += w.m;
     counts.n_windows++;
@@ -384,7 +383,7 @@ actqkv_attend_args session::attend_args(const window & w) {
 actqkv_attend_args session::summing_args(const window & w) {
     actqkv_attend_args args = attend_args(w);
     args.weight_sums = store.sums_attention() ? sums.data() : nullptr;
-    if (recording && w.decode) {
+    if (counts_for_sources(w)) {
         keep_weights(args);
     }
     return args;
@@ -399,7 +398,7 @@ void session::attend(const window & w, int il, const chunk_plan & plan) {
 }
 
 void session::finish_attention(const window & w, int il, const actqkv_attend_args & args) {
-    if (recording && w.decode) {
+    if (counts_for_sources(w)) {
         add_sources(w, args);
     }
     count_attended(w, il);
@@ -528,7 +527,7 @@ void session::forget_hot() {
 }
 
 void session::rewind(int64_t n_past) {
-    tokens.truncate(n_past);
+    truncate(n_past);
     saved.forget_after(n_past);
     if (n_done > n_past) {
         restore(n_past);

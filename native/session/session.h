@@ -102,6 +102,7 @@ private:
     void record(const window & w, int il, const chunk_plan & plan);
     void begin_audit(const window & w);
     void audit(const window & w, int il, const chunk_plan & plan);
+    bool counts_for_sources(const window & w) const { return recording && w.decode && w.first >= sources_from; }
     void keep_weights(actqkv_attend_args & args);
     void add_sources(const window & w, const actqkv_attend_args & args);
 
@@ -111,6 +112,10 @@ private:
     void learn_question(const window & w, int il);
     observer observer_of(int il, int64_t n_past) const;
 
+    void truncate(int64_t n_past) {
+        tokens.truncate(n_past);
+        sources_from = std::min(sources_from, n_past);
+    }
     checkpoint make_checkpoint() const;
     void restore(int64_t limit);
     void forget_hot();
@@ -158,6 +163,7 @@ private:
     std::vector<uint8_t> scratch;
 
     bool recording = false;
+    int64_t sources_from = 0;          // answered tokens before it have been counted, or are not to be
     std::vector<double> sources;       // [token]
     std::vector<float> source_weights; // [H][keys of one layer]
     std::vector<float> source_squares; // [keys of one layer]

@@ -160,6 +160,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
     memory = std::move(new_memory);
     saved = std::move(new_saved);
     n_done = done;
+    sources_from = std::min(sources_from, n);
     store.set_closed(0); // nothing of a KV file stays
     store.restore_recent(new_recent, done, closed);
     for (int il = 0; il < hp.n_layer; il++) {

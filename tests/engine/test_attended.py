@@ -181,6 +181,28 @@ def test_sources_stop_when_they_end(tiny_llama: LlamaModel) -> None:
         assert 0 < one.sum() < 1
 
 
+def test_sources_count_a_token_once(tiny_llama: LlamaModel) -> None:
+    """Breaks when tokens that were answered before, and are read again after a rewind, count as if they were new."""
+    with open_session(tiny_llama) as session:
+        session.decode(TOKENS[:100])
+        session.decode(TOKENS[100:107], phase="decode")
+        once = recorded(session, 3, "decode")
+        session.rewind(107)  # no checkpoint lies here: tokens from 96 on are read again
+        np.testing.assert_array_equal(recorded(session, 3, "decode"), once)
+        session.rewind(107)
+        session.sources_begin()
+        session.decode(TOKENS[107:109], phase="decode")
+        session.rewind(109)
+        session.decode(TOKENS[109:110], phase="decode")
+        np.testing.assert_array_equal(session.sources_end(), once)
+        session.rewind(107)
+        session.sources_begin()
+        session.decode(TOKENS[107:109], phase="decode")
+        session.rewind(108)  # and the one behind it is answered anew
+        session.decode(TOKENS[108:110], phase="decode")
+        assert once.sum() < session.sources_end().sum() < once.sum() + 1
+
+
 # ---- other figures
 
 
