@@ -275,6 +275,14 @@ FULL = Recipe(
                 peak=0.6,
                 decay_share=0.9,
             ),
+            Cycle(
+                (
+                    Stage(4096, 1, 2, 360, document_share=(0.6, 0.8), fact_density=(0.2, 0.6), haystack_share=0.05),
+                    Stage(8192, 1, 1, 260, document_share=(0.65, 0.85), fact_density=(0.1, 0.5), haystack_share=0.05),
+                ),
+                peak=0.6,
+                decay_share=0.9,
+            ),
         ),
     ),
 )
