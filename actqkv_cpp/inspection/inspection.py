@@ -121,8 +121,13 @@ class Inspection:
 
     @cached_property
     def bias(self) -> NDArray[np.float64]:
-        """Relative bias [n_layer, n_tokens] of the tokens up to the end of the documents; NaN where none is known."""
-        return self.recording.token_bias(max((doc.start + len(doc.ends) for doc in self.documents), default=0))
+        """Relative bias [n_layer, n_tokens] of the tokens up to the end of the documents; NaN where none is known, as
+        of a document that was opened: its last tokens alone were read again, and say nothing of the others."""
+        bias = self.recording.token_bias(max((doc.start + len(doc.ends) for doc in self.documents), default=0))
+        for doc in self.documents:
+            if not np.isfinite(bias[:, doc.start]).any():
+                bias[:, doc.start : doc.start + len(doc.ends)] = np.nan
+        return bias
 
     @property
     def has_bias(self) -> bool:
