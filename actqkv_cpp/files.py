@@ -1,7 +1,8 @@
-"""Files that are either complete or not there, and errors that name the file."""
+"""Files that are either complete or not there, their hashes, and errors that name the file."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 from actqkv_cpp.errors import ParameterError
 
 _MARK_BYTES = 4096  # from the beginning of a file, in which its mark stands
+_HASHED_BYTES = 1 << 20  # of one read
 
 
 def check_free(path: Path, mark: str) -> None:
@@ -26,6 +28,15 @@ def check_free(path: Path, mark: str) -> None:
         with path.open("rb") as file:
             if mark.encode() not in file.read(_MARK_BYTES):
                 raise ParameterError(f"{path} exists and was not written by {mark}", "choose another name")
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal. A model of 5 GB takes seconds."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while part := file.read(_HASHED_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from actqkv_cpp.files import file_hash
+
 HASH_CHARS = 16  # of digests in messages
 
 
@@ -38,13 +40,9 @@ class Origin:
             found = Path(self.path).stat()
             if (found.st_size, found.st_mtime_ns) == (self.size, self.mtime_ns) or not stat.S_ISREG(found.st_mode):
                 return None
-            digest = hashlib.sha256()
-            with Path(self.path).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+            now = file_hash(self.path)
         except (OSError, ValueError):
             return None
-        now = digest.hexdigest()
         if now == self.sha256:
             return None
         return f"{self.path} has changed: sha256 {self.sha256[:HASH_CHARS]} then, {now[:HASH_CHARS]} now"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import subprocess
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 _BANDWIDTH_BYTES = 256 << 20  # of all threads together: several times a desktop's last-level cache
 _BANDWIDTH_ROUNDS = 5
-_HASHED_BYTES = 1 << 20  # of one read
 
 
 def describe_machine(*, n_threads: int) -> dict[str, Any]:
@@ -58,15 +56,6 @@ def describe_model(llm: Llama) -> dict[str, Any]:
         "layers": int(llama_cpp.llama_model_n_layer(model)),
         "trained_length": int(llama_cpp.llama_model_n_ctx_train(model)),
     }
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal. A model of 5 GB takes seconds."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while part := file.read(_HASHED_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def commit() -> str | None:

@@ -157,8 +157,8 @@ def load(path: str | Path) -> TextFile:
         >>> load("book.txt").text[:6]
         'Call m'
     """
-    data, origin = _bytes(path)
-    return replace(_document(str(path), data), origin=origin)
+    data, found = _bytes(path)
+    return replace(_document(str(path), data), origin=Origin.of(path, found, data))
 
 
 def load_plain(path: str | Path) -> str:
@@ -181,13 +181,13 @@ def load_stdin() -> TextFile:
     return _document(STDIN_NAME, sys.stdin.buffer.read())
 
 
-def _bytes(path: str | Path) -> tuple[bytes, Origin | None]:
+def _bytes(path: str | Path) -> tuple[bytes, os.stat_result]:
+    """What a file holds, and what the system said of it before it was read."""
     name = str(path)
     try:
         with Path(path).open("rb") as file:
             found = os.fstat(file.fileno())
-            data = file.read()
-        return data, Origin.of(path, found, data)
+            return file.read(), found
     except FileNotFoundError:
         raise DocumentError(f"no such file: {name}", "check the path") from None
     except IsADirectoryError:

@@ -19,6 +19,7 @@ from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._session import silence_llama_cpp
 from actqkv_cpp.config import parse_size
 from actqkv_cpp.errors import Cancelled, ParameterError, unknown_name
+from actqkv_cpp.files import file_hash
 
 if TYPE_CHECKING:
     from actqkv_cpp.evaluation.recalls import Recalls
@@ -184,7 +185,7 @@ def _eval(output: Output, model: Path, settings: dict[str, Any], request: _Reque
 
 def _plan(request: _Request) -> Plan:
     """What was asked for, checked before a model is loaded."""
-    from actqkv_cpp import provenance, reader  # noqa: PLC0415 (heavy)
+    from actqkv_cpp import reader  # noqa: PLC0415 (heavy)
     from actqkv_cpp.evaluation.engines import methods  # noqa: PLC0415 (heavy)
     from actqkv_cpp.evaluation.runner import Plan  # noqa: PLC0415 (heavy)
 
@@ -202,7 +203,7 @@ def _plan(request: _Request) -> Plan:
         longest=request.truncate,
         recalls=_recalls(request.recalls),
         text=text,
-        files={str(path): provenance.file_hash(path) for path in files},
+        files={str(path): file_hash(path) for path in files},
     )
 
 

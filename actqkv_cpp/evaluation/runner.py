@@ -23,6 +23,7 @@ from actqkv_cpp.evaluation.recalls import Recalls
 from actqkv_cpp.evaluation.results import Cell, Record, Result, rows
 from actqkv_cpp.evaluation.samples import Finding, Room, Sample, Suite
 from actqkv_cpp.evaluation.suites.perplexity import SUITE as PERPLEXITY
+from actqkv_cpp.files import file_hash
 
 if TYPE_CHECKING:
     from actqkv_cpp import Llama
@@ -262,7 +263,7 @@ def evaluate(plan: Plan, settings: EngineSettings, *, folder: Path | None, watch
     with Engines(settings) as engines:
         header: dict[str, Any] = {
             "version": __version__,
-            "model": provenance.file_hash(settings.model),
+            "model": file_hash(settings.model),
             "parameters": _parameters(plan, settings),
         }
         facts = {
