@@ -25,6 +25,7 @@ REPEAT_SHARE = 0.3  # of repeated random tokens among the samples at the very st
 SELECTED_SHARE = 3 / 8  # of a batch's tokens enter the loss: all answers, the rest drawn from the text
 GUIDED_SHARE = 1 / 8  # of a sample's tokens, at most, have their attention guided
 MAX_GUIDED = 320  # of them in one sample
+HOP_WEIGHT = 8.0  # of guided attention that goes through other places, beside 1: an eighth of it does at most
 N_AHEAD = 4  # steps that a drawing process is ahead
 
 
@@ -97,18 +98,22 @@ def select(
 def guide(
     lookups: Sequence[Sequence[Lookup]], n_tokens: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rows`, `places` and `place_weights`, which add up to 1, of a `Selection`; of too many lookups, random ones."""
+    """`rows`, `places` and `place_weights`, which add up to 1, of a `Selection`.
+
+    Of too many lookups, all that hop come in, as far as there is room, and random others.
+    """
     n_rows = min(MAX_GUIDED, int(n_tokens * GUIDED_SHARE))
     rows = torch.zeros(len(lookups), n_rows, dtype=torch.int64)
     places = torch.zeros(N_STAGES, len(lookups), n_rows, MAX_TARGETS, dtype=torch.int64)
     weights = torch.zeros(places.shape)
     for sample, found in enumerate(lookups):
-        chosen = torch.randperm(len(found), generator=generator)[:n_rows].tolist()
-        for row, lookup in enumerate(found[index] for index in chosen):
+        mixed = [found[index] for index in torch.randperm(len(found), generator=generator).tolist()]
+        chosen = sorted(mixed, key=lambda lookup: not lookup.hops)[:n_rows]
+        for row, lookup in enumerate(chosen):
             rows[sample, row] = lookup.query
             for stage, tokens in enumerate(lookup.stages):
                 places[stage, sample, row, : len(tokens)] = torch.tensor(tokens)
-                weights[stage, sample, row, : len(tokens)] = 1 / len(tokens)
+                weights[stage, sample, row, : len(tokens)] = (HOP_WEIGHT if lookup.hops else 1.0) / len(tokens)
     return rows, places, weights / weights.sum().clamp(min=1)
 
 

@@ -16,7 +16,11 @@ from torch.nn import functional
 from models.recipe import NetworkConfig
 
 N_STAGES = 3  # last layers whose attention training guides, each to one stage of a lookup
-N_GUIDED = 2  # of their heads, the first ones, which share a KV head
+
+
+def guided_heads(config: NetworkConfig) -> list[int]:
+    """Of those layers: the first two, which share a KV head, and the first of the next KV head."""
+    return [0, 1, config.heads_per_kv]
 
 
 class Rotation:
@@ -88,8 +92,8 @@ class Layer(nn.Module):
             rows: [B, R], tokens whose attention is wanted.
 
         Returns:
-            [B, T, n_embd], and the attention logits of `rows` in the first `N_GUIDED` heads, [B, N_GUIDED, R, T], not
-            masked; empty without `rows`.
+            [B, T, n_embd], and the attention logits of `rows` in the guided heads, [B, guided heads, R, T], not masked;
+            empty without `rows`.
         """
         h = self.attn_norm(x)
         config = self.config
@@ -106,9 +110,10 @@ class Layer(nn.Module):
         out: Tensor = self.attn_out(attended.transpose(1, 2).reshape(n_batch, n_tokens, -1))
         if rows is None:
             return x + out, x.new_zeros(0)
-        index = rows[:, None, :, None].expand(-1, N_GUIDED, -1, config.head_dim)
-        looking = q[:, :N_GUIDED].gather(2, index)
-        logits = looking @ k[:, :N_GUIDED].transpose(2, 3) / math.sqrt(config.head_dim)
+        guided = guided_heads(config)
+        index = rows[:, None, :, None].expand(-1, len(guided), -1, config.head_dim)
+        looking = q[:, guided].gather(2, index)
+        logits = looking @ k[:, guided].transpose(2, 3) / math.sqrt(config.head_dim)
         return x + out, logits
 
 
@@ -129,7 +134,7 @@ class Llama(nn.Module):
 
     def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the output matrix reads: `tokens` and `positions` [B, T] -> [B, T, n_embd]."""
-        x, rotate = self._embed(tokens, positions)
+        x, rotate = self.embed(tokens, positions)
         for layer in self.layers:
             x = layer(x, rotate)
         normed: Tensor = self.norm(x)
@@ -146,9 +151,9 @@ class Llama(nn.Module):
             rows: [B, R], tokens whose attention is wanted.
 
         Returns:
-            [n, n_embd], and the attention logits of the last `N_STAGES` layers, [N_STAGES, B, N_GUIDED, R, T].
+            [n, n_embd], and the attention logits of the last `N_STAGES` layers, [N_STAGES, B, guided heads, R, T].
         """
-        x, rotate = self._embed(tokens, positions)
+        x, rotate = self.embed(tokens, positions)
         layers = [layer for layer in self.layers if isinstance(layer, Layer)]
         logits = []
         for index, layer in enumerate(layers):
@@ -160,7 +165,8 @@ class Llama(nn.Module):
         normed: Tensor = self.norm(x)
         return normed, torch.stack(logits)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
+        """What the first layer reads, and the rotation: `tokens` and `positions` [B, T] -> [B, T, n_embd]."""
         x: Tensor = self.embedding(tokens)
         if torch.is_autocast_enabled(tokens.device.type):
             x = x.bfloat16()

@@ -33,6 +33,8 @@ TASK_ODDS: Final = {
     "absent": 2.5,
 }
 
+CHAIN_TASKS: Final = ("twohop", "var", "absent")  # of documents in which many values are reached through other names
+
 HAYSTACKS: Final = {
     "kv": partial(kv_draft, n_questions=16),
     "needles": partial(niah_draft, n_queries=16, hay="needles", apart=True),
@@ -104,6 +106,7 @@ class Stage:
         document_share: least and largest share of a sample that its document takes; the rest is for questions.
         fact_density: least and largest share of a document's text that states facts.
         haystack_share: share of the documents that are hay of one kind (`HAYSTACKS`).
+        chain_share: share of the documents with no tasks but `CHAIN_TASKS`.
     """
 
     n_tokens: int
@@ -113,6 +116,7 @@ class Stage:
     document_share: tuple[float, float]
     fact_density: tuple[float, float]
     haystack_share: float = 0.0
+    chain_share: float = 0.0
 
     @property
     def n_step_tokens(self) -> int:
@@ -130,11 +134,13 @@ class Cycle:
         stages: run in order.
         peak: of the learning rates, as a share of `TrainConfig`'s.
         decay_share: last share of the cycle's steps, over which learning rates fall linearly, to `min_lr_scale`.
+        n_hop_examples: that the second hop is wired from at the cycle's start (`hop.wire_hop`); 0: it is left as it is.
     """
 
     stages: tuple[Stage, ...]
     peak: float = 1.0
     decay_share: float = 0.6
+    n_hop_examples: int = 0
 
     @property
     def n_steps(self) -> int:
@@ -283,6 +289,17 @@ FULL = Recipe(
                 peak=0.6,
                 decay_share=0.9,
             ),
+            Cycle(
+                (
+                    Stage(512, 8, 1, 500, document_share=(0.45, 0.7), fact_density=(0.4, 0.9), chain_share=0.7),
+                    Stage(2048, 2, 1, 300, document_share=(0.5, 0.8), fact_density=(0.2, 0.7), chain_share=0.3),
+                    Stage(4096, 1, 1, 200, document_share=(0.6, 0.8), fact_density=(0.2, 0.6), chain_share=0.2),
+                    Stage(8192, 1, 1, 100, document_share=(0.65, 0.85), fact_density=(0.1, 0.5), chain_share=0.1),
+                ),
+                peak=0.6,
+                decay_share=0.8,
+                n_hop_examples=4096,
+            ),
         ),
     ),
 )
@@ -298,6 +315,11 @@ SMOKE = Recipe(
                     Stage(512, 2, 1, 4, document_share=(0.4, 0.75), fact_density=(0.15, 0.7), haystack_share=0.3),
                 ),
                 peak=0.5,
+            ),
+            Cycle(
+                (Stage(512, 2, 1, 3, document_share=(0.45, 0.7), fact_density=(0.4, 0.9), chain_share=0.7),),
+                peak=0.5,
+                n_hop_examples=16,
             ),
         ),
         n_warmup=2,

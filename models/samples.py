@@ -24,7 +24,7 @@ from actqkv_cpp.evaluation.generator.facts import TASKS
 from actqkv_cpp.evaluation.generator.smalltalk import SMALL_TALK
 from actqkv_cpp.evaluation.samples import Draft
 from models.network import N_STAGES
-from models.recipe import HAYSTACK_ODDS, HAYSTACKS, SampleConfig, Stage
+from models.recipe import CHAIN_TASKS, HAYSTACK_ODDS, HAYSTACKS, SampleConfig, Stage
 from models.tokenizer import ASSISTANT, BOS, DOCUMENT, END, FIRST_TEXT_ID, USER
 
 CHARS_PER_TOKEN: Final = 2.75  # low on purpose: the document must leave room for the questions
@@ -77,6 +77,11 @@ class Lookup:
 
     query: int
     stages: tuple[tuple[int, ...], ...]
+
+    @property
+    def hops(self) -> bool:
+        """Whether what is found first only leads to the next token."""
+        return len(set(self.stages)) > 1
 
 
 @dataclass
@@ -168,7 +173,8 @@ class Sampler:
             elif kind < repeat_share + stage.haystack_share:
                 sample = self._conversation(n_tokens, *self._haystack(n_tokens))
             else:
-                sample = self._conversation(n_tokens, *self._document(stage))
+                chained = kind < repeat_share + stage.haystack_share + stage.chain_share
+                sample = self._conversation(n_tokens, *self._document(stage, chained=chained))
             samples.append(sample)
             positions.append(self._positions(samples[-1].ids))
         return Batch(
@@ -276,17 +282,19 @@ class Sampler:
         sample.spans.append(Span(len(sample.ids), len(ids) + 1, "small talk"))
         sample.put([*ids, END], Role.ANSWER)
 
-    def _document(self, stage: Stage) -> tuple[str, list[Question]]:
-        """A document that leaves room for questions."""
+    def _document(self, stage: Stage, *, chained: bool) -> tuple[str, list[Question]]:
+        """A document that leaves room for questions; `chained`: of `CHAIN_TASKS` alone."""
         rng = self.rng
         n_tokens = stage.n_tokens + 1
         task_odds = self.config.task_odds
-        tasks, odds = list(task_odds), list(task_odds.values())
+        tasks = list(task_odds)
         n_chars = int(n_tokens * rng.uniform(*stage.document_share) * CHARS_PER_TOKEN)
-        if rng.random() < 0.25:  # a document about few kinds of facts
+        if chained:
+            tasks = list(CHAIN_TASKS)
+        elif rng.random() < 0.25:  # a document about few kinds of facts
             answerable = [task for task in TASKS if task != "absent"]
             tasks = [*rng.sample(answerable, rng.choice((1, 2, 3))), "absent"]
-            odds = [task_odds[task] for task in tasks]
+        odds = [task_odds[task] for task in tasks]
         while True:
             density = rng.uniform(*stage.fact_density)
             mix = Mix(

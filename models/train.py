@@ -26,6 +26,7 @@ from torch.nn import functional
 from actqkv_cpp.files import written_atomically
 from models.draw import Selection, drawn
 from models.export import read_weights, rounded
+from models.hop import wire_hop
 from models.network import Llama, wire
 from models.recipe import NetworkConfig, TrainConfig
 from models.samples import Role, Sampler
@@ -242,8 +243,19 @@ class Trainer:
         self.n_tokens_seen = self.config.n_tokens_before(step)
 
     def start_cycle(self) -> None:
-        """Go on as from a Q8_0 file of the weights: rounded, and with new optimisers."""
+        """Go on as from a Q8_0 file of the weights: rounded, and with new optimisers; first the hop is wired, where the
+        recipe says so.
+        """
         self.network.load_state_dict(rounded(self.network.state_dict()))
+        cycle = self.config.cycles[self.config.first_steps.index(self.step)]
+        if cycle.n_hop_examples:
+            wire_hop(
+                self.network,
+                self.tokenizer,
+                self.config.samples,
+                n_examples=cycle.n_hop_examples,
+                seed=f"hop-{self.config.seed}",
+            )
         self._muon, self._adam, self._others = self._optimisers()
 
     def load(self, path: Path) -> None:
@@ -315,7 +327,7 @@ def misplaced_attention(logits: Tensor, rows: Tensor, places: Tensor, weights: T
     """Cross-entropy of attention against the places it should go to, the mean over the guided heads.
 
     Args:
-        logits: [N_STAGES, B, N_GUIDED, R, T], not masked.
+        logits: [N_STAGES, B, guided heads, R, T], not masked.
         rows: [B, R], the tokens that look.
         places, weights: [N_STAGES, B, R, MAX_TARGETS].
     """

@@ -110,7 +110,7 @@ def test_start_that_does_not_fit_is_refused(smoke_run: Path, tmp_path: Path) -> 
     *_, start = make(tmp_path / "first", first)
     with pytest.raises(ValueError, match="not of this recipe's shape"):
         make(tmp_path / "shape", SMOKE, start=start)
-    with pytest.raises(ValueError, match=r"of step 12: expected the end of a cycle that others follow, \[5\]"):
+    with pytest.raises(ValueError, match=r"of step 15: expected the end of a cycle that others follow, \[5, 12\]"):
         make(tmp_path / "step", SMOKE, start=smoke_run / "needle-q8_0.gguf")
 
 
@@ -213,6 +213,48 @@ def test_guided_attention_is_sent_to_the_token_that_follows(smoke_run: Path, hay
     assert n_all > 200
     assert n_equal > 0.9 * n_all  # a value in quotation marks, or at the start of a line, begins with another token
     assert n_bridged == 0 if haystack_share else n_bridged > 10
+
+
+def test_wired_hop_asks_for_the_name_that_was_found(smoke_run: Path) -> None:
+    """The second lookup would be for something else than what the first one found, or others would be disturbed."""
+    import torch
+
+    from models import tokenizer as tokenizers
+    from models.hop import SHARPNESS, wire_hop
+    from models.network import Llama, wire
+
+    config, tokenizer = SMOKE.network, tokenizers.load(smoke_run / "tokenizer.model")
+    torch.manual_seed(1)
+    network = Llama(config)
+    wire(network)
+    wire_hop(network, tokenizer, SMOKE.training.samples, n_examples=16, seed="test")
+    n, head = config.head_dim, config.heads_per_kv
+    own = slice(head * n, (head + 1) * n)
+    first, second = network.layers[1], network.layers[2]  # of four, of which the last three are guided
+    document = tokenizer.encode(make_document(400, seed=2).text)
+    tokens = torch.tensor([document[:400]])
+    with torch.no_grad():
+        x, rotate = network.embed(tokens, torch.arange(400)[None])
+        x = network.layers[0](x, rotate)
+        read = first.attn_norm(x)[0]
+        heads = [linear(read).view(400, -1, n).transpose(0, 1) for linear in (first.q, first.k, first.v)]
+        q, k = (rotate(one[None])[0] for one in heads[:2])
+        logits = (q[0] @ k[0].T / n**0.5).masked_fill(torch.ones(400, 400).triu(1) > 0, -1e9)
+        found = (
+            logits.softmax(-1) @ heads[2][1]
+        )  # the query that goes with the name, by the attention of the first head
+
+        def reads_of_second() -> tuple[torch.Tensor, torch.Tensor]:
+            read = second.attn_norm(first(x, rotate))[0]
+            return second.q(read)[:, own], torch.cat((second.q(read)[:, : 2 * n], second.k(read), second.v(read)), 1)
+
+        with_hop, others_with_hop = reads_of_second()
+        first.attn_out.weight[:, own] = 0.0
+        without_hop, others_without_hop = reads_of_second()
+    by_hop = (with_hop - without_hop).flatten()
+    assert torch.corrcoef(torch.stack((by_hop, SHARPNESS * found.flatten())))[0, 1] > 0.9
+    alike = torch.cosine_similarity(others_with_hop, others_without_hop)  # but for the norm, which divides by all
+    assert alike.min() > 0.999
 
 
 def test_learning_rates_rise_and_fall_in_every_cycle() -> None:
