@@ -62,7 +62,7 @@ TABLE: tuple[Row, ...] = (
             "numa": "",
             "chat_format": "also of read(), ask() and chat(); left out, they use the model's own template, or "
             '"Question: ... Answer:" where it has none',
-            "tokenizer": "",
+            "tokenizer": "read, ask and chat use the model's own",
             "spm_infill": "",
             "verbose": "",
             "logits_all": "`scores` has a row per token read, kept as it comes, not n_ctx x n_vocab beforehand; "

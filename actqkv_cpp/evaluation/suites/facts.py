@@ -13,7 +13,7 @@ from actqkv_cpp.evaluation.samples import Draft, Question, Room, Sample, Suite
 SINGLE_TASKS = ("passkey", "fact", "multi", "json")  # of which read-once and long-answer ask
 _ANSWER_TOKENS = 64
 _PIECE_TOKENS = 32  # fitting counts in such pieces
-_SHORT_CTX = 3072  # below it there is room for one question of each task, not for two
+_SHORT_CTX = 2048  # below it there is no room for two questions of each task and text between them
 _N_SPREAD = 10  # questions of read-once
 
 
