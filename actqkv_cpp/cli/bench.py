@@ -141,6 +141,8 @@ def _bench_kernels(output: Output, engine: o.EngineOptions, request: _Request) -
         raise ParameterError(f"--kernels measures those of the method {_KERNELS_OF}", "leave --methods out")
     if request.peer_python is not None:
         raise ParameterError("--kernels measures nothing of llama.cpp", "leave --peer-python out")
+    if request.read is not None:
+        raise ParameterError("--kernels reads nothing", "leave --read out")
     if not request.lengths:
         raise ParameterError("no length to measure at", "name one, for example 128k")
     shape = _shape(output, engine, request.lengths[-1])

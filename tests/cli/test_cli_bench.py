@@ -184,6 +184,7 @@ def test_tables(actqkv: Actqkv, babbler: Path) -> None:
         (["--lengths", "512", "--read", "256"], ["clamped"]),
         (["--kernels", "--lengths", "1k"], ["chunks", "--lengths"]),
         (["--kernels", "--peer-python", "python"], ["--kernels", "--peer-python"]),
+        (["--kernels", "--read", "1k"], ["--kernels", "--read"]),
         (["--kernels", "--methods", "dense"], ["--kernels", "--methods"]),
     ],
 )
