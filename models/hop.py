@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Example:
 
 @torch.no_grad()
 def wire_hop(network: Llama, tokenizer: Any, samples: SampleConfig, *, n_examples: int, seed: str) -> None:
-    """Give the third guided head of the first two guided layers, which did nothing, the two ends of a hop.
+    """Give the third guided head of the first two guided layers the two ends of a hop, and clear the rest of its group.
 
     In the first layer it looks where the first head looks, and writes the query that goes with the name found there
     into directions of the residual stream that hardly anything else uses. In the second it adds the part of the query
@@ -61,7 +62,7 @@ def wire_hop(network: Llama, tokenizer: Any, samples: SampleConfig, *, n_example
     first, second, *_ = _guided_layers(network)
     sampler = Sampler(tokenizer, config=replace(samples, gap_share=0.0), seed=seed)
     quiet, rms = _quiet_directions(network, sampler)
-    from_asked, from_name = _regression(_take(_examples(network, sampler), n_examples))
+    from_asked, from_name = _regression(list(islice(_examples(network, sampler), n_examples)))
 
     head_dim, head = config.head_dim, guided_heads(config)[-1]
     own = slice(head * head_dim, (head + 1) * head_dim)
@@ -93,16 +94,13 @@ def _examples(network: Llama, sampler: Sampler) -> Iterator[Example]:
         lookups = [lookup for lookup in batch.lookups[0] if lookup.query in begins]
         direct = {lookup.stages[0]: lookup.query for lookup in lookups if not lookup.hops}
         hops = [lookup for lookup in lookups if lookup.hops and lookup.stages[1] == lookup.stages[-1]]
+        pairs = [(hop, direct[hop.stages[1]]) for hop in hops if hop.stages[1] in direct]
+        if not pairs:
+            continue
         read = first.attn_norm(_stream(network, batch, network.layers[:-N_STAGES]))
         queries = first.q(read)[:, : network.config.head_dim]
-        for lookup in hops:
-            if lookup.stages[1] in direct:
-                name = read[list(lookup.stages[0])].mean(0)
-                yield Example(read[lookup.query], name, queries[direct[lookup.stages[1]]])
-
-
-def _take(examples: Iterator[Example], n: int) -> list[Example]:
-    return [example for example, _ in zip(examples, range(n), strict=False)]
+        for hop, begin in pairs:
+            yield Example(read[hop.query].clone(), read[list(hop.stages[0])].mean(0), queries[begin].clone())
 
 
 def _guided_layers(network: Llama) -> list[Layer]:
