@@ -13,8 +13,16 @@ from actqkv_cpp.evaluation.generator.documents import Mix, build_document
 from actqkv_cpp.evaluation.generator.smalltalk import ABILITY
 
 N_TOKENS = 1800
-LEAST_RIGHT = {"passkey": 0.85, "number": 0.85, "fact": 0.9, "json": 0.85, "absent": 0.85}  # all 1.0 when written
-LEAST_RIGHT_OF_ALL = 0.78  # 97 of 113 when this was written
+LEAST_RIGHT = {  # when this was written 1.0, of json 0.94, and of var, with two or three in a document, 0.88
+    "passkey": 0.85,
+    "number": 0.85,
+    "fact": 0.9,
+    "json": 0.85,
+    "twohop": 0.7,
+    "var": 0.7,
+    "absent": 0.85,
+}
+LEAST_RIGHT_OF_ALL = 0.78  # 99 of 113 when this was written
 LEAST_SENTENCES = 30  # of 40
 
 pytestmark = pytest.mark.model
