@@ -8,15 +8,15 @@ questions that ask directly, and from these a linear regression reads off which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.network import N_STAGES, Layer, Llama, guided_heads
+from models.network import N_STAGES, Layer, Llama, guided_heads, layers_of
 from models.recipe import SampleConfig, Stage
 from models.samples import Batch, Sampler
 
@@ -66,12 +66,12 @@ def wire_hop(network: Llama, tokenizer: Any, samples: SampleConfig, *, n_example
 
     head_dim, head = config.head_dim, guided_heads(config)[-1]
     own = slice(head * head_dim, (head + 1) * head_dim)
-    start = own.start  # of the second KV head's rows of queries, and columns of outputs
-    first.q.weight[start:] = 0.0
+    for layer in (first, second):  # clear what the second KV head's group asks and writes
+        layer.q.weight[own.start :] = 0.0
+        layer.attn_out.weight[:, own.start :] = 0.0
     first.q.weight[own] = first.q.weight[:head_dim]
     first.k.weight[head_dim:] = first.k.weight[:head_dim]
     first.v.weight[head_dim:] = from_name
-    first.attn_out.weight[:, start:] = 0.0
     first.attn_out.weight[:, own] = AMPLITUDE * quiet
 
     to_second = first.attn_norm.weight / second.attn_norm.weight
@@ -80,9 +80,7 @@ def wire_hop(network: Llama, tokenizer: Any, samples: SampleConfig, *, n_example
     second.k.weight[head_dim:] = first.k.weight[:head_dim] * to_second
     second.v.weight[head_dim:] = second.v.weight[:head_dim]
     _blind(network, quiet)
-    second.q.weight[start:] = 0.0
     second.q.weight[own] = SHARPNESS * (from_asked * to_second + carried)
-    second.attn_out.weight[:, start:] = 0.0
     second.attn_out.weight[:, own] = OUTPUT_SHARE * older
 
 
@@ -97,24 +95,20 @@ def _examples(network: Llama, sampler: Sampler) -> Iterator[Example]:
         pairs = [(hop, direct[hop.stages[1]]) for hop in hops if hop.stages[1] in direct]
         if not pairs:
             continue
-        read = first.attn_norm(_stream(network, batch, network.layers[:-N_STAGES]))
+        read = first.attn_norm(_stream(network, batch, 0))
         queries = first.q(read)[:, : network.config.head_dim]
         for hop, begin in pairs:
             yield Example(read[hop.query].clone(), read[list(hop.stages[0])].mean(0), queries[begin].clone())
 
 
 def _guided_layers(network: Llama) -> list[Layer]:
-    return [layer for layer in network.layers if isinstance(layer, Layer)][-N_STAGES:]
+    return layers_of(network)[-N_STAGES:]
 
 
-def _stream(network: Llama, batch: Batch, layers: Iterable[nn.Module]) -> Tensor:
-    """The residual stream of one sample, without its last token, behind the first `layers`: [T, n_embd]."""
-    device = network.embedding.weight.device
-    x, rotate = network.embed(batch.tokens[:, :-1].to(device), batch.positions[:, :-1].to(device))
-    for layer in layers:
-        x = layer(x, rotate)
-    stream: Tensor = x[0]
-    return stream
+def _stream(network: Llama, batch: Batch, n_guided: int) -> Tensor:
+    """The residual stream behind `n_guided` guided layers, of one sample without its last token: [T, n_embd]."""
+    device, n_layers = network.embedding.weight.device, len(network.layers) - N_STAGES + n_guided
+    return network.stream(batch.tokens[:, :-1].to(device), batch.positions[:, :-1].to(device), n_layers)[0]
 
 
 def _regression(examples: list[Example]) -> tuple[Tensor, Tensor]:
@@ -134,7 +128,7 @@ def _quiet_directions(network: Llama, sampler: Sampler) -> tuple[Tensor, float]:
     everywhere, answers = [], []
     for index in range(N_MOMENT_DOCUMENTS):
         batch = sampler.batch(replace(CHAINS, chain_share=float(index % 2)))
-        stream = _stream(network, batch, network.layers[: 1 - N_STAGES])
+        stream = _stream(network, batch, 1)
         everywhere.append(stream)
         answers.append(stream[[span.start - 1 for span in batch.spans[0]]])
     tokens, begins = torch.cat(everywhere), torch.cat(answers)

@@ -134,11 +134,15 @@ class Llama(nn.Module):
 
     def features(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the output matrix reads: `tokens` and `positions` [B, T] -> [B, T, n_embd]."""
-        x, rotate = self.embed(tokens, positions)
-        for layer in self.layers:
-            x = layer(x, rotate)
-        normed: Tensor = self.norm(x)
+        normed: Tensor = self.norm(self.stream(tokens, positions, len(self.layers)))
         return normed
+
+    def stream(self, tokens: Tensor, positions: Tensor, n_layers: int) -> Tensor:
+        """The residual stream behind the first `n_layers`: `tokens` and `positions` [B, T] -> [B, T, n_embd]."""
+        x, rotate = self.embed(tokens, positions)
+        for layer in self.layers[:n_layers]:
+            x = layer(x, rotate)
+        return x
 
     def guided_features(
         self, tokens: Tensor, positions: Tensor, *, indices: Tensor, rows: Tensor
@@ -154,7 +158,7 @@ class Llama(nn.Module):
             [n, n_embd], and the attention logits of the last `N_STAGES` layers, [N_STAGES, B, guided heads, R, T].
         """
         x, rotate = self.embed(tokens, positions)
-        layers = [layer for layer in self.layers if isinstance(layer, Layer)]
+        layers = layers_of(self)
         logits = []
         for index, layer in enumerate(layers):
             guided = index >= len(layers) - N_STAGES
@@ -201,12 +205,12 @@ def wire(network: Llama, *, seed: int = 7) -> None:
     config = network.config
     generator = torch.Generator().manual_seed(seed)
     constant = _embed_with_constant(network, generator)
-    for layer in _layers(network):
+    for layer in layers_of(network):
         layer.attn_out.weight.mul_(0.2)
         layer.down.weight.mul_(0.5)
     identity = _directions(config, generator)
     slots = [_directions(config, generator) for _ in range(N_BACK)]
-    first, *later = _layers(network)
+    first, *later = layers_of(network)
     _wire_previous_tokens(first, identity, slots, constant)
     for index, layer in enumerate(later, start=1):
         for kv_head, slot in enumerate(KEY_SLOTS[(index - 1) % len(KEY_SLOTS)][: config.n_kv_heads]):
@@ -215,7 +219,8 @@ def wire(network: Llama, *, seed: int = 7) -> None:
     network.output.weight[:, 0] = 0.0
 
 
-def _layers(network: Llama) -> list[Layer]:
+def layers_of(network: Llama) -> list[Layer]:
+    """The layers of a network, first to last."""
     return [layer for layer in network.layers if isinstance(layer, Layer)]
 
 

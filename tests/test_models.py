@@ -240,9 +240,8 @@ def test_wired_hop_asks_for_the_name_that_was_found(smoke_run: Path) -> None:
         heads = [linear(read).view(400, -1, n).transpose(0, 1) for linear in (first.q, first.k, first.v)]
         q, k = (rotate(one[None])[0] for one in heads[:2])
         logits = (q[0] @ k[0].T / n**0.5).masked_fill(torch.ones(400, 400).triu(1) > 0, -1e9)
-        found = (
-            logits.softmax(-1) @ heads[2][1]
-        )  # the query that goes with the name, by the attention of the first head
+        # the query that goes with the name, by the attention of the first head
+        found = logits.softmax(-1) @ heads[2][1]
 
         def reads_of_second() -> tuple[torch.Tensor, torch.Tensor]:
             read = second.attn_norm(first(x, rotate))[0]
