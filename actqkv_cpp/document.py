@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from actqkv_cpp import results, saved, sources
 from actqkv_cpp.answering import Generated, Sampling, SamplingOptions, generate
 from actqkv_cpp.errors import ContextError, DocumentError, ParameterError, StateError
-from actqkv_cpp.reader import TextFile, headings, is_kv_file, load
+from actqkv_cpp.reader import TextFile, check_words, headings, is_kv_file, load
 from actqkv_cpp.reading import QUESTION, Place, Reading
 from actqkv_cpp.results import Answer, Memory
 from actqkv_cpp.template import Cursor, Part, Step
@@ -420,9 +420,7 @@ def text_files(source: Source, text: str | None, name: str | None, *, kv_files: 
     if text is not None:
         if not isinstance(text, str):
             raise ParameterError(f"text is a str, not {type(text).__name__}", "decode bytes first")
-        if not text.strip():
-            raise DocumentError("the document is empty")
-        return [TextFile(name or "text", text)]
+        source = TextFile(name or "text", text)
     single = isinstance(source, (str, bytes)) or not isinstance(source, Iterable)
     sources: list[object] = [source] if single else list(cast("Iterable[object]", source))
     if not sources:
@@ -432,8 +430,7 @@ def text_files(source: Source, text: str | None, name: str | None, *, kv_files: 
         if not isinstance(item, (str, Path, TextFile)):
             raise ParameterError(f"a source is a path or a TextFile, not {type(item).__name__}", "give text= a text")
         if isinstance(item, TextFile):
-            if not item.text.strip():
-                raise DocumentError(f"{item.name} is empty", "it needs at least a word")
+            check_words(item.name, item.text)
             files.append(item)
         elif kv_files and is_kv_file(item):
             files += saved.texts(item)

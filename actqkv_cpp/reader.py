@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -58,6 +59,11 @@ class TextFile:
     anchors: tuple[Anchor, ...] = ()
     by_line: bool = False
     origin: Origin | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def sha256(self) -> str:
+        """Of the text in UTF-8, in hexadecimal."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
     def place(self, at: int) -> str | None:
         """What people call the place of character `at`: "p. 214", a heading, "line 120"; None where nothing is known.
@@ -166,6 +172,12 @@ def load_plain(path: str | Path) -> str:
     return _plain(str(path), _bytes(path)[0])
 
 
+def check_words(name: str, text: str) -> None:
+    """DocumentError where a text is empty, white space alone, or a byte-order mark."""
+    if not text.lstrip("\ufeff").strip():
+        raise DocumentError(f"{name} is empty", "it needs at least a word")
+
+
 def load_stdin() -> TextFile:
     """The text of standard input, up to its end; of the formats that `load` knows by their first bytes.
 
@@ -252,6 +264,5 @@ def _plain(name: str, data: bytes) -> str:
             f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start:,}",
             "convert it, for example: iconv -f WINDOWS-1252 -t UTF-8 book.txt > book.utf8.txt",
         ) from None
-    if not text.strip("\ufeff \t\r\n\f\v"):
-        raise DocumentError(f"{name} is empty", "it needs at least a word")
+    check_words(name, text)
     return text

@@ -7,7 +7,6 @@ around the documents, where the documents lie, the cursor behind them. Tokens ar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -328,9 +327,9 @@ def check_same(path: str | Path, found: Saved, info: FileInfo, reading: Reading,
     """StateError where a KV file is not of `reading` under `params`, and so cannot be gone on with."""
     hint = "name another file, or remove this one"
     for old, new in zip(found.files, reading.done.files, strict=False):
-        then, now = (hashlib.sha256(file.text.encode()).hexdigest()[:HASH_CHARS] for file in (old, new))
-        if then != now:
-            raise StateError(f"{path} is of another text: {old.name} {then} in it, {new.name} {now} given", hint)
+        if (then := old.sha256) != (now := new.sha256):
+            what = f"{old.name} {then[:HASH_CHARS]} in it, {new.name} {now[:HASH_CHARS]} given"
+            raise StateError(f"{path} is of another text: {what}", hint)
     same_tokens = np.array_equal(found.reading.step.tokens, reading.step.tokens)
     if len(found.files) != len(reading.done.files) or not same_tokens:
         raise StateError(f"{path} is of another reading: other documents, system text or question", hint)

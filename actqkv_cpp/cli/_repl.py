@@ -16,7 +16,7 @@ from actqkv_cpp.cli import _errors
 from actqkv_cpp.cli._interrupt import Interrupt
 from actqkv_cpp.cli._options import SamplingOptions, check_text
 from actqkv_cpp.cli._output import Output, answer_figures, shorten
-from actqkv_cpp.cli._saved import ReadEvent, SavedChat, TurnEvent, digest, events_of, is_name
+from actqkv_cpp.cli._saved import ReadEvent, SavedChat, TurnEvent, events_of, is_name
 from actqkv_cpp.cli._saved import save as save_chat
 from actqkv_cpp.cli._session import (
     STDIN,
@@ -192,7 +192,7 @@ class Repl:
     def _take(self, path: str, files: list[TextFile]) -> None:
         """Read the documents of a file."""
         if reader.is_kv_file(path):
-            self._kv_files |= {digest(file): path for file in files}
+            self._kv_files |= {file.sha256: path for file in files}
             note_again(self._output, self._llm, path, files)
         self._restore()
         names, chat = ", ".join(file.name for file in files), self._chat

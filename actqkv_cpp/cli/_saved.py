@@ -11,7 +11,6 @@ null.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from actqkv_cpp import _env
 from actqkv_cpp.errors import DocumentError, ParameterError, StateError, unknown_name
 from actqkv_cpp.files import written_atomically
+from actqkv_cpp.origin import HASH_CHARS
 from actqkv_cpp.reader import TextFile
 from actqkv_cpp.results import Answer
 
@@ -85,12 +85,12 @@ def events_of(
     n_files = 0
     for i, files in enumerate(chat.documents_by_turn):
         for number, file in enumerate(files[n_files:], n_files):
-            path = Path(kv_files.get(digest(file), file.name))
+            path = Path(kv_files.get(file.sha256, file.name))
             if number >= n_given and not path.is_file():
                 raise ParameterError(
                     f"{path} is no file, so that it could not be read again", "save its text in a file first"
                 )
-            events.append(ReadEvent(str(path.absolute()), digest(file)))
+            events.append(ReadEvent(str(path.absolute()), file.sha256))
         n_files = len(files)
         if i < len(chat.turns):
             turn = chat.turns[i]
@@ -98,15 +98,12 @@ def events_of(
     return tuple(events)
 
 
-def digest(file: TextFile) -> str:
-    return hashlib.sha256(file.text.encode()).hexdigest()
-
-
 def check_same(file: TextFile, event: ReadEvent) -> None:
     """DocumentError where a document has changed since the chat was saved."""
-    if (now := digest(file)) != event.sha256:
+    if (now := file.sha256) != event.sha256:
         raise DocumentError(
-            f"{file.name} has changed since the chat was saved: sha256 {event.sha256[:12]} then, {now[:12]} now",
+            f"{file.name} has changed since the chat was saved: sha256 {event.sha256[:HASH_CHARS]} then, "
+            f"{now[:HASH_CHARS]} now",
             "start a new chat, or bring the old text back",
         )
 

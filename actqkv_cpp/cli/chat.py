@@ -14,7 +14,7 @@ from actqkv_cpp.cli._arguments import model_path
 from actqkv_cpp.cli._errors import reported
 from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._repl import COMMANDS, Repl
-from actqkv_cpp.cli._saved import ReadEvent, SavedChat, check_same, digest
+from actqkv_cpp.cli._saved import ReadEvent, SavedChat, check_same
 from actqkv_cpp.cli._saved import load as load_chat
 from actqkv_cpp.cli._session import (
     STDIN,
@@ -146,7 +146,7 @@ def _check(saved: SavedChat, files: list[TextFile], engine: o.EngineOptions) -> 
     later: dict[str, TextFile] = {}
     for event in events[len(files) :]:
         read = load_document(event.path)
-        file = next((file for file in read if digest(file) == event.sha256), read[0])
+        file = next((file for file in read if file.sha256 == event.sha256), read[0])
         check_same(file, event)
         later[event.sha256] = file
     return later

@@ -223,7 +223,7 @@ def test_session_used_for_something_else(tiny_sparse: Llama) -> None:
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_empty_document(tiny_sparse: Llama, text: str) -> None:
     """Breaks when nothing counts as a document."""
-    with pytest.raises(DocumentError):
+    with pytest.raises(DocumentError, match="text is empty"):
         tiny_sparse.read(text=text)
     with pytest.raises(DocumentError, match="b is empty"):
         tiny_sparse.read([TextFile("a", "the key"), TextFile("b", text)])

@@ -178,7 +178,7 @@ def test_taken_up_as_it_was(talk: Talk) -> None:
     talk.begin(talk.small)
     talk("Who?", f"/read {both}", "Where?", "/save one")
     tokens = talk.llm.eval_tokens.copy()
-    files = {_saved.digest(file): file for file in load_document(str(both))}
+    files = {file.sha256: file for file in load_document(str(both))}
     talk.begin(talk.small)
     talk.take_up("one", files)
     assert talk.llm.eval_tokens == tokens
@@ -250,7 +250,7 @@ def test_taken_up_from_another_folder(talk: Talk, tmp_path: Path, monkeypatch: p
     saved = _saved.load("notes")
     talk.begin(*map(Path, saved.documents))
     later = load_document(str(tmp_path / "c" / "notes.txt"))
-    talk.take_up("notes", {_saved.digest(file): file for file in later})
+    talk.take_up("notes", {file.sha256: file for file in later})
     assert list(talk.llm.eval_tokens) == tokens
 
 

@@ -169,6 +169,7 @@ def test_formats_are_known_without_a_name(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("a.txt", b"", "is empty", "a word"),
         ("a.txt", b"\xef\xbb\xbf \r\n\t", "is empty", "a word"),
+        ("a.txt", "\u2003\u00a0\n".encode(), "is empty", "a word"),
         ("a.txt", b"text\x00more", "byte 0 at offset 4", "UTF-8"),
         ("a.txt", b"caf\xe9 au lait", "byte 0xe9 at offset 3", "iconv"),
         ("a.md", "naïve".encode() + b"\xc3", "byte 0xc3 at offset 6", "iconv"),
