@@ -114,6 +114,9 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.decode("utf-8", "replace").splitlines()
         if not lines:
+            begin = json.dumps({"format": self._header["format"]})[:-1].encode()
+            if data[: len(begin)] != begin[: len(data)]:
+                raise StateError(f"{path} is no journal of actqkv eval", _AWAY)
             os.truncate(path, 0)
             return
         self._compare(path, _parse(path, 1, lines[0]))

@@ -20,7 +20,7 @@ FORMAT = "actqkv-eval"
 FORMAT_VERSION = 1
 RESULT = "result.json"  # in the folder of --out
 _Z_95 = 1.959964  # of a two-sided interval of 95 %
-_N_DEPTHS = 10  # depths are reported in tenths of the document
+_N_DEPTHS = 10  # depths are reported in tenths of the document, halves as the next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +256,7 @@ def _row(cell: Cell, records: Sequence[Record]) -> Row:
         cell=cell,
         total=_score(findings),
         tasks=_by(findings, lambda finding: finding.task or None),
-        depths=_by(findings, lambda f: None if f.depth is None else round(f.depth * _N_DEPTHS) / _N_DEPTHS),
+        depths=_by(findings, lambda f: None if f.depth is None else math.floor(f.depth * _N_DEPTHS + 0.5) / _N_DEPTHS),
         n_documents=len(done),
         reason=reason,
         attended_mean=_mean([finding.attended_mean for finding in attended]),

@@ -22,6 +22,7 @@ from actqkv_cpp.evaluation.journal import Journal
 from actqkv_cpp.evaluation.recalls import Recalls
 from actqkv_cpp.evaluation.results import Cell, Record, Result, rows
 from actqkv_cpp.evaluation.samples import Finding, Room, Sample, Suite
+from actqkv_cpp.evaluation.suites.long_answer import SUITE as LONG_ANSWER
 from actqkv_cpp.evaluation.suites.perplexity import SUITE as PERPLEXITY
 from actqkv_cpp.files import file_hash
 
@@ -134,7 +135,7 @@ class Runner:
 
     def _check(self, rooms: Sequence[tuple[Suite, int | None]]) -> None:
         """Refuse at once what could only fail later: a run of which nothing fits, a suite without room."""
-        reasons = [self._why_not(suite, length, m) for suite, length in rooms for m in self.plan.methods]
+        reasons = [self._why_not(suite, length, m) for suite, length in rooms for m in self._left(suite, length)]
         if reasons and all(reasons):
             raise ParameterError(f"nothing can run: {reasons[0]}", "use smaller --lengths, or other --methods")
         for suite, length in rooms:
@@ -144,15 +145,28 @@ class Runner:
     def _n_tokens(self, suite: Suite, length: int | None) -> int:
         """Tokens that are left to be read, about."""
         n_left = sum(
-            not self.journal.has(cell(suite, length, method), index) and not self._why_not(suite, length, method)
-            for method in self.plan.methods
+            not self.journal.has(cell(suite, length, method), index)
+            for method in self._left(suite, length)
+            if not self._why_not(suite, length, method)
             for index in range(self.plan.n_samples_of(suite))
         )
         return n_left * (length or suite.n_tokens)
 
+    def _left(self, suite: Suite, length: int | None) -> list[Method]:
+        """Methods of which the journal lacks a sample: whether the others can run now does not matter."""
+        return [
+            method
+            for method in self.plan.methods
+            if not all(
+                self.journal.has(cell(suite, length, method), index) for index in range(self.plan.n_samples_of(suite))
+            )
+        ]
+
     def _why_not(self, suite: Suite, length: int | None, method: Method) -> str | None:
         if suite is PERPLEXITY and (method.name == LLAMA_CPP or method.question_aware):
             return "perplexity is measured over our own sessions, and asks nothing"
+        if suite is LONG_ANSWER and method.question_aware:
+            return "the questions of long-answer come after a text that is generated, not before the document"
         return self.engines.why_not(method, length) if length is not None else None
 
     def _room(self, suite: Suite, length: int | None) -> Room:
@@ -164,13 +178,14 @@ class Runner:
             count=self.engines.count,
             cut=self.engines.cut,
             n_template=self.engines.n_template_tokens(),
+            n_askings=2 if any(method.question_aware for method in self.plan.methods) else 1,
             text=self.plan.text,
             recalls=self.plan.recalls,
         )
 
     def _suite(self, suite: Suite, length: int | None) -> None:
         able: list[Method] = []
-        for method in self.plan.methods:
+        for method in self._left(suite, length):
             reason = self._why_not(suite, length, method)
             if reason is None:
                 able.append(method)
@@ -263,11 +278,11 @@ def evaluate(plan: Plan, settings: EngineSettings, *, folder: Path | None, watch
     with Engines(settings) as engines:
         header: dict[str, Any] = {
             "version": __version__,
+            "commit": provenance.commit(),
             "model": file_hash(settings.model),
             "parameters": _parameters(plan, settings),
         }
         facts = {
-            "commit": provenance.commit(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": provenance.describe_machine(n_threads=engines.n_threads),
         }
@@ -275,6 +290,7 @@ def evaluate(plan: Plan, settings: EngineSettings, *, folder: Path | None, watch
             records = Runner(plan, engines, journal, watch).run()
             result = Result(
                 version=__version__,
+                commit=header["commit"],
                 model=provenance.describe_model(engines.any()) | {"sha256": header["model"]},
                 parameters=header["parameters"],
                 rows=rows(plan.cells(), records),

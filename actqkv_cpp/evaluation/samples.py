@@ -135,6 +135,7 @@ class Room:
         count: tokens that a text takes.
         cut: takes a text and a number of tokens; gives what is left when its middle is taken out to have no more.
         n_template: tokens that the chat template puts around document and question.
+        n_askings: how often a question stands in the prompt: twice where some method has it before the document too.
         text: a text of the user's, for the suite that scores text; None: a generated one.
         recalls: what is recorded while answering.
     """
@@ -146,6 +147,7 @@ class Room:
     count: Callable[[str], int]
     cut: Callable[[str, int], str]
     n_template: int
+    n_askings: int = 1
     text: str | None = None
     recalls: Recalls = "none"
 
@@ -160,7 +162,7 @@ class Room:
             ParameterError: none are.
         """
         taken = self.n_template + _SLACK_TOKENS + max_tokens
-        taken += max((self.count(question.text) for question in questions), default=0)
+        taken += self.n_askings * max((self.count(question.text) for question in questions), default=0)
         if taken >= self.n_ctx:
             raise ParameterError(
                 f"{self.suite} has no room for a document in {self.n_ctx} tokens: template, question and answer "

@@ -11,6 +11,9 @@ from actqkv_cpp.evaluation.recalls import SELECTED
 from actqkv_cpp.evaluation.results import Result, Row, Score
 from actqkv_cpp.evaluation.summary import size
 
+_COMMON = ("n_sink", "n_local", "chunk", "kv_type")  # parameters that figures beside each other must share
+_EACH = "draw a report for each"
+
 
 @dataclass(frozen=True)
 class Series:
@@ -81,7 +84,8 @@ class View:
     """Results of one model, joined.
 
     Raises:
-        StateError: they are of different models, or two of them have the same figure.
+        StateError: they are of different models, or of runs with other parameters (`_COMMON`), or two of them have the
+            same figure.
     """
 
     results: tuple[Result, ...]
@@ -92,8 +96,12 @@ class View:
             if result.model.get("sha256") != first.model.get("sha256"):
                 raise StateError(
                     f"the results are of different models: {first.model['name']} and {result.model['name']}",
-                    "draw a report for each",
+                    _EACH,
                 )
+            for name in _COMMON:
+                theirs, ours = result.parameters.get(name), first.parameters.get(name)
+                if theirs != ours:
+                    raise StateError(f"the results are of different runs: {name} {ours} and {theirs}", _EACH)
         cells = [row.cell for row in self.rows]
         twice = next((cell for cell in cells if cells.count(cell) > 1), None)
         if twice is not None:

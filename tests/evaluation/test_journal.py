@@ -13,7 +13,7 @@ from actqkv_cpp.evaluation.journal import JOURNAL, Journal
 from actqkv_cpp.evaluation.results import RESULT, Cell, Record
 from actqkv_cpp.evaluation.samples import Finding
 
-HEADER = {"version": "0.1.0", "model": "abc", "parameters": {"seed": 0, "lengths": [4096]}}
+HEADER = {"version": "0.1.0", "commit": "abc", "model": "abc", "parameters": {"seed": 0, "lengths": [4096]}}
 CELL = Cell(suite="kv", method="actqkv", budget=2048, length=4096)
 
 
@@ -70,6 +70,7 @@ def test_killed_at_any_byte(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"version": "0.2.0"}, "version 0.1.0, now it is 0.2.0"),
+        ({"commit": "def"}, "commit abc, now it is def"),
         ({"model": "abd"}, "model abc"),
         ({"parameters": {"seed": 1, "lengths": [4096]}}, r"parameters\.seed 0, now it is 1"),
         ({"parameters": {"seed": 0, "lengths": [8192]}}, r"parameters\.lengths \[4096\]"),
@@ -84,6 +85,14 @@ def test_another_run(tmp_path: Path, change: dict[str, Any], words: str) -> None
         Journal(tmp_path, HEADER | change, {})
     assert "--out" in str(caught.value.hint)
     assert path.read_bytes() == before
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    """A file that no run wrote is emptied, since it has no line end."""
+    (tmp_path / JOURNAL).write_text('{"my": "notes"}')
+    with pytest.raises(StateError, match="no journal"):
+        Journal(tmp_path, HEADER, {})
+    assert (tmp_path / JOURNAL).read_text() == '{"my": "notes"}'
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,9 @@ def test_results_are_joined() -> None:
         page.render([one, one])
     with pytest.raises(StateError, match="different models"):
         page.render([one, make_result(model=one.model | {"sha256": "1"})])
+    other = make_result(rows=one.rows[12:], parameters=one.parameters | {"chunk": 16})
+    with pytest.raises(StateError, match="chunk None and 16"):
+        page.render([halves[1], other])
 
 
 def test_views() -> None:

@@ -33,7 +33,7 @@ def test_interval(right: int, n: int, low: float, high: float) -> None:
 def test_rows() -> None:
     """Means over findings are wrong: by task, by depth, weighted by positions, of what was recorded only."""
     findings = (
-        Finding(score=1.0, task="a", depth=0.04, attended_max=2100, attended_mean=2000.0, recalls={"x": 1.0}),
+        Finding(score=1.0, task="a", depth=0.049, attended_max=2100, attended_mean=2000.0, recalls={"x": 1.0}),
         Finding(score=0.0, task="b", depth=0.96, attended_max=2200, attended_mean=2100.0),
         Finding(score=0.5, task="b", n=2, measures={"nll": 0.0}),
     )

@@ -167,8 +167,14 @@ def test_types_of_chunks(readings: list[str]) -> None:
 
 def test_question_aware(readings: list[str]) -> None:
     """A question-aware column is read once for all questions, which would know only one of them."""
-    (row,) = run(plan("kv", methods=tuple(methods(["actqkv+question"], [512])), lengths=(1024,))).rows
+    question_aware = tuple(methods(["actqkv+question"], [512]))
+    (row,) = run(plan("kv", methods=question_aware, lengths=(1024,))).rows
     assert len(readings) == row.total.n == 10
+    assert row.length_mean is not None
+    assert row.length_mean + 64 <= 1024  # with the question in it twice, and room for a UUID
+    long, _ = run(plan("long-answer", "passkey", methods=question_aware, lengths=(4096,))).rows
+    assert long.total.score is None
+    assert "after a text that is generated" in (long.reason or "")
 
 
 def test_what_cannot_run_is_not_zero(trained: int) -> None:
@@ -198,6 +204,16 @@ def test_beyond_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "are free" in (large.reason or "")
     with pytest.raises(ParameterError, match="nothing can run: 1,048,576 tokens need"):
         run(plan("passkey", lengths=(1 << 20,)))
+
+
+def test_what_is_done_stays_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run is gone on with where memory is short now, and its figures become "cannot run"."""
+    wanted = plan("passkey", n_samples=1, lengths=(4096,))
+    done = run(wanted, tmp_path / "out")
+    monkeypatch.setattr(engines.machine, "available_memory", lambda: 30_000_000)
+    with pytest.raises(ParameterError, match="nothing can run"):
+        run(wanted)
+    assert run(wanted, tmp_path / "out").to_json()["rows"] == done.to_json()["rows"]
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:

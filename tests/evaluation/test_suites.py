@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 
@@ -135,6 +136,15 @@ def test_word_counts() -> None:
         top = [word for word, _ in counts.most_common(n_top)]
         assert set(top) == set(question.references)
         assert counts[top[-1]] > counts.most_common(n_top + 1)[-1][1]
+
+
+def test_kv_depths_are_where_the_keys_stand() -> None:
+    """The depths of kv are those of another object's keys, or fall together in tenths."""
+    for sample in samples(SUITES["kv"], 3):
+        assert len({math.floor(10 * (question.depth or 0.0) + 0.5) for question in sample.questions}) == 10
+        for question in sample.questions:
+            ((begin, _),) = question.needles
+            assert begin / len(sample.document) == pytest.approx(question.depth, abs=0.05)
 
 
 def test_read_once_asks_ten_at_spread_depths() -> None:

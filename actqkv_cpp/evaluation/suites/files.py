@@ -37,7 +37,7 @@ class Task:
         asked = Question(text=text, **question)
         head, context = fill(before, slots), slots["context"]
         n_tokens = room.count(head + context)
-        n_other = room.n_template + room.count(asked.text) + self.max_tokens + _N_CTX_STEP // 16
+        n_other = room.n_template + room.n_askings * room.count(asked.text) + self.max_tokens + _N_CTX_STEP // 16
         n_cut = max(n_tokens + n_other - room.n_ctx, 0) if room.n_ctx else 0
         if n_cut:
             n_left = room.count(context) - n_cut

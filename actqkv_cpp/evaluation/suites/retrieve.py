@@ -80,13 +80,14 @@ def kv_draft(rng: random.Random, n_pairs: int, *, n_questions: int = _N_KV_QUEST
         starts.append(starts[-1] + len(part) + 2)
     questions = []
     for i in range(n_questions):
-        place = min(int((i + shift) / n_questions * n_pairs), n_pairs - 1)
+        depth = (i + shift) / n_questions
+        place = min(int(depth * n_pairs), n_pairs - 1)
         key, value = pairs[place]
         questions.append(
             Question(
                 text=_KV_QUESTION.format(key),
                 references=(value,),
-                depth=(i + 0.5) / n_questions,
+                depth=depth,
                 needles=((starts[place], starts[place] + len(parts[place])),),
             )
         )
