@@ -33,6 +33,12 @@ TASK_ODDS: Final = {
     "absent": 2.5,
 }
 
+SLOW_ODDS: Final = {
+    "number": 1.5,
+    "list": 1.5,
+    "quote": 1.5,
+}  # of tasks that are learnt slowly, where they get more time
+
 CHAIN_TASKS: Final = ("twohop", "var", "absent")  # of documents in which many values are reached through other names
 
 HAYSTACKS: Final = {
@@ -107,6 +113,8 @@ class Stage:
         fact_density: least and largest share of a document's text that states facts.
         haystack_share: share of the documents that are hay of one kind (`HAYSTACKS`).
         chain_share: share of the documents with no tasks but `CHAIN_TASKS`.
+        task_odds: of the generator's tasks where they are others than `SampleConfig.task_odds`.
+        repeat_chance: by which a digit of a long number repeats the one before.
     """
 
     n_tokens: int
@@ -117,6 +125,8 @@ class Stage:
     fact_density: tuple[float, float]
     haystack_share: float = 0.0
     chain_share: float = 0.0
+    task_odds: dict[str, float] = field(default_factory=dict)
+    repeat_chance: float = 0.5
 
     @property
     def n_step_tokens(self) -> int:
@@ -317,6 +327,87 @@ FULL = Recipe(
                 peak=0.6,
                 decay_share=0.8,
                 n_hop_examples=4096,
+            ),
+            Cycle(
+                (
+                    Stage(
+                        2048,
+                        2,
+                        1,
+                        150,
+                        document_share=(0.5, 0.8),
+                        fact_density=(0.2, 0.7),
+                        haystack_share=0.15,
+                        chain_share=0.1,
+                        task_odds=SLOW_ODDS,
+                    ),
+                    Stage(
+                        4096,
+                        1,
+                        1,
+                        150,
+                        document_share=(0.6, 0.8),
+                        fact_density=(0.2, 0.6),
+                        haystack_share=0.15,
+                        chain_share=0.1,
+                        task_odds=SLOW_ODDS,
+                    ),
+                    Stage(
+                        8192,
+                        1,
+                        1,
+                        100,
+                        document_share=(0.65, 0.85),
+                        fact_density=(0.1, 0.5),
+                        haystack_share=0.15,
+                        chain_share=0.1,
+                        task_odds=SLOW_ODDS,
+                    ),
+                ),
+                peak=0.6,
+                decay_share=0.9,
+            ),
+            Cycle(
+                (
+                    Stage(
+                        2048,
+                        2,
+                        1,
+                        250,
+                        document_share=(0.5, 0.8),
+                        fact_density=(0.2, 0.7),
+                        haystack_share=0.2,
+                        chain_share=0.1,
+                        task_odds=SLOW_ODDS,
+                        repeat_chance=0.8,
+                    ),
+                    Stage(
+                        4096,
+                        1,
+                        1,
+                        150,
+                        document_share=(0.6, 0.8),
+                        fact_density=(0.2, 0.6),
+                        haystack_share=0.2,
+                        chain_share=0.1,
+                        task_odds=SLOW_ODDS,
+                        repeat_chance=0.8,
+                    ),
+                    Stage(
+                        8192,
+                        1,
+                        1,
+                        60,
+                        document_share=(0.65, 0.85),
+                        fact_density=(0.1, 0.5),
+                        haystack_share=0.2,
+                        chain_share=0.1,
+                        task_odds=SLOW_ODDS,
+                        repeat_chance=0.8,
+                    ),
+                ),
+                peak=0.6,
+                decay_share=0.9,
             ),
         ),
     ),

@@ -286,7 +286,7 @@ class Sampler:
         """A document that leaves room for questions; `chained`: of `CHAIN_TASKS` alone."""
         rng = self.rng
         n_tokens = stage.n_tokens + 1
-        task_odds = self.config.task_odds
+        task_odds = {**self.config.task_odds, **stage.task_odds}
         tasks = list(task_odds)
         n_chars = int(n_tokens * rng.uniform(*stage.document_share) * CHARS_PER_TOKEN)
         if chained:
@@ -303,6 +303,7 @@ class Sampler:
                 density=density,
                 heldout=self.config.heldout,
                 sentence_share=self.config.sentence_share,
+                repeat_chance=stage.repeat_chance,
             )
             document = build_document(rng, n_chars, mix)
             if len(self._encode(document.text)) < n_tokens * 0.92 - 40:

@@ -14,7 +14,7 @@ namespace actqkv {
 namespace {
 
 // Columns in the order of actqkv_method; another row says in which it differs from the one it starts from. These were
-// chosen by measuring 128K documents with an earlier bundled model.
+// chosen by measuring with the bundled model: models/results/README.md, native/README.md.
 constexpr actqkv_method ACTQKV = {
     "actqkv",
     ACTQKV_POSITIONS_AUTO,

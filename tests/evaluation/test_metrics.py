@@ -135,7 +135,6 @@ def test_longest_common_subsequence() -> None:
 
 def test_chinese_words() -> None:
     """Chinese answers are scored by characters where words are meant."""
-    pytest.importorskip("jieba")
     assert m.qa_f1_zh("我来到北京", "北京") == pytest.approx(2 * 1 / (3 + 1))  # 我 来到 北京
     assert m.rouge_l_zh("我来到北京", "来到北京") == pytest.approx(2 * 2 / (3 + 2))
 

@@ -146,7 +146,6 @@ def test_views() -> None:
 @pytest.mark.parametrize("suffix", figure.FORMATS)
 def test_pictures(tmp_path: Path, suffix: str) -> None:
     """A picture cannot be drawn, or half of one is left."""
-    pytest.importorskip("matplotlib")
     path = tmp_path / f"figure{suffix}"
     for _ in range(2):
         check_free(path, page.MARK)

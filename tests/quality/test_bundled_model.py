@@ -10,7 +10,7 @@ import pytest
 from actqkv_cpp import Llama, Retrieval
 from actqkv_cpp.evaluation.generator import make_document
 from actqkv_cpp.evaluation.generator.documents import Mix, build_document
-from actqkv_cpp.evaluation.generator.smalltalk import ABILITY
+from actqkv_cpp.evaluation.generator.smalltalk import ABILITY, SMALL_TALK
 
 N_TOKENS = 1800
 LEAST_RIGHT = {  # when this was written 1.0, of json 0.94, and of var, with two or three in a document, 0.88
@@ -24,6 +24,7 @@ LEAST_RIGHT = {  # when this was written 1.0, of json 0.94, and of var, with two
 }
 LEAST_RIGHT_OF_ALL = 0.78  # 99 of 113 when this was written
 LEAST_SENTENCES = 30  # of 40
+MOST_WRONG_SMALL_TALK = 4  # of 52; none when this was written
 
 pytestmark = pytest.mark.model
 
@@ -63,7 +64,10 @@ def _encode(llm: Llama) -> Callable[[str], Sequence[int]]:
 
 def test_it_says_what_it_is(llm: Llama) -> None:
     """A newcomer who types something else than a question of fact gets words about the document."""
-    document = make_document(600, seed="small talk", heldout=True)
-    read = llm.read(text=document.text)
-    assert ABILITY in str(read.ask("What can you do?", max_tokens=80))
-    assert "Hello" in str(read.ask("hello", max_tokens=80))
+    read = llm.read(text=make_document(600, seed="small talk", heldout=True).text)
+    wrong = [
+        said for talk in SMALL_TALK for said in talk.said if str(read.ask(said, max_tokens=80)).strip() != talk.reply
+    ]
+    assert len(wrong) <= MOST_WRONG_SMALL_TALK, wrong
+    assert ABILITY in llm.chat().say("What can you do?", max_tokens=80).text  # before there is a document
+    assert "Hello" in llm.chat().say("hello", max_tokens=80).text

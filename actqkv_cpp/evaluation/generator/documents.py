@@ -86,6 +86,7 @@ class Mix:
         heldout: draw names and places that training never draws.
         styles: styles of the filler, of `filler.STYLES`; one to three drawn at random by default.
         sentence_share: share of the questions about attributes and relations that ask for a whole sentence.
+        repeat_chance: by which a digit of a long number repeats the one before.
     """
 
     tasks: Sequence[str] = TASKS
@@ -95,6 +96,7 @@ class Mix:
     heldout: bool = False
     styles: Sequence[str] | None = None
     sentence_share: float = 0.0
+    repeat_chance: float = 0.5
 
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks if task not in TASKS]
@@ -180,7 +182,7 @@ class _Item:
 
 
 def _plant_facts(source: Source, n_chars: int, mix: Mix) -> FactSheet:
-    sheet = FactSheet(source, sentence_share=mix.sentence_share)
+    sheet = FactSheet(source, sentence_share=mix.sentence_share, repeat_chance=mix.repeat_chance)
     for _ in range(N_ATTEMPTS):
         task = _next_task(source, sheet, n_chars, mix)
         if task is None:

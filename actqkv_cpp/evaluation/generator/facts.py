@@ -134,11 +134,13 @@ class FactSheet:
     Args:
         source: drawn from.
         sentence_share: share of the questions about attributes that ask for a whole sentence.
+        repeat_chance: by which a digit of a long number repeats the one before.
     """
 
-    def __init__(self, source: Source, *, sentence_share: float = 0.0) -> None:
+    def __init__(self, source: Source, *, sentence_share: float = 0.0, repeat_chance: float = 0.5) -> None:
         self.source = source
         self.sentence_share = sentence_share
+        self.repeat_chance = repeat_chance
         self.facts: list[Fact] = []
         self.n_chars = 0  # of the facts, each with a separator
         self.asked: list[Asked] = []
@@ -205,7 +207,7 @@ class FactSheet:
         key = source.key_name()
         if not self._claim("long number", key):
             return
-        number = source.repetitive_digits(10)
+        number = source.repetitive_digits(10, chance=self.repeat_chance)
         mention = self._state(stated(phrase.statement, number, key=key))
         self._ask(phrase.question.format(key=key), number, "number", mention)
 

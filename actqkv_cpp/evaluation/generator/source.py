@@ -107,11 +107,11 @@ class Source:
         n = n_digits if isinstance(n_digits, int) else self.pick(n_digits)
         return str(self.rng.randrange(10 ** (n - 1), 10**n))
 
-    def repetitive_digits(self, n_digits: int) -> str:
-        """A number in which many digits repeat the one before."""
+    def repetitive_digits(self, n_digits: int, *, chance: float) -> str:
+        """A number in which a digit repeats the one before by `chance`, or by accident."""
         digits = self.pick("123456789")
         while len(digits) < n_digits:
-            digits += digits[-1] if self.chance(0.5) else self.pick("0123456789")
+            digits += digits[-1] if self.chance(chance) else self.pick("0123456789")
         return digits
 
     def hex_digits(self, n_digits: int | Sequence[int]) -> str:
