@@ -13,16 +13,16 @@ from actqkv_cpp.evaluation.generator.documents import Mix, build_document
 from actqkv_cpp.evaluation.generator.smalltalk import ABILITY, SMALL_TALK
 
 N_TOKENS = 1800
-LEAST_RIGHT = {  # when this was written 1.0, of json 0.94, and of var, with two or three in a document, 0.88
+LEAST_RIGHT = {  # when this was written 1.0, of twohop 7 of 8; others have 8 to 24 questions
     "passkey": 0.85,
     "number": 0.85,
     "fact": 0.9,
-    "json": 0.85,
-    "twohop": 0.7,
-    "var": 0.7,
+    "json": 0.9,
+    "twohop": 0.75,
+    "var": 0.85,
     "absent": 0.85,
 }
-LEAST_RIGHT_OF_ALL = 0.78  # 99 of 113 when this was written
+LEAST_RIGHT_OF_ALL = 0.84  # 102 of 113 when this was written
 LEAST_SENTENCES = 30  # of 40
 MOST_WRONG_SMALL_TALK = 4  # of 52; none when this was written
 
