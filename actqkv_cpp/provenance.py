@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from actqkv_cpp import machine
+from actqkv_cpp import __version__, machine
 from actqkv_cpp._native import kernel_name
 
 if TYPE_CHECKING:
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 
 _BANDWIDTH_BYTES = 256 << 20  # of all threads together: several times a desktop's last-level cache
 _BANDWIDTH_ROUNDS = 5
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def describe_run() -> dict[str, Any]:
+    """Which actqkv measures, and when it began: ISO 8601 in UTC, to the second. At the top of what `--json` says."""
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"version": __version__, "commit": commit(), "started": started}
 
 
 def describe_machine(*, n_threads: int) -> dict[str, Any]:
@@ -96,8 +104,13 @@ def _seconds_to_read(parts: list[NDArray[np.int8]]) -> float:
 
 
 def _cpu_name() -> str:
+    """Its brand; with family and model where the system tells, since generations share a brand."""
+    facts: dict[str, str] = {}
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        first = _CPU_INFO.read_text().partition("\n\n")[0]  # processor
+        pairs = (line.partition(":") for line in first.splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in pairs}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts and "model" in facts:
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name

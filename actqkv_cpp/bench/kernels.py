@@ -20,6 +20,9 @@ from actqkv_cpp import machine, provenance
 from actqkv_cpp.bench.kernel_jobs import Job, Jobs, Shape
 from actqkv_cpp.errors import MemoryPlanError
 
+FORMAT = "actqkv-bench-kernels"
+FORMAT_VERSION = 1
+
 _CACHES = 4  # the working set, in last-level caches
 _UNKNOWN_CACHE_BYTES = 32 << 20  # where the system does not tell
 _SAMPLE_S, _QUICK_SAMPLE_S = 0.02, 0.002
@@ -69,8 +72,18 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelResult:
-    """All kernels of one run. `to_json()` gives the names of `actqkv bench --kernels --json`."""
+    """All kernels of one run. `to_json()` gives the names of `actqkv bench --kernels --json`.
 
+    Args:
+        version, commit, started: as of `bench.Result`.
+        machine: as `provenance` describes it, with the measured limits that shares are of.
+        shape: what the kernels were called with.
+        working_set_bytes: over which the calls of one kernel were spread.
+    """
+
+    version: str
+    commit: str | None
+    started: str
     machine: dict[str, Any]
     shape: Shape
     working_set_bytes: int
@@ -78,6 +91,11 @@ class KernelResult:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "version": self.version,
+            "commit": self.commit,
+            "started": self.started,
             "machine": self.machine,
             "shape": asdict(self.shape),
             "working_set_bytes": self.working_set_bytes,
@@ -99,6 +117,7 @@ def measure(
     Raises:
         MemoryPlanError: the working set does not fit in memory.
     """
+    run = provenance.describe_run()
     cache = last_level_cache()
     working_set = _CACHES * cache
     free = machine.available_memory()
@@ -127,6 +146,7 @@ def measure(
         if show:
             show(kernels[-1])
     return KernelResult(
+        **run,
         machine=provenance.describe_machine(n_threads=n_threads)
         | {"read_gb_per_s": round(bandwidth, 1), "peak_gop_per_s": round(peak, 1), "last_level_cache_bytes": cache},
         shape=shape,

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from actqkv_cpp.figures import GpuStats
 
+FORMAT = "actqkv-bench"
+FORMAT_VERSION = 1
+
 EngineName = Literal["actqkv", "llama.cpp", "other llama.cpp"]  # linked; of --peer-python
 Phase = Literal["prefill", "decode"]
 Context = Literal["read", "copied", "none"]
@@ -134,8 +137,19 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """All of one run."""
+    """All of one run, with where it comes from.
 
+    Args:
+        version, commit: of actqkv; the commit where it is known.
+        started: when, ISO 8601 in UTC.
+        machine, model: as `provenance` describes them; the model with its sha256.
+        settings: what was asked for, and what is in force.
+        notes: sentences about what was not measured, and why.
+    """
+
+    version: str
+    commit: str | None
+    started: str
     machine: dict[str, Any]
     model: dict[str, Any]
     settings: dict[str, Any]
@@ -144,6 +158,11 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "version": self.version,
+            "commit": self.commit,
+            "started": self.started,
             "machine": self.machine,
             "model": self.model,
             "settings": self.settings,

@@ -18,6 +18,7 @@ from actqkv_cpp.cli._output import Output
 from actqkv_cpp.cli._session import open_model
 from actqkv_cpp.config import parse_size
 from actqkv_cpp.errors import ModelError, ParameterError, unknown_name
+from actqkv_cpp.files import file_hash
 
 if TYPE_CHECKING:
     from actqkv_cpp import Llama
@@ -228,9 +229,10 @@ def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
     rows: list[Row] = []
     notes: list[str] = []
     found = Result(
+        **provenance.describe_run(),
         machine=provenance.describe_machine(n_threads=llm.n_threads)
         | {"read_gb_per_s": round(provenance.read_bandwidth(llm.n_threads), 1)},
-        model=provenance.describe_model(llm),
+        model=provenance.describe_model(llm) | {"sha256": file_hash(llm.model_path)},
         settings=settings,
         rows=(),
         notes=(),

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actqkv_cpp import __version__, provenance
+from actqkv_cpp import provenance
 from actqkv_cpp.config import LLAMA_CPP
 from actqkv_cpp.errors import ParameterError
 from actqkv_cpp.evaluation.engines import Engines, EngineSettings, Method
@@ -276,21 +275,22 @@ def evaluate(plan: Plan, settings: EngineSettings, *, folder: Path | None, watch
         >>> evaluate(plan, settings, folder=Path("kv"), watch=print).rows[0].total.score
     """
     with Engines(settings) as engines:
+        run = provenance.describe_run()
         header: dict[str, Any] = {
-            "version": __version__,
-            "commit": provenance.commit(),
+            "version": run["version"],
+            "commit": run["commit"],
             "model": file_hash(settings.model),
             "parameters": _parameters(plan, settings),
         }
         facts = {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": run["started"],
             "machine": provenance.describe_machine(n_threads=engines.n_threads),
         }
         with Journal(folder, header, facts) as journal:
             records = Runner(plan, engines, journal, watch).run()
             result = Result(
-                version=__version__,
-                commit=header["commit"],
+                version=run["version"],
+                commit=run["commit"],
                 model=provenance.describe_model(engines.any()) | {"sha256": header["model"]},
                 parameters=header["parameters"],
                 rows=rows(plan.cells(), records),

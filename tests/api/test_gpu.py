@@ -182,7 +182,10 @@ def test_traffic_of_a_benchmark() -> None:
         engine="actqkv", method="actqkv", kv_type="f16", phase="decode", depth=512, ms_per_token=1.0, measured=True,
         n=2, spread_ms=(1.0, 1.0), context="read", gpu=found,
     )  # fmt: skip
-    table = report._gpu(Result(machine={}, model={}, settings={}, rows=(row,), notes=()), "actqkv")
+    result = Result(
+        version="0.1.0", commit=None, started="", machine={}, model={}, settings={}, rows=(row,), notes=()
+    )  # fmt: skip
+    table = report._gpu(result, "actqkv")
     assert table is not None
     assert "75.0%" in tables.to_text([table], width=120)
 

@@ -14,8 +14,10 @@ import pytest
 from cli_support import Actqkv, assert_failed
 from tiny_gguf import make_tiny_gguf
 
+from actqkv_cpp import __version__
 from actqkv_cpp.__main__ import main
 from actqkv_cpp.bench import measure
+from actqkv_cpp.files import file_hash
 
 FAST = ("--quick", "--threads", "1")
 KEYS = {"engine", "method", "kv_type", "phase", "depth", "tokens_per_s", "ms_per_token", "measured", "n"}
@@ -27,7 +29,9 @@ def test_json(actqkv: Actqkv, babbler: Path) -> None:
     found = actqkv("bench", babbler, "--lengths", "512,256,768", "--peer-read", "512", "--json", *FAST)
     assert found.status == 0, found.err
     result = json.loads(found.out)
-    assert {"machine", "model", "rows"} <= set(result)
+    assert (result["format"], result["format_version"], result["version"]) == ("actqkv-bench", 1, __version__)
+    assert {"commit", "started", "machine", "model", "settings", "rows"} <= set(result)
+    assert result["model"]["sha256"] == file_hash(babbler)
     assert result["machine"]["threads"] == 1
     assert result["machine"]["read_gb_per_s"] > 0
     assert result["model"]["bytes"] > 0
@@ -201,6 +205,8 @@ def test_kernels(actqkv: Actqkv, babbler: Path) -> None:
     found = actqkv("bench", babbler, "--kernels", "--lengths", "8k", "--budget", "1k", "--json", *FAST)
     assert found.status == 0, found.err
     result = json.loads(found.out)
+    assert (result["format"], result["format_version"]) == ("actqkv-bench-kernels", 1)
+    assert {"version", "commit", "started"} <= set(result)
     assert [row["kernel"] for row in result["kernels"]] == KERNELS
     shape, machine = result["shape"], result["machine"]
     assert (shape["depth"], shape["budget"], shape["d_head"], shape["granted"]) == (8192, 1024, 32, 14)
