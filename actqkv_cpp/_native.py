@@ -214,6 +214,11 @@ def native_plan(model: Any, params: Any) -> MemoryPlan:
     return plan
 
 
+def row_bytes(kv_type: str, n: int) -> int:
+    """Bytes of a row of `n` numbers as keys and values of `kv_type` are kept."""
+    return int(lib.actqkv_row_bytes(KV_TYPES[kv_type], n))
+
+
 def try_extra_buffers() -> None:
     """Multiply small matrices in the CPU's extra buffer types; may kill the process: see machine.py."""
     call(lib.actqkv_try_extra_buffers)

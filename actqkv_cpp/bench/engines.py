@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from actqkv_cpp._native import KV_TYPES, Session
 from actqkv_cpp.bench import peer
-from actqkv_cpp.bench.results import EngineName
+from actqkv_cpp.bench.results import Subject
 from actqkv_cpp.errors import ComputeError, MemoryPlanError, ParameterError
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ class Engine(Protocol):
     copied: the context is of the right size, but copies of its first tokens stand for the others.
     """
 
-    name: EngineName
-    method: str
-    kv_type: str
+    subject: Subject
     depth: int
     copied: bool
 
@@ -64,12 +62,9 @@ class Ours:
         read: tokens that are really read; deeper contexts are made of copies of their chunks. None: all.
     """
 
-    name: EngineName = "actqkv"
-
     def __init__(self, session: Session, *, read: int | None = None) -> None:
         self.session = session
-        self.method = session.params.method
-        self.kv_type = session.params.kv_type
+        self.subject = Subject("actqkv", session.params.method, session.params.kv_type)
         self.depth = 0
         self.copied = False
         self._read = read
@@ -135,8 +130,6 @@ class Peer(Engine, Protocol):
 class LinkedPeer(peer.LlamaCpp):
     """The llama.cpp that we link, over the same loaded model."""
 
-    name: EngineName = "llama.cpp"
-    method = "dense"
     no_memory = MemoryPlanError
     failed = ComputeError
 
@@ -144,7 +137,7 @@ class LinkedPeer(peer.LlamaCpp):
         super().__init__(
             model.model, n_batch=n_batch, n_threads=n_threads, type_kv=KV_TYPES[kv_type], kv_in_ram=kv_in_ram
         )
-        self.kv_type = kv_type
+        self.subject = Subject("llama.cpp", "dense", kv_type)
 
     def quit(self) -> None:
         self.close()
@@ -161,12 +154,10 @@ class OtherPeer:
         ParameterError: there is no such interpreter, it has no llama_cpp, or that does not load the model.
     """
 
-    name: EngineName = "other llama.cpp"
-    method = "dense"
     blob_bytes = 0
 
     def __init__(self, python: str, model: str, *, n_batch: int, n_threads: int, kv_type: str) -> None:
-        self.kv_type = kv_type
+        self.subject = Subject("other llama.cpp", "dense", kv_type)
         self.depth, self.copied = 0, False
         self._python = python
         self._n_batch = n_batch

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from actqkv_cpp._native import KV_TYPES, call, ffi, lib  # type: ignore[attr-defined]
+from actqkv_cpp._native import KV_TYPES, call, ffi, lib, row_bytes  # type: ignore[attr-defined]
 from actqkv_cpp.errors import ParameterError
 
 Call = Callable[[], object]
@@ -125,7 +125,7 @@ class Jobs:
         self.kv_heads = (shape.n_head_kv, shape.d_head)
         self.heads = (shape.n_head, *self.kv_heads)
         self.key_stride = shape.chunk * shape.d_head  # values of a chunk and KV head
-        self.tile_bytes = shape.chunk * int(lib.actqkv_row_bytes(self.kv_type, shape.d_head))  # the same as kept
+        self.tile_bytes = shape.chunk * row_bytes(shape.kv_type, shape.d_head)  # the same as kept
         self.chunk_bytes = shape.n_head_kv * self.tile_bytes  # of keys, or of values
         self.rng = np.random.default_rng(0)
         self.query = 2 * self._normal(shape.n_head, shape.d_head)

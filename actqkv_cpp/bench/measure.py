@@ -12,9 +12,9 @@ import llama_cpp
 import numpy as np
 
 from actqkv_cpp import Llama, machine, provenance
-from actqkv_cpp._native import Session, methods
+from actqkv_cpp._native import Session, methods, row_bytes
 from actqkv_cpp.bench.engines import Engine, LinkedPeer, OtherPeer, Ours, Peer, Progress, Tokens, head_dimension
-from actqkv_cpp.bench.results import EngineName, GpuTraffic, MemoryUse, Phase, Row, StageUse
+from actqkv_cpp.bench.results import GpuTraffic, MemoryUse, Phase, Row, StageUse, Subject
 from actqkv_cpp.errors import MemoryPlanError, ParameterError
 from actqkv_cpp.figures import GpuStats, Stage, Stats
 
@@ -40,6 +40,8 @@ class Spec:
         repeat: samples of each engine, phase and depth, at most.
         read: tokens that our session really reads; deeper contexts are made of copies. None: all.
         peer_read: the same of llama.cpp.
+        kv_type: of our keys and values.
+        peer_kv_types: of llama.cpp's, each measured by itself.
         peer_python: an interpreter whose llama_cpp is measured beside the one that we link.
         peer_kv_in_ram: llama.cpp keeps keys and values off the GPU that weights are on.
 
@@ -54,6 +56,7 @@ class Spec:
     read: int | None
     peer_read: int
     kv_type: str
+    peer_kv_types: tuple[str, ...]
     peer_python: str | None = None
     peer_kv_in_ram: bool = False
 
@@ -90,9 +93,7 @@ class _Samples:
         each = [1000.0 * seconds / self.n_tokens for seconds in self.seconds]
         n = self.n_tokens * len(each)
         return Row(
-            engine=engine.name,
-            method=engine.method,
-            kv_type=engine.kv_type,
+            **engine.subject._asdict(),
             phase=phase,
             depth=engine.depth,
             ms_per_token=median(each),
@@ -142,15 +143,12 @@ class Benchmark:
         self._show, self._note = show, note
         rng = np.random.default_rng(0)
         self._tokens: Tokens = rng.integers(0, llm.n_vocab(), spec.n_ctx, dtype=np.int32)
-        n_threads, kv_type = llm.n_threads, spec.kv_type
-        sizes: Any = {"n_batch": PREFILL_TOKENS, "n_threads": n_threads, "kv_type": kv_type}
-        self._peers: list[Peer] = [LinkedPeer(llm._model, kv_in_ram=spec.peer_kv_in_ram, **sizes)]
-        if spec.peer_python is not None:
-            self._peers.append(
-                OtherPeer(
-                    spec.peer_python, llm.model_path, n_batch=PREFILL_TOKENS, n_threads=n_threads, kv_type=kv_type
-                )
-            )
+        self._peers: list[Peer] = []
+        for kv_type in spec.peer_kv_types:
+            sizes: Any = {"n_batch": PREFILL_TOKENS, "n_threads": llm.n_threads, "kv_type": kv_type}
+            self._peers.append(LinkedPeer(llm._model, kv_in_ram=spec.peer_kv_in_ram, **sizes))
+            if spec.peer_python is not None:
+                self._peers.append(OtherPeer(spec.peer_python, llm.model_path, **sizes))
 
     @property
     def other_version(self) -> str | None:
@@ -184,32 +182,32 @@ class Benchmark:
 
     def _method(self, ours: Ours, peers: Sequence[Peer]) -> Iterator[Row]:
         """One method of ours at each depth, alternating with the peers."""
-        names = [ours.name, *(peer.name for peer in peers)]
-        measured: dict[EngineName, list[Row]] = {name: [] for name in names}
-        missing: dict[EngineName, list[int]] = {name: [] for name in names}
+        subjects = [ours.subject, *(peer.subject for peer in peers)]
+        measured: dict[Subject, list[Row]] = {subject: [] for subject in subjects}
+        missing: dict[Subject, list[int]] = {subject: [] for subject in subjects}
         for depth in self._spec.lengths:
             engines: list[Engine] = []
-            if self._reading_takes(measured[ours.name], ours.depth, ours.to_read(depth)) > _READING_LIMIT_S:
-                missing[ours.name].append(depth)
+            if self._reading_takes(measured[ours.subject], ours.depth, ours.to_read(depth)) > _READING_LIMIT_S:
+                missing[ours.subject].append(depth)
             else:
-                with self._show(f"{ours.method}, reading", "tokens") as progress:
+                with self._show(f"{ours.subject.method}, reading", "tokens") as progress:
                     ours.reach(self._tokens[:depth], progress)
                 engines.append(ours)
             memory = self._memory(ours.session) if engines else None
             try:
                 for peer in peers:
-                    if self._in_time(measured[peer.name], depth) and self._filled(peer, ours.session, depth):
+                    if self._in_time(measured[peer.subject], depth) and self._filled(peer, ours.session, depth):
                         engines.append(peer)
                     else:
-                        missing[peer.name].append(depth)
+                        missing[peer.subject].append(depth)
                 for row in self._measure(engines, depth, memory):
-                    measured[row.engine].append(row)
+                    measured[row.subject].append(row)
                     yield row
             finally:
                 for peer in peers:
                     peer.close()
-        for name, depths in missing.items():
-            yield from self._extrapolate(measured[name], depths, name)
+        for subject, depths in missing.items():
+            yield from self._extrapolate(measured[subject], depths, subject)
 
     def _measure(self, engines: Sequence[Engine], depth: int, memory: MemoryUse | None) -> Iterator[Row]:
         """Rows of all engines at one depth, sample by sample in turn."""
@@ -256,18 +254,20 @@ class Benchmark:
     def _filled(self, peer: Peer, session: Session, depth: int) -> bool:
         """Whether the peer now holds `depth` tokens; not, with a note, where they do not fit in memory."""
         n_read = min(depth, self._spec.peer_read)
-        if n_read < depth and self._spec.kv_type != "f16" and self._d_head % 64 != 0:
+        engine, _, kv_type = peer.subject
+        if n_read < depth and kv_type != "f16" and self._d_head % 64 != 0:
             # build_rope_shift of libllama 0.3.36 dereferences a rotation that it makes for multiples of 64 only
             self._note(
-                f"{peer.name} cannot copy {self._spec.kv_type} keys of heads of {self._d_head}: "
-                f"--peer-read {depth:,} reads this far"
+                f"{engine} cannot copy {kv_type} keys of heads of {self._d_head}: --peer-read {depth:,} reads this far"
             )
             return False
         n_ctx = depth + n_read + PREFILL_TOKENS  # the last copy may reach beyond the depth before it is cut
-        n_bytes = session.plan.kv_bytes * n_ctx // session.params.n_ctx
+        n_bytes = session.plan.kv_bytes * n_ctx // session.params.n_ctx  # as ours
+        n_bytes = n_bytes * row_bytes(kv_type, self._d_head) // row_bytes(self._spec.kv_type, self._d_head)
         free = machine.available_memory()
         if free is not None and n_bytes + _FREE_BYTES > free:
-            self._note(f"{peer.name}'s context of {depth:,} tokens needs {n_bytes:,} bytes, {free:,} are free")
+            needs = f"its context needs {n_bytes:,} bytes, {free:,} are free"
+            self._note(f"{peer.subject.label} is not measured at {depth:,}: {needs}")
             return False
         try:
             peer.open(n_ctx)
@@ -275,7 +275,7 @@ class Benchmark:
             self._note(str(error))
             return False
         keep = n_read < self._spec.lengths[-1]
-        with self._show(f"{peer.name}, reading", "tokens") as progress:
+        with self._show(f"{peer.subject.label}, reading", "tokens") as progress:
             peer.fill(self._tokens[: depth + 1], n_read=n_read, keep=keep, progress=progress)
         return True
 
@@ -285,7 +285,8 @@ class Benchmark:
             known = [row for row in measured if row.phase == phase]
             if len(known) > 1 and (takes := line(known, depth) * self._sample_tokens(phase) / 1000) > _SAMPLE_LIMIT_S:
                 self._note(
-                    f"{known[0].engine} is not measured at {depth:,}: a sample of {phase} would take {takes:,.0f} s"
+                    f"{known[0].subject.label} is not measured at {depth:,}: a sample of {phase} would take "
+                    f"{takes:,.0f} s"
                 )
                 return False
         return True
@@ -300,19 +301,18 @@ class Benchmark:
         rates = [line(prefill, at) if len(prefill) > 1 else prefill[0].ms_per_token for at in (depth, target)]
         return (target - depth) * sum(rates) / 2 / 1000
 
-    def _extrapolate(self, measured: Sequence[Row], depths: Sequence[int], name: EngineName) -> Iterator[Row]:
+    def _extrapolate(self, measured: Sequence[Row], depths: Sequence[int], subject: Subject) -> Iterator[Row]:
         for depth in depths:
             for phase in _PHASES:
                 known = [row for row in measured if row.phase == phase]
                 if len(known) < 2:
-                    self._note(f"{name}: no {phase} figure at {depth:,}: two measured depths are needed for a line")
+                    self._note(
+                        f"{subject.label}: no {phase} figure at {depth:,}: two measured depths are needed for a line"
+                    )
                     continue
                 ms = line(known, depth)
-                last = known[-1]
                 yield Row(
-                    engine=last.engine,
-                    method=last.method,
-                    kv_type=last.kv_type,
+                    **subject._asdict(),
                     phase=phase,
                     depth=depth,
                     ms_per_token=ms,

@@ -11,14 +11,11 @@ from rich.table import Table
 from actqkv_cpp import tables
 from actqkv_cpp.bench.kernels import KernelResult
 from actqkv_cpp.bench.measure import PREFILL_TOKENS
-from actqkv_cpp.bench.results import EngineName, Phase, Result, Row, StageUse
+from actqkv_cpp.bench.results import EngineName, Phase, Result, Row, StageUse, Subject
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 _PEERS: tuple[EngineName, ...] = ("llama.cpp", "other llama.cpp")
-_PEER_HEADINGS = {
-    "llama.cpp": ("llama.cpp\ntok/s", "ours/llama.cpp"),
-    "other llama.cpp": ("other\ntok/s", "ours/other"),
-}
+_HEADINGS = {"llama.cpp": "llama.cpp", "other llama.cpp": "other"}
 _IDLE_LOAD = 0.5  # of a machine on which nothing else runs
 _SMALL_SHARE = 0.005  # of a row's time: a stage that never takes more has no column
 
@@ -78,14 +75,16 @@ def _speeds(result: Result, method: str) -> Table:
     """ours / llama.cpp is a ratio of speeds at one depth; ours / first, of ours to itself at the least depth."""
     rows = [row for row in result.rows if row.engine == "actqkv" and row.method == method]
     least = min(row.depth for row in rows)
-    peers = [name for name in _PEERS if any(row.engine == name for row in result.rows)]
+    peers = _peers(result.rows)
     columns = ["phase", "depth", "tok/s", "ms/token", "least-most"]
-    columns += [heading for name in peers for heading in _PEER_HEADINGS[name]]
+    for peer in peers:
+        name = _HEADINGS[peer.engine]
+        columns += [f"{name}\n{peer.kv_type} tok/s", f"ours/\n{name}"]
     table = tables.table(f"method {method}, {rows[0].kv_type} KV", (*columns, f"ours/ours\nat {least:,}"))
     for phase in _PHASES:
-        first = result.find("actqkv", method, phase, least)
+        first = result.find(rows[0].subject, phase, least)
         for row in sorted((row for row in rows if row.phase == phase), key=lambda row: row.depth):
-            found = [result.find(name, "dense", phase, row.depth) for name in peers]
+            found = [result.find(peer, phase, row.depth) for peer in peers]
             table.add_row(
                 row.phase,
                 f"{row.depth:,}",
@@ -170,13 +169,15 @@ def _words(result: Result) -> Iterator[str]:
     yield (
         f"Measured: medians of up to {settings['repeat']} samples per engine, in turn, on the same loaded weights: "
         f"{PREFILL_TOKENS} tokens of prefill, {settings['decode_tokens']} steps of decode. Our session read every "
-        f"token before them{_except_copies(result)}{_exception(result.rows, 'actqkv')}."
+        f"token before them{_except_copies(result)}"
+        f"{_exception([row for row in result.rows if row.engine == 'actqkv'])}."
     )
     copied = _copied(result, *_PEERS)
-    for name in _PEERS:
-        read = [row.depth for row in result.rows if row.engine == name and row.context == "read"]
+    for peer in _peers(result.rows):
+        rows = [row for row in result.rows if row.subject == peer]
+        read = [row.depth for row in rows if row.context == "read"]
         if read:
-            yield f"{name} (dense, flash attention) read up to {max(read):,} tokens{_exception(result.rows, name)}."
+            yield f"{peer.label} (dense, flash attention) read up to {max(read):,} tokens{_exception(rows)}."
     if any(row.engine == "other llama.cpp" for row in result.rows):
         yield (
             f"other llama.cpp is that of --peer-python, {settings['other_version']}, in a process of its own with "
@@ -207,8 +208,9 @@ def _busy(machine: dict[str, Any]) -> Iterator[str]:
         yield "Other work kept this machine busy when the run began: figures are too low, and ratios are uncertain."
 
 
-def _exception(rows: Sequence[Row], engine: str) -> str:
-    depths = [row.depth for row in rows if row.engine == engine and not row.measured]
+def _exception(rows: Sequence[Row]) -> str:
+    """What of one engine's rows was not measured."""
+    depths = [row.depth for row in rows if not row.measured]
     if not depths:
         return ""
     return f"; figures marked ~ ({_list(depths)}) are extrapolated: ms per token on a line through its last two depths"
@@ -216,6 +218,11 @@ def _exception(rows: Sequence[Row], engine: str) -> str:
 
 def _list(depths: Sequence[int]) -> str:
     return ", ".join(f"{depth:,}" for depth in sorted(set(depths)))
+
+
+def _peers(rows: Sequence[Row]) -> list[Subject]:
+    """llama.cpp's, the linked one first."""
+    return [subject for name in _PEERS for subject in dict.fromkeys(row.subject for row in rows if row.engine == name)]
 
 
 def _methods(rows: Sequence[Row]) -> list[str]:

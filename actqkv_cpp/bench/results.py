@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from actqkv_cpp.figures import GpuStats
 
@@ -14,6 +14,19 @@ FORMAT_VERSION = 1
 EngineName = Literal["actqkv", "llama.cpp", "other llama.cpp"]  # linked; of --peer-python
 Phase = Literal["prefill", "decode"]
 Context = Literal["read", "copied", "none"]
+
+
+class Subject(NamedTuple):
+    """What a figure is of: an engine, its method of retrieval, and the type in which it keeps keys and values."""
+
+    engine: EngineName
+    method: str
+    kv_type: str
+
+    @property
+    def label(self) -> str:
+        """Ours by the method, llama.cpp's by the engine, which is dense: "actqkv f16", "llama.cpp q8_0"."""
+        return f"{self.method if self.engine == 'actqkv' else self.engine} {self.kv_type}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +126,10 @@ class Row:
     gpu: GpuTraffic | None = None
 
     @property
+    def subject(self) -> Subject:
+        return Subject(self.engine, self.method, self.kv_type)
+
+    @property
     def tokens_per_s(self) -> float:
         return 1000.0 / self.ms_per_token if self.ms_per_token > 0 else 0.0
 
@@ -170,7 +187,7 @@ class Result:
             "notes": list(self.notes),
         }
 
-    def find(self, engine: EngineName, method: str, phase: Phase, depth: int) -> Row | None:
+    def find(self, subject: Subject, phase: Phase, depth: int) -> Row | None:
         """The row of these, if there is one."""
-        wanted = (engine, method, phase, depth)
-        return next((row for row in self.rows if (row.engine, row.method, row.phase, row.depth) == wanted), None)
+        wanted = (subject, phase, depth)
+        return next((row for row in self.rows if (row.subject, row.phase, row.depth) == wanted), None)

@@ -38,6 +38,7 @@ class _Request:
     methods: tuple[str, ...]
     read: int | None
     peer_read: int
+    peer_kv_types: tuple[str, ...] | None
     peer_python: str | None
     peer_kv_in_ram: bool
     repeat: int
@@ -63,6 +64,15 @@ def bench(
         int,
         o._size("--peer-read", help="Tokens that llama.cpp really reads; deeper contexts are copies.", default="8k"),
     ] = 8192,
+    peer_kv_types: Annotated[
+        str | None,
+        o._option(
+            "--peer-kv-types",
+            metavar="TYPES",
+            help="Types in which llama.cpp keeps keys and values, each measured: f16, q8_0, q4_0.",
+            default="that of --kv-type",
+        ),
+    ] = None,
     peer_python: Annotated[
         str | None,
         o._option(
@@ -111,6 +121,7 @@ def bench(
       actqkv bench --lengths 512,8k
       actqkv bench model.gguf --json > bench.json
       actqkv bench model.gguf --lengths 1k,4k,16k --methods actqkv,dense --quick
+      actqkv bench model.gguf --lengths 8k,128k --peer-kv-types f16,q8_0
       actqkv bench --kernels
     """
     output = Output(quiet=quiet, verbose=verbose)
@@ -120,6 +131,7 @@ def bench(
             methods=o.parse_list(methods, str),
             read=read,
             peer_read=peer_read,
+            peer_kv_types=None if peer_kv_types is None else _kv_types(peer_kv_types),
             peer_python=peer_python,
             peer_kv_in_ram=peer_kv_in_ram,
             repeat=1 if quick else repeat,
@@ -134,14 +146,33 @@ def bench(
             _bench(output, engine, request)
 
 
+def _kv_types(text: str) -> tuple[str, ...]:
+    """The types of --peer-kv-types, each once.
+
+    Raises:
+        ParameterError: there is none, or an unknown one.
+    """
+    from actqkv_cpp._native import KV_TYPES  # noqa: PLC0415 (heavy)
+
+    found = tuple(dict.fromkeys(o.parse_list(text, str)))
+    unknown = [name for name in found if name not in KV_TYPES]
+    if unknown or not found:
+        raise ParameterError(
+            f"unknown kv_type {unknown[0]!r} in --peer-kv-types" if unknown else "no type to measure llama.cpp with",
+            f"known: {', '.join(KV_TYPES)}",
+        )
+    return found
+
+
 def _bench_kernels(output: Output, engine: o.EngineOptions, request: _Request) -> None:
     from actqkv_cpp.bench.kernels import measure  # noqa: PLC0415 (heavy)
     from actqkv_cpp.bench.report import render_kernels  # noqa: PLC0415 (heavy)
 
     if request.methods != (_KERNELS_OF,):
         raise ParameterError(f"--kernels measures those of the method {_KERNELS_OF}", "leave --methods out")
-    if request.peer_python is not None:
-        raise ParameterError("--kernels measures nothing of llama.cpp", "leave --peer-python out")
+    for name, given in (("--peer-python", request.peer_python), ("--peer-kv-types", request.peer_kv_types)):
+        if given is not None:
+            raise ParameterError("--kernels measures nothing of llama.cpp", f"leave {name} out")
     if request.read is not None:
         raise ParameterError("--kernels reads nothing", "leave --read out")
     if not request.lengths:
@@ -218,6 +249,7 @@ def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
         peer_python=request.peer_python,
         peer_kv_in_ram=request.peer_kv_in_ram,
         kv_type=engine.kv_type,
+        peer_kv_types=(engine.kv_type,) if request.peer_kv_types is None else request.peer_kv_types,
     )
     llm = open_model(output, replace(engine, ctx=spec.n_ctx), [], reserve=0)
     if llm.session is None:
@@ -242,7 +274,7 @@ def _bench(output: Output, engine: o.EngineOptions, request: _Request) -> None:
     try:
         for row in benchmark.rows():
             rows.append(row)
-            output.note(f"{row.engine} {row.method} {row.phase} after {row.depth:,}: {row.tokens_per_s:,.1f} tokens/s")
+            output.note(f"{row.subject.label} {row.phase} after {row.depth:,}: {row.tokens_per_s:,.1f} tokens/s")
     finally:  # an interrupt or an error loses nothing of what was measured
         if rows:
             _show(output, replace(found, rows=tuple(rows), notes=tuple(notes)), as_json=request.json)

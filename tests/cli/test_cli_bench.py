@@ -93,7 +93,7 @@ def test_samples_that_take_too_long(
         for engine in ("actqkv", "llama.cpp")
         for depth in (256, 512, 768)
     }
-    assert "llama.cpp is not measured at 768: a sample of decode would take" in " ".join(result["notes"])
+    assert "llama.cpp f16 is not measured at 768: a sample of decode would take" in " ".join(result["notes"])
 
 
 def test_kv_type(actqkv: Actqkv, babbler: Path) -> None:
@@ -110,6 +110,25 @@ def test_kv_type(actqkv: Actqkv, babbler: Path) -> None:
         }
     memory = {t: next(row["memory"] for row in found if row["memory"]) for t, found in rows.items()}
     assert memory["q8_0"]["kv_bytes"] < memory["f16"]["kv_bytes"]
+
+
+def test_peer_kv_types(actqkv: Actqkv, babbler: Path) -> None:
+    """llama.cpp is not measured with each type, its rows of two types are mixed up, or one takes the other's blob."""
+    lengths = ("--lengths", "256,512", "--peer-read", "512", "--peer-kv-types", "f16,q8_0,f16")
+    found = actqkv("bench", babbler, *lengths, "--json", *FAST)
+    assert found.status == 0, found.err
+    result = json.loads(found.out)
+    assert result["settings"]["peer_kv_types"] == ["f16", "q8_0"]
+    rows = {(row["engine"], row["kv_type"], row["phase"], row["depth"]): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 12
+    assert {row[:2] for row in rows} == {("actqkv", "f16"), ("llama.cpp", "f16"), ("llama.cpp", "q8_0")}
+    assert all(row["measured"] and row["context"] == "read" for row in rows.values())
+    found = actqkv("bench", babbler, *lengths, *FAST)
+    assert re.search(r"^.* llama\.cpp +ours/ +llama\.cpp +ours/ ", found.out, re.MULTILINE)
+    assert re.search(r"^.* f16 tok/s +llama\.cpp +q8_0 tok/s +llama\.cpp ", found.out, re.MULTILINE)
+    assert re.findall(r"^  (?:prefill|decode) +(?:256|512)(?: +[\d,.-]+){8}$", found.out, re.MULTILINE)
+    for kv_type in ("f16", "q8_0"):
+        assert f"llama.cpp {kv_type} (dense, flash attention) read up to 512 tokens" in found.out
 
 
 def test_copies_that_llama_cpp_cannot_make(actqkv: Actqkv, babbler: Path) -> None:
@@ -135,8 +154,7 @@ def test_another_llama_cpp(actqkv: Actqkv, babbler: Path) -> None:
             assert other["ms_per_token"] > 0
             assert other["method"] == "dense"
     found = actqkv("bench", babbler, "--lengths", "256", "--peer-python", sys.executable, *FAST)
-    assert "ours/llama.cpp" in found.out
-    assert "ours/other" in found.out
+    assert re.search(r"^.* f16 tok/s +llama\.cpp +f16 tok/s +other ", found.out, re.MULTILINE)
     assert f"other llama.cpp is that of --peer-python, {llama_cpp.__version__}," in found.out
 
 
@@ -166,7 +184,7 @@ def test_tables(actqkv: Actqkv, babbler: Path) -> None:
     found = actqkv("bench", babbler, "--lengths", "256,512", "--peer-read", "256", "--methods", "actqkv,dense", *FAST)
     assert found.status == 0, found.err
     assert len(re.findall(r"^  (?:prefill|decode) +(?:256|512) +[\d,.]+ ", found.out, re.MULTILINE)) == 16
-    assert found.out.count("ours/llama.cpp") == 2
+    assert len(re.findall(r"^.* f16 tok/s +llama\.cpp ", found.out, re.MULTILINE)) == 2
     assert "At 512 llama.cpp's context is made of copies of the first 256 tokens" in found.out
     assert "~" not in found.out
     assert "\x1b" not in found.out + found.err
@@ -188,6 +206,10 @@ def test_tables(actqkv: Actqkv, babbler: Path) -> None:
         (["--lengths", "512", "--read", "256"], ["clamped"]),
         (["--kernels", "--lengths", "1k"], ["chunks", "--lengths"]),
         (["--kernels", "--peer-python", "python"], ["--kernels", "--peer-python"]),
+        (["--kernels", "--peer-kv-types", "f16"], ["--kernels", "--peer-kv-types"]),
+        (["--peer-kv-types", "f16,q5_0"], ["q5_0", "--peer-kv-types", "f16, q8_0, q4_0"]),
+        (["--peer-kv-types", ","], ["no type", "f16, q8_0, q4_0"]),
+        (["--kv-type", "f64", "--lengths", "256"], ["f64", "f16"]),
         (["--kernels", "--read", "1k"], ["--kernels", "--read"]),
         (["--kernels", "--methods", "dense"], ["--kernels", "--methods"]),
     ],
