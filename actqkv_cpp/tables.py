@@ -25,3 +25,13 @@ def to_text(parts: Iterable[RenderableType], *, width: int) -> str:
     for part in parts:
         console.print(part)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def size(n_tokens: int | None) -> str:
+    """Tokens as people write them: 4k, 128k, 1m, or the plain number."""
+    if n_tokens is None:
+        return "-"
+    for unit, name in ((1024 * 1024, "m"), (1024, "k")):
+        if n_tokens >= unit and n_tokens % unit == 0:
+            return f"{n_tokens // unit}{name}"
+    return f"{n_tokens:,}"

@@ -5,6 +5,7 @@ engines.py   our session and a llama.cpp context as two things that read, answer
 results.py   what came out: rows, as `bench --json` prints them
 kernels.py   each kernel by itself, `actqkv bench --kernels`; kernel_jobs.py has the calls
 report.py    the same as tables and words
+figure.py    the same as curves
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""What a benchmark found. Frozen; `to_json()` gives the names of `actqkv bench --json`."""
+"""What a benchmark found. Frozen; `Result.to_json()` is what `actqkv bench --json` prints, and `read` takes it back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from actqkv_cpp import resultfile
 from actqkv_cpp.figures import GpuStats
 
 FORMAT = "actqkv-bench"
@@ -151,6 +153,23 @@ class Row:
             "gpu": asdict(self.gpu) if self.gpu else None,
         }
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Row:
+        """The row of a result file. KeyError, TypeError or ValueError where it is none."""
+        found = _known(cls, value)
+        low, high = map(float, found["spread_ms"])
+        return cls(
+            **found
+            | {
+                "ms_per_token": float(found["ms_per_token"]),
+                "spread_ms": (low, high),
+                "stages": {name: StageUse(**_known(StageUse, stage)) for name, stage in (found["stages"] or {}).items()}
+                or None,
+                "memory": MemoryUse(**_known(MemoryUse, found["memory"])) if found["memory"] else None,
+                "gpu": GpuTraffic(**_known(GpuTraffic, found["gpu"])) if found["gpu"] else None,
+            }
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -187,7 +206,30 @@ class Result:
             "notes": list(self.notes),
         }
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Result:
+        """The result of a file. KeyError, TypeError or ValueError where it is none."""
+        rows = tuple(Row.from_json(row) for row in value["rows"])
+        return cls(**_known(cls, value) | {"rows": rows, "notes": tuple(value["notes"])})
+
     def find(self, subject: Subject, phase: Phase, depth: int) -> Row | None:
         """The row of these, if there is one."""
         wanted = (subject, phase, depth)
         return next((row for row in self.rows if (row.subject, row.phase, row.depth) == wanted), None)
+
+
+def read(path: Path) -> Result:
+    """The result in a file that `actqkv bench --json` was written to.
+
+    Raises:
+        StateError: it is cut short, no result of a benchmark, or of another version.
+        OSError: it cannot be read.
+    """
+    return resultfile.read(
+        path, kind=FORMAT, version=FORMAT_VERSION, command="actqkv bench --json", make=Result.from_json
+    )
+
+
+def _known(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass out of a JSON object, which has derived figures too."""
+    return {field.name: value[field.name] for field in fields(kind)}

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from actqkv_cpp.evaluation.summary import percent, size
+from actqkv_cpp.evaluation.summary import percent
 from actqkv_cpp.evaluation.views import Chart, Curve, HeatMap, Point, Series
+from actqkv_cpp.tables import size
 
 _WIDTH, _HEIGHT = 348, 216  # of a line chart, in CSS pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40

@@ -1,4 +1,4 @@
-"""Results as one picture, PNG or SVG, by matplotlib (the optional extra `plot`)."""
+"""Results as one picture: heat maps and curves."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from actqkv_cpp import drawing
+from actqkv_cpp.drawing import COLOURS, INK, MARKERS
 from actqkv_cpp.errors import ParameterError
-from actqkv_cpp.evaluation.page import MARK
 from actqkv_cpp.evaluation.results import Result
-from actqkv_cpp.evaluation.summary import size
 from actqkv_cpp.evaluation.views import Chart, HeatMap, Series, View
-from actqkv_cpp.files import written_atomically
+from actqkv_cpp.tables import size
 
-FORMATS = (".png", ".svg")
-_COLUMNS = 3
-_PANEL_INCHES = (4.2, 3.1)
-_DPI = 160
-_COLOURS = ("#0b6e8f", "#c2562d", "#6a4fa3", "#9a7b12", "#4c4a48", "#2f855a", "#b03a6f", "#5a7fb8")
-_MARKERS = "os^Dv"
 _HEAT = ("#d2694c", "#f3ecdc", "#3f8f8b")  # of a share: 0, one half, 1
 _NONE = "#efece7"  # a cell without a figure
-_INK, _SOFT, _RULE = "#1c1b1a", "#6b6763", "#e6e2dc"
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -42,35 +35,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
             "there is nothing to draw: one length, one budget and no depths",
             "evaluate at several --lengths or --budgets",
         )
-    figure = _figure(len(panels))
-    for i, panel in enumerate(panels):
-        panel(figure.add_subplot(-(-len(panels) // _COLUMNS), min(_COLUMNS, len(panels)), i + 1))
-    mark = {"Software" if path.suffix == ".png" else "Creator": MARK}
-    with written_atomically(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=_DPI, facecolor="white", metadata=mark)
+    drawing.draw(panels, path)
 
 
 def _with(panel: Callable[[Any, Any, View], None], what: Any, view: View) -> Callable[[Any], None]:
     return lambda axes: panel(axes, what, view)
-
-
-def _figure(n_panels: int) -> Any:
-    try:
-        figures = import_module("matplotlib.figure")
-    except ImportError:
-        raise ParameterError(
-            "pictures are drawn by matplotlib, which is not installed", 'pip install "actqkv[plot]", or -o report.html'
-        ) from None
-    width, height = _PANEL_INCHES
-    columns = min(_COLUMNS, n_panels)
-    return figures.Figure(figsize=(width * columns, height * -(-n_panels // _COLUMNS)), layout="constrained")
-
-
-def _style(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
-    axes.tick_params(colors=_SOFT, labelsize=8, length=0)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
 
 
 def _heat_map(axes: Any, found: HeatMap, view: View) -> None:
@@ -82,18 +51,18 @@ def _heat_map(axes: Any, found: HeatMap, view: View) -> None:
     for i, line in enumerate(grid):
         for j, value in enumerate(line):
             if not math.isnan(value):
-                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=_INK)
+                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=INK)
     axes.set_xticks(range(len(found.lengths)), [size(length) for length in found.lengths])
     axes.set_yticks(range(len(found.depths)), [f"{depth:.0%}" for depth in found.depths])
-    _style(axes, f"{found.suite}, {view.label(found.series)}: {found.title}")
+    drawing.style(axes, f"{found.suite}, {view.label(found.series)}: {found.title}")
 
 
 def _chart(axes: Any, chart: Chart, view: View) -> None:
     scale = 100.0 if chart.unit == "%" else 1.0
     methods = list(dict.fromkeys(series.method for series in view.series))
     for curve in chart.curves:
-        colour = _COLOURS[methods.index(curve.series.method) % len(_COLOURS)]
-        mark = None if curve.flat else _MARKERS[methods.index(curve.series.method) % len(_MARKERS)]
+        colour = COLOURS[methods.index(curve.series.method) % len(COLOURS)]
+        mark = None if curve.flat else MARKERS[methods.index(curve.series.method) % len(MARKERS)]
         xs = [point.x for point in curve.points]
         label = _label(curve.series, chart, view)
         line = ":" if curve.flat else "-"
@@ -103,16 +72,10 @@ def _chart(axes: Any, chart: Chart, view: View) -> None:
             axes.fill_between(xs, low, high, color=colour, alpha=0.1, linewidth=0)
     xs = sorted({point.x for curve in chart.curves for point in curve.points})
     if chart.log_x:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(xs, [size(x) for x in xs])
-        axes.minorticks_off()
+        drawing.style_tokens(axes, xs)
     axes.set_ylim(0, 104 if chart.unit == "%" else None)
-    axes.set_xlabel(chart.x_label, fontsize=8, color=_SOFT)
-    axes.set_ylabel(chart.unit, fontsize=8, color=_SOFT)
-    axes.grid(axis="y", color=_RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=7, frameon=False)
-    _style(axes, chart.title)
+    drawing.style_curves(axes, x_label=chart.x_label, y_label=chart.unit)
+    drawing.style(axes, chart.title)
 
 
 def _ends(points: Sequence[Any]) -> list[tuple[float | None, float | None]]:

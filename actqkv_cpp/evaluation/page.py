@@ -8,12 +8,13 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby
 
+from actqkv_cpp.drawing import MARK
 from actqkv_cpp.evaluation import charts
 from actqkv_cpp.evaluation.results import Result, Row
-from actqkv_cpp.evaluation.summary import percent, size
+from actqkv_cpp.evaluation.summary import percent
 from actqkv_cpp.evaluation.views import Chart, HeatMap, Series, View
+from actqkv_cpp.tables import size
 
-MARK = "actqkv report"  # how a page or a picture of ours is known
 _N_COLOURS = 8
 _N_DASHES = 3
 _ABOUT_SCORES = (

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actqkv_cpp.errors import StateError
+from actqkv_cpp import resultfile
 from actqkv_cpp.evaluation.samples import Finding
 
 FORMAT = "actqkv-eval"
@@ -186,6 +185,18 @@ class Result:
             "rows": [row.to_json() for row in self.rows],
         }
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Result:
+        """The result of a file. KeyError, TypeError or ValueError where it is none."""
+        names = ("version", "commit", "started", "machine", "model", "parameters")
+        rows = tuple(Row.from_json(row) for row in value["rows"])
+        return cls(**{name: value[name] for name in names}, rows=rows)
+
+
+def result_file(path: Path) -> Path:
+    """The file itself, or the result in the folder that `actqkv eval --out` made."""
+    return path / RESULT if path.is_dir() else path
+
 
 def read(path: Path) -> Result:
     """The result in a file, or in the folder that `actqkv eval --out` made.
@@ -194,27 +205,9 @@ def read(path: Path) -> Result:
         StateError: it is cut short, no result of an evaluation, or of another version.
         OSError: it cannot be read.
     """
-    if path.is_dir():
-        path /= RESULT
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise StateError(
-            f"{path} is cut short or no JSON ({error})", "run actqkv eval --out again: it goes on where it stopped"
-        ) from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise StateError(f"{path} is no result of actqkv eval", "give a result.json that actqkv eval wrote")
-    if value.get("format_version") != FORMAT_VERSION:
-        raise StateError(
-            f"{path} has format version {value.get('format_version')}, this actqkv reads {FORMAT_VERSION}",
-            "evaluate again with this version",
-        )
-    fields = {name: value.get(name) for name in ("version", "commit", "started", "machine", "model", "parameters")}
-    try:
-        return Result(**fields, rows=tuple(Row.from_json(row) for row in value["rows"]))  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError) as error:
-        raise StateError(f"{path} lacks part of a result ({error})", "evaluate again with this version") from None
+    return resultfile.read(
+        result_file(path), kind=FORMAT, version=FORMAT_VERSION, command="actqkv eval", make=Result.from_json
+    )
 
 
 def interval(score: float, n: int) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from actqkv_cpp import tables
 from actqkv_cpp.evaluation.results import Result, Row, Score
+from actqkv_cpp.tables import size
 
 _T = TypeVar("_T")
 _Columns = dict[str, Callable[[Row], str]]
@@ -22,16 +23,6 @@ _N_TASK_COLUMNS = 2  # task and length
 def render(result: Result, *, width: int) -> str:
     """A table per suite: methods, lengths, scores with their intervals, tokens attended, speeds."""
     return tables.to_text(_parts(result, width), width=width)
-
-
-def size(n_tokens: int | None) -> str:
-    """Tokens as people write them: 4k, 128k, 1m, or the plain number."""
-    if n_tokens is None:
-        return "-"
-    for unit, name in ((1024 * 1024, "m"), (1024, "k")):
-        if n_tokens >= unit and n_tokens % unit == 0:
-            return f"{n_tokens // unit}{name}"
-    return f"{n_tokens:,}"
 
 
 def percent(score: float | None) -> str:

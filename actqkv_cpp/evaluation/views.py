@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from actqkv_cpp.errors import StateError
 from actqkv_cpp.evaluation.recalls import SELECTED
 from actqkv_cpp.evaluation.results import Result, Row, Score
-from actqkv_cpp.evaluation.summary import size
+from actqkv_cpp.tables import size
 
 _COMMON = ("n_sink", "n_local", "chunk", "kv_type")  # parameters that figures beside each other must share
 _EACH = "draw a report for each"

@@ -17,6 +17,7 @@ from tiny_gguf import make_tiny_gguf
 from actqkv_cpp import __version__
 from actqkv_cpp.__main__ import main
 from actqkv_cpp.bench import measure
+from actqkv_cpp.bench.results import read
 from actqkv_cpp.files import file_hash
 
 FAST = ("--quick", "--threads", "1")
@@ -24,11 +25,14 @@ KEYS = {"engine", "method", "kv_type", "phase", "depth", "tokens_per_s", "ms_per
 STAGES = {"graph", "probe", "score", "refine", "attend", "append", "summarize", "other"}
 
 
-def test_json(actqkv: Actqkv, babbler: Path) -> None:
-    """--json is another object than was promised, an engine is missing, or a copied context is called read."""
+def test_json(actqkv: Actqkv, babbler: Path, tmp_path: Path) -> None:
+    """--json is another object than was promised or than is read back, an engine is missing, or a copied context is
+    called read."""
     found = actqkv("bench", babbler, "--lengths", "512,256,768", "--peer-read", "512", "--json", *FAST)
     assert found.status == 0, found.err
     result = json.loads(found.out)
+    (tmp_path / "bench.json").write_text(found.out, encoding="utf-8")
+    assert read(tmp_path / "bench.json").to_json() == result
     assert (result["format"], result["format_version"], result["version"]) == ("actqkv-bench", 1, __version__)
     assert {"commit", "started", "machine", "model", "settings", "rows"} <= set(result)
     assert result["model"]["sha256"] == file_hash(babbler)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from evaluation_support import LENGTHS, make_result
 
+from actqkv_cpp import drawing
 from actqkv_cpp.errors import ParameterError, StateError
 from actqkv_cpp.evaluation import figure, page
 from actqkv_cpp.evaluation.views import View
@@ -68,11 +69,11 @@ def test_only_pages_of_ours_are_overwritten(html: str, tmp_path: Path) -> None:
     for text in (None, html):
         if text is not None:
             path.write_text(text, encoding="utf-8")
-        check_free(path, page.MARK)
+        check_free(path, drawing.MARK)
     path.write_text("<!doctype html>mine", encoding="utf-8")
     for taken, words in ((path, "was not written by actqkv report"), (tmp_path, "is a folder"), (path / "a", "no fol")):
         with pytest.raises(ParameterError, match=words):
-            check_free(taken, page.MARK)
+            check_free(taken, drawing.MARK)
 
 
 def test_text_is_escaped(html: str) -> None:
@@ -143,12 +144,12 @@ def test_views() -> None:
     assert all([point.x for point in curve.points] == [1024, 2048] for curve in flat)
 
 
-@pytest.mark.parametrize("suffix", figure.FORMATS)
+@pytest.mark.parametrize("suffix", drawing.FORMATS)
 def test_pictures(tmp_path: Path, suffix: str) -> None:
     """A picture cannot be drawn, or half of one is left."""
     path = tmp_path / f"figure{suffix}"
     for _ in range(2):
-        check_free(path, page.MARK)
+        check_free(path, drawing.MARK)
         figure.draw([make_result()], path)
     assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
