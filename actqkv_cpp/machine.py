@@ -26,6 +26,7 @@ from actqkv_cpp.figures import MemoryPlan
 _CHILD_TIMEOUT_S = 60.0  # it takes about one second; a child that hangs is as bad as one that dies
 _CHILD = "import sys; sys.path[:0] = {path!r}; from actqkv_cpp import _native; _native.try_extra_buffers()"
 _VERDICT_FILE = "extra_buffers.json"
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,13 @@ def _write_verdicts(file: Path, verdicts: dict[str, Verdict]) -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use. Hardware threads of one core share its units and count once; where the system
+    does not tell which share one, each counts."""
     affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    if affinity is None:
+        return os.cpu_count() or 1
+    cpus = affinity(0)
+    try:  # the same list stands beside every hardware thread of a core
+        return len({(_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text() for cpu in cpus})
+    except OSError:
+        return len(cpus)

@@ -1,8 +1,9 @@
-"""Breaks when a build whose extra buffer types crash can reach the user's process."""
+"""Breaks when a build whose extra buffer types crash can reach the user's process, or cores are miscounted."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -100,3 +101,27 @@ def test_available_memory() -> None:
     """Breaks when the memory check has nothing to compare with on Linux."""
     found = machine.available_memory()
     assert sys.platform != "linux" or (found is not None and found > 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("siblings", "allowed", "n_cores"),
+    [
+        ({0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5"}, {0, 1, 4, 5}, 2),
+        ({0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"}, {1, 2, 3}, 2),
+        ({0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"}, {0, 1}, 1),
+        ({0: "0", 1: "1"}, {0, 1}, 2),
+        ({0: "0-1"}, {0, 1}, 2),  # unknown of one
+        ({}, {0, 1, 2}, 3),
+    ],
+)
+def test_available_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, siblings: dict[int, str], allowed: set[int], n_cores: int
+) -> None:
+    """Threads share cores and wait for each other, cores of others are counted, or a sandbox ends in a traceback."""
+    for cpu, text in siblings.items():
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(text + "\n")
+    monkeypatch.setattr(machine, "_CPUS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed, raising=False)
+    assert machine.available_cores() == n_cores
