@@ -254,12 +254,13 @@ void session::run_layer(const window & w, int il) {
 
 void session::plan_and_attend(const window & w, int il, const float * q_stored, const observer & observe) {
     const window_tensors & io = graph.io();
-    const auto mass = [&](bool per_head) -> const std::vector<double> & {
+    const auto timed = [&](bool per_head) -> const std::vector<double> & {
         const double start = now_ms();
         const std::vector<double> & found = true_mass(w, il, per_head);
         counts.attend.ms += now_ms() - start;
         return found;
     };
+    const mass_source mass = std::cref(timed); // owning the captures, it would take heap memory in every layer
     const chunk_plan & plan = plans.plan(il, memory[il], store, io.q_far, io.q_near, q_stored, w.m, mass, observe);
 
     if (recorder != nullptr) {
