@@ -229,6 +229,11 @@ def kernel_name() -> str:
     return _text(lib.actqkv_kernel_name())
 
 
+def has_threads() -> bool:
+    """Whether the kernels were built to run on several threads."""
+    return bool(lib.actqkv_has_threads())
+
+
 # ---- callbacks: one pair of C functions; the session in the call says whose Python callable is meant
 
 _calling = threading.local()  # .session: the Session whose native call runs on this thread

@@ -81,10 +81,10 @@ def diagnose() -> list[Finding]:
     try:
         from actqkv_cpp import _cuda, _native  # noqa: PLC0415 (heavy, and what may not load)
 
-        kernels, cuda = _native.kernel_name(), _cuda.find_cuda()
+        kernels, threaded, cuda = _native.kernel_name(), _native.has_threads(), _cuda.find_cuda()
     except ActqkvError as error:
         return [*findings, Finding("libactqkv", "broken", str(error), error.hint)]
-    findings += judge_processor(kernels)
+    findings += judge_processor(kernels, threaded=threaded)
     gpu = list(judge_cuda(cuda, installed))
     return [*findings, *gpu, summary(gpu)]
 
@@ -141,11 +141,18 @@ def cuda_build(found: LlamaCpp) -> str:
 # ---- processor
 
 
-def judge_processor(kernels: str) -> Iterator[Finding]:
-    """Its features, which kernels run on it, and llama.cpp's extra buffer types."""
+def judge_processor(kernels: str, *, threaded: bool) -> Iterator[Finding]:
+    """Its features, which kernels run on it, on how many threads, and llama.cpp's extra buffer types."""
     flags = sorted(_FEATURES & set(machine._cpu_flags().split()))
     features = " ".join(flags) or platform.machine()
     yield Finding("processor", "ok", f"{machine.available_cores()} cores, {features}; kernels: {kernels}")
+    if not threaded:
+        yield Finding(
+            "threads",
+            "unused",
+            "the kernels run on one: they were built without OpenMP",
+            "install the compiler's OpenMP, for example libomp-dev, or libomp of Homebrew, and install actqkv again",
+        )
     verdict = machine.extra_buffers()
     what = "repacked weights"
     if verdict.safe:

@@ -1,6 +1,7 @@
 // extern "C" shims: arguments in, exceptions out as status + message. No logic.
 #include "../error.h"
 #include "../kernels/kernels.h"
+#include "../kernels/parallel.h"
 #include "../model/extra_buffers.h"
 #include "../session/session.h"
 
@@ -307,6 +308,8 @@ void actqkv_stats_reset(actqkv_session * session) { session->impl.reset_stats();
 int32_t actqkv_try_extra_buffers(actqkv_error * err) {
     return guarded(err, [] { actqkv::try_extra_buffers(); });
 }
+
+int32_t actqkv_has_threads(void) { return actqkv::has_threads; }
 
 const char * actqkv_kernel_name(void) {
     switch (actqkv_impl_best()) {

@@ -392,6 +392,9 @@ ACTQKV_API int32_t actqkv_try_extra_buffers(struct actqkv_error * err);
 // "scalar".
 ACTQKV_API const char * actqkv_kernel_name(void);
 
+// Whether the kernels were built to run on several threads; 0: on one, whatever a session's n_threads is.
+ACTQKV_API int32_t actqkv_has_threads(void);
+
 // clang-format on
 // [cdef end]
 

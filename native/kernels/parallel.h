@@ -7,6 +7,13 @@
 
 namespace actqkv {
 
+// Whether the compiler had OpenMP; without it everything runs on the caller's thread.
+#ifdef _OPENMP
+constexpr bool has_threads = true;
+#else
+constexpr bool has_threads = false;
+#endif
+
 // Runs f(ith, nth) on nth = n_threads threads and waits for all. n_threads 1 stays on the caller's thread.
 template <typename F> void parallel(int n_threads, F && f) {
 #ifdef _OPENMP

@@ -142,10 +142,19 @@ def test_no_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_repacked_weights_that_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when doctor hides that llama.cpp's fast weights are off."""
     monkeypatch.setattr(machine, "extra_buffers", lambda: machine.Verdict(False, "killed by signal 11"))
-    _, one = doctor.judge_processor("avx2")
+    _, one = doctor.judge_processor("avx2", threaded=True)
     assert one.state == "unused"
     assert "killed by signal 11" in one.text
     assert one.remedy
+
+
+def test_a_build_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when kernels that run on one thread, for want of OpenMP, are told by their slowness only."""
+    monkeypatch.setattr(machine, "extra_buffers", lambda: machine.Verdict(True, "tried"))
+    one = next(one for one in doctor.judge_processor("avx2", threaded=False) if one.what == "threads")
+    assert one.state == "unused"
+    assert "OpenMP" in one.text
+    assert "libomp" in str(one.remedy)
 
 
 def test_what_the_library_tells() -> None:
