@@ -11,7 +11,7 @@ import ops_reference as reference
 import pytest
 from ops_support import BOUNDS, EMULATED, KV_TYPES, Guarded, check, ffi, half, lib, nmse, pointer
 
-RATIOS = [(4, 4), (8, 4), (8, 2), (8, 1), (14, 2)]  # r = 1, 2, 4, 8, 7
+RATIOS = [(4, 4), (8, 4), (6, 2), (8, 2), (8, 1), (14, 2)]  # r = 1, 2, 3, 4, 8, 7
 
 
 @dataclass

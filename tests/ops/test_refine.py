@@ -9,7 +9,7 @@ from ops_support import EMULATED, KV_TYPES, Guarded, check, half, lib, pointer
 
 
 @pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 2), (7, 1), (40, 2)])
-@pytest.mark.parametrize(("d_head", "c"), [(64, 32), (80, 5), (128, 100)])
+@pytest.mark.parametrize(("d_head", "c"), [(64, 32), (80, 5), (96, 33), (128, 100), (256, 32)])
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_scores_are_the_best_keys(

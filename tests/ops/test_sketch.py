@@ -29,7 +29,7 @@ def sketches_of(keys: reference.Array, impl: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (8, 2), (7, 1), (20, 2)])
-@pytest.mark.parametrize(("d_head", "c"), [(64, 32), (80, 5), (8, 1), (128, 100)])
+@pytest.mark.parametrize(("d_head", "c"), [(64, 32), (80, 5), (8, 1), (96, 33), (128, 100), (256, 32)])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_scores_are_the_best_sketched_keys(
     impl: int, rng: np.random.Generator, *, n_head: int, n_head_kv: int, d_head: int, c: int, n_threads: int
