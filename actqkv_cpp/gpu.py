@@ -71,36 +71,43 @@ def find(cuda: Cuda, device: int) -> NoGpu | None:
     return None
 
 
-def choose(cuda: Cuda, device: int, plan: GpuPlan, vram: int | None) -> GpuUse | NoGpu:
+def default_limit(free_bytes: int, weights_bytes: int = 0) -> int:
+    """Bytes of a GPU's memory that attention may take unless --vram says how many: what weights that are still to come
+    leave of what is free, but for SPARE_BYTES."""
+    return max(free_bytes - weights_bytes - SPARE_BYTES, 0)
+
+
+def choose(cuda: Cuda, device: int, plan: GpuPlan, limit_bytes: int, *, asked: bool) -> GpuUse | NoGpu:
     """Whether a session of this plan attends on `device`, and with how much of its memory.
 
     Args:
-        vram: bytes that may be taken; None: what is of use, as far as it is free.
+        limit_bytes: that may be taken; more than is of use is not.
+        asked: the user said so many; else what is free may have become less, and the processor will do.
 
     Raises:
-        GpuMemoryError: `vram` is less than the session needs there, or more than is free.
+        GpuMemoryError: what was asked for is less than the session needs there, or more than is free.
     """
     problem = find(cuda, device)
     if problem is not None:
         return problem
     found = cuda.devices[device]
     parts = f"{mib(plan.window_bytes)} for a window and open blocks, the rest for the chunks that a step attends"
-    if vram is None:
-        limit = min(plan.useful_bytes, max(found.free_bytes - SPARE_BYTES, 0))
+    if not asked:
+        limit = min(limit_bytes, default_limit(found.free_bytes), plan.useful_bytes)
         if limit >= plan.least_bytes:
             return GpuUse(device, found.name, limit, plan.planning_bytes)
         return NoGpu(
-            f"GPU {device} ({found.name}) has {mib(found.free_bytes)} free, attention needs {mib(plan.least_bytes)} "
-            f"and leaves {mib(SPARE_BYTES)}",
+            f"GPU {device} ({found.name}) has {mib(found.free_bytes)} free, of which attention may take {mib(limit)} "
+            f"and needs {mib(plan.least_bytes)}",
             "a smaller budget needs less",
             there=True,
         )
-    if vram < plan.least_bytes:
+    if limit_bytes < plan.least_bytes:
         raise GpuMemoryError(
-            f"vram is {mib(vram)}, attention on a GPU needs at least {mib(plan.least_bytes)}: {parts}",
+            f"vram is {mib(limit_bytes)}, attention on a GPU needs at least {mib(plan.least_bytes)}: {parts}",
             f"give vram {-(-plan.least_bytes // _MIB)}m or more, a smaller budget, or vram 0: on the processor",
         )
-    limit = min(vram, plan.useful_bytes)
+    limit = min(limit_bytes, plan.useful_bytes)
     if limit > found.free_bytes:
         raise GpuMemoryError(
             f"attention is to take {mib(limit)} of GPU {device} ({found.name}), which has {mib(found.free_bytes)} free",

@@ -32,7 +32,7 @@ from actqkv_cpp.context import Closed, SessionContext
 from actqkv_cpp.document import Document, PathLike, Progress, text_files
 from actqkv_cpp.errors import Cancelled, ContextError, ModelError, ParameterError, StateError, unknown_name
 from actqkv_cpp.figures import Mass, Phase
-from actqkv_cpp.gpu import GpuUse, NoGpu
+from actqkv_cpp.gpu import GpuUse, Layers, NoGpu
 from actqkv_cpp.lifetime import guard_of
 from actqkv_cpp.placement import Placement
 from actqkv_cpp.reader import TextFile
@@ -122,11 +122,12 @@ class Llama(llama_cpp.Llama):
             modelfile.check_adapter(given["lora_path"], path)
         if given.get("n_batch", 1) < 1:
             raise ParameterError(f"n_batch is {given['n_batch']}, expected 1 or more")
-        self.gpu_layers = self._placement.layers(path, 0 if given.get("vocab_only") else given.get("n_gpu_layers", 0))
+        vocab_only = given.get("vocab_only")
+        self.gpu_layers = Layers(0, 0) if vocab_only else self._placement.layers(path, given.get("n_gpu_layers", 0))
         if given.get("n_gpu_layers", 0) is None or self.gpu_layers.n:
             given["n_gpu_layers"] = self.gpu_layers.n
 
-        asked = "vocab_only" if given.get("vocab_only") else LLAMA_CPP if self.retrieval.method == LLAMA_CPP else None
+        asked = "vocab_only" if vocab_only else LLAMA_CPP if self.retrieval.method == LLAMA_CPP else None
         reason = asked or compat.dense_reason(given)
         if reason is None:
             own = {"n_ctx": _SMALLEST_N_CTX, "logits_all": False, "type_k": None, "type_v": None}

@@ -30,7 +30,7 @@ def _unfit(retrieval: Retrieval) -> NoGpu | None:
 
 
 class Placement:
-    """Where sessions attend.
+    """Where sessions attend. First layers(), then the model is loaded, then plan() and enter().
 
     Args:
         vram: bytes of the GPU's memory that attention may take, "6g" or a number; None: what is of use, as far as it is
@@ -39,6 +39,7 @@ class Placement:
 
     Attributes:
         vram: in bytes, or None.
+        limit_bytes: that attention takes at most, whatever becomes free later; known by layers().
 
     Raises:
         ParameterError: `vram` is no size.
@@ -46,6 +47,7 @@ class Placement:
 
     def __init__(self, vram: int | str | None, device: int) -> None:
         self.vram = None if vram is None else parse_bytes(vram)
+        self.limit_bytes = self.vram or 0
         self._device = device
         self._planned: GpuUse | NoGpu = NoGpu("llama.cpp runs the model")
 
@@ -58,6 +60,15 @@ class Placement:
         Raises:
             GpuMemoryError: the layers asked for do not fit.
         """
+        layers = self._choose_layers(path, wanted)
+        if self.vram is None:
+            cuda = _cuda.find_cuda()
+            usable = gpu.find(cuda, self._device) is None
+            free = cuda.devices[self._device].free_bytes if usable else 0
+            self.limit_bytes = gpu.default_limit(free, layers.n_bytes)
+        return layers
+
+    def _choose_layers(self, path: str, wanted: int | None) -> Layers:
         if wanted == 0:
             return Layers(0, 0)
         if not llama_cpp.llama_supports_gpu_offload():
@@ -70,22 +81,25 @@ class Placement:
         free = sum(one.free_bytes for one in cuda.devices if one.problem is None) - gpu.SPARE_BYTES
         return gpu.choose_layers(wanted, *modelfile.sizes(path), free, reserve)
 
+    def expected(self, retrieval: Retrieval) -> GpuUse | NoGpu:
+        """Where sessions of this kind will attend, before anything is loaded, with as much as they may take at most."""
+        if self.vram == 0:
+            return NoGpu("vram is 0")
+        cuda = _cuda.find_cuda()
+        problem = gpu.find(cuda, self._device) or _unfit(retrieval)
+        return problem or GpuUse(self._device, cuda.devices[self._device].name, self.limit_bytes)
+
     def plan(self, model: Any, retrieval: Retrieval, *, n_ctx: int, n_threads: int, kv_type: str) -> None:
         """Decide for sessions of this kind; allocates nothing but CUDA's own state.
 
         Raises:
             GpuMemoryError: `vram` is less than such a session needs, or more than is free.
         """
-        if self.vram == 0:
-            self._planned = NoGpu("vram is 0")
-            return
-        cuda = _cuda.find_cuda()
-        problem = gpu.find(cuda, self._device) or _unfit(retrieval)
-        if problem is None:
+        self._planned = self.expected(retrieval)
+        if isinstance(self._planned, GpuUse):
             needs = _cuda.plan(model, retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
-            self._planned = gpu.choose(cuda, self._device, needs, self.vram)
-        else:
-            self._planned = problem
+            asked = self.vram is not None
+            self._planned = gpu.choose(_cuda.find_cuda(), self._device, needs, self.limit_bytes, asked=asked)
 
     def enter(self, session: Session) -> None:
         """Have a session attend where it was planned.

@@ -18,7 +18,7 @@ from actqkv_cpp.cli._options import EngineOptions
 from actqkv_cpp.cli._output import Output, Progress, clock, human_bytes
 from actqkv_cpp.config import Retrieval
 from actqkv_cpp.errors import Cancelled, DocumentError, MemoryPlanError, ParameterError, unknown_name
-from actqkv_cpp.gpu import mib
+from actqkv_cpp.gpu import GpuUse, mib
 from actqkv_cpp.reader import TextFile
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def open_model(
     positions = actqkv_cpp.methods()[options.method] if info is None else info.params.columns
     exact = positions["positions"] == "exact"
     reserve += info.n_tokens if info is not None else 0
-    _say_plan(output, path, options)
+    _say_plan(output, path, options, retrieval)
     with output.waiting(f"loading {path.name}"):
         if options.ctx is None:
             llm, n_tokens = _load_with_room(load, texts, reserve, exact=exact)
@@ -354,13 +354,18 @@ def _engine(llm: Llama) -> str:
     return f"method {retrieval.method} attends {n_tokens} tokens at a time"
 
 
-def _say_plan(output: Output, path: Path, options: EngineOptions) -> None:
-    """What loading will take of a GPU, before it does."""
-    from actqkv_cpp.placement import ATTENTION_BYTES, Placement  # noqa: PLC0415 (heavy)
+def _say_plan(output: Output, path: Path, options: EngineOptions, retrieval: Retrieval) -> None:
+    """What weights and attention will take of a GPU at most, before they do."""
+    from actqkv_cpp.placement import Placement  # noqa: PLC0415 (heavy)
 
-    if path.is_file() and (plan := Placement(options.vram, 0).layers(str(path), options.gpu_layers)).n:
-        rest = ATTENTION_BYTES if options.vram is None else options.vram
-        output.note(f"to be loaded: {plan}, at most {mib(plan.n_bytes)}, and {mib(rest)} kept for attention")
+    if not path.is_file():
+        return
+    placement = Placement(options.vram, 0)
+    layers = placement.layers(str(path), options.gpu_layers)
+    attention = placement.expected(retrieval)
+    weights = f"{layers}, at most {mib(layers.n_bytes)}; " if layers.n else ""
+    if weights or isinstance(attention, GpuUse):
+        output.note(f"to be loaded: {weights}attention on {attention}")
 
 
 def _place(llm: Llama, *, asked: bool) -> str | None:

@@ -19,6 +19,7 @@ from actqkv_cpp.bench import report
 from actqkv_cpp.bench.results import GpuTraffic, Result, Row
 from actqkv_cpp.config import parse_bytes
 from actqkv_cpp.figures import Cuda, Gpu, GpuPlan, GpuStats
+from actqkv_cpp.placement import Placement
 
 SMALL = Retrieval(n_sink=4, n_local=32, chunk=8, window=16, budget=4 + 32 + 5 * 8, positions="clamped")
 TEXT = "The lamp stood on the shelf. " * 6
@@ -192,23 +193,27 @@ def test_traffic_of_a_benchmark() -> None:
 
 def test_what_is_chosen() -> None:
     """Breaks when a default takes all of a GPU, or what was asked for is not held to."""
-    assert gpu.choose(READY, 0, PLAN, None) == GpuUse(0, "Card", PLAN.useful_bytes)
+    assert gpu.choose(READY, 0, PLAN, 1 << 30, asked=False) == GpuUse(0, "Card", PLAN.useful_bytes)
+    assert gpu.choose(READY, 0, PLAN, 50 * MIB, asked=False) == GpuUse(0, "Card", 50 * MIB)  # whatever is free by now
     tight = Cuda(None, 13000, "80", 13010, None, (Gpu("Card", (8, 0), 1 << 30, gpu.SPARE_BYTES + 50 * MIB),))
-    assert gpu.choose(tight, 0, PLAN, None) == GpuUse(0, "Card", 50 * MIB)
-    assert gpu.choose(tight, 0, PLAN, 100 * MIB) == GpuUse(0, "Card", 100 * MIB)
+    assert gpu.choose(tight, 0, PLAN, 1 << 30, asked=False) == GpuUse(0, "Card", 50 * MIB)
+    assert isinstance(gpu.choose(tight, 0, PLAN, 29 * MIB, asked=False), NoGpu)
+    assert gpu.choose(tight, 0, PLAN, 100 * MIB, asked=True) == GpuUse(0, "Card", 100 * MIB)
     with pytest.raises(GpuMemoryError, match="562 MiB free"):
-        gpu.choose(tight, 0, GpuPlan(10 * MIB, 30 * MIB, 2 << 30), 1 << 30)
+        gpu.choose(tight, 0, GpuPlan(10 * MIB, 30 * MIB, 2 << 30), 1 << 30, asked=True)
     with pytest.raises(GpuMemoryError, match="needs at least 30 MiB"):
-        gpu.choose(READY, 0, PLAN, 29 * MIB)
-    assert isinstance(gpu.choose(READY, 1, PLAN, None), NoGpu)
+        gpu.choose(READY, 0, PLAN, 29 * MIB, asked=True)
+    assert isinstance(gpu.choose(READY, 1, PLAN, 1 << 30, asked=False), NoGpu)
 
 
 def test_where_plans_are_made() -> None:
     """Breaks when too little memory for plans is not said, or enough of it is."""
     plan = GpuPlan(10 * MIB, 30 * MIB, 200 * MIB, 90 * MIB)
-    assert "plans" not in str(gpu.choose(READY, 0, plan, 90 * MIB))
-    assert "its plans on the processor, there from 90 MiB on" in str(gpu.choose(READY, 0, plan, 90 * MIB - 1))
-    assert "plans" not in str(gpu.choose(READY, 0, PLAN, 40 * MIB))
+    assert "plans" not in str(gpu.choose(READY, 0, plan, 90 * MIB, asked=True))
+    assert "its plans on the processor, there from 90 MiB on" in str(
+        gpu.choose(READY, 0, plan, 90 * MIB - 1, asked=True)
+    )
+    assert "plans" not in str(gpu.choose(READY, 0, PLAN, 40 * MIB, asked=True))
 
 
 def test_layers() -> None:
@@ -235,6 +240,22 @@ def test_layers_of_a_file(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, fau
     with load(tiny_model, n_gpu_layers=None) as llm:
         assert (llm.gpu_layers.n, llm.gpu_layers.most) == (0, 4)
         assert "no more fit" in str(llm.gpu_layers)
+
+
+def test_the_limit_is_known_before_loading(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, faulty: Faulty) -> None:
+    """Breaks when attention may take more than weights leave of what was free before they were there."""
+    faulty(free=4 << 30)
+    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: True)
+    placement = Placement(None, 0)
+    layers = placement.layers(str(tiny_model), None)
+    assert layers.n == layers.most == 4
+    assert placement.limit_bytes == (4 << 30) - layers.n_bytes - gpu.SPARE_BYTES
+    assert placement.expected(SMALL) == GpuUse(0, "emulated", placement.limit_bytes)
+    assert "per KV head" in str(placement.expected(Retrieval("quest-clamped")))
+    placement.layers(str(tiny_model), 0)
+    assert placement.limit_bytes == (4 << 30) - gpu.SPARE_BYTES
+    assert Placement("6m", 0).limit_bytes == 6 * MIB
+    assert "vram is 0" in str(Placement(0, 0).expected(SMALL))
 
 
 @pytest.mark.parametrize(

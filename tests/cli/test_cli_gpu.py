@@ -28,11 +28,14 @@ def test_ask_says_where_it_attends(actqkv: Actqkv, babbler: Path, note: Path) ->
     on_gpu = actqkv(*arguments, **emulated_gpu())
     on_cpu = actqkv(*arguments, "--vram", "0", **emulated_gpu())
     assert on_gpu.status == on_cpu.status == 0, on_gpu.err + on_cpu.err
-    assert "attention on GPU 0 (emulated), at most " in on_gpu.err
+    before, after = on_gpu.err.split("method actqkv attends")
+    assert "to be loaded: attention on GPU 0 (emulated), at most 512 MiB of its memory" in before
+    assert "attention on GPU 0 (emulated), at most " in after
     assert "attention on the processor: vram is 0" in on_cpu.err
     found, other = json.loads(on_gpu.out), json.loads(on_cpu.out)
     assert found["answers"][0]["answer"] == other["answers"][0]["answer"]
     assert found["gpu"]["n_calls"] > 0
+    assert 0 < found["gpu"]["memory_bytes"] <= 512 << 20
     assert other["gpu"] is None
 
 
