@@ -60,8 +60,9 @@ double hot_chunks::heat_of(const layer & l, const slot & s) const {
     return s.chunk < 0 ? -1 : s.heat * faded(l.n_plans - s.warmed);
 }
 
-void hot_chunks::warm(const layer & l, slot & s, double heat) const {
-    s.heat = heat_of(l, s) + heat;
+// Another plan has the slot's chunk.
+void hot_chunks::warm(const layer & l, slot & s) const {
+    s.heat = heat_of(l, s) + 1;
     s.warmed = l.n_plans;
 }
 
@@ -149,7 +150,7 @@ const std::vector<int32_t> & hot_chunks::plan(int il, const int32_t * chunks, in
             bring(il, chunks[i], found[i], false);
             counts.n_misses++;
         }
-        warm(l, l.slots[found[i]], 1.0);
+        warm(l, l.slots[found[i]]);
     }
     if (started) {
         started = false;
@@ -190,16 +191,6 @@ void hot_chunks::fill(int il, int32_t first, int32_t last) {
             at++;
         }
         bring(il, chunk, at, false);
-    }
-}
-
-void hot_chunks::add_mass(int il, const int32_t * chunks, const double * mass, int32_t n) {
-    layer & l = layers[il];
-    for (int32_t i = 0; i < n; i++) {
-        const int32_t at = slot_of(l, chunks[i]);
-        if (at >= 0) {
-            warm(l, l.slots[at], mass[i] * n); // 1 on average, as much as being planned
-        }
     }
 }
 

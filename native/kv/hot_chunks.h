@@ -1,5 +1,6 @@
 // Which closed chunks have a copy in the GPU's memory. Each layer has the same number of slots, as many as the byte limit
-// gives; a plan's chunks are brought into slots, and what was attended least, lately, makes room.
+// gives; a plan's chunks are brought into slots, and what was planned least, lately, makes room. The mass that chunks receive
+// would not choose better (native/README.md, On a GPU), and the host would have to fetch it.
 //
 // Plain bookkeeping: whoever copies is behind `mover`, so that this is tested without a GPU. One thread at a time.
 #pragma once
@@ -50,9 +51,6 @@ public:
     void prefetch(int il, const int32_t * chunks, int32_t n);
     // Brings chunks [first, last) into free slots, as far as there are any.
     void fill(int il, int32_t first, int32_t last);
-    // Softmax mass that chunks of the layer received: those with more of it stay longer. Chunks without a slot are passed
-    // over.
-    void add_mass(int il, const int32_t * chunks, const double * mass, int32_t n);
     // Chunks from n_closed on are no longer what was copied, as after a rewind.
     void forget_from(int32_t n_closed);
 
@@ -84,7 +82,7 @@ private:
 
     int32_t slot_of(const layer & l, int32_t chunk) const;
     double heat_of(const layer & l, const slot & s) const;
-    void warm(const layer & l, slot & s, double heat) const;
+    void warm(const layer & l, slot & s) const;
     std::vector<int32_t> coldest(const layer & l, uint64_t n) const;
     void bring(int il, int32_t chunk, int32_t at, bool guessed);
     void empty(layer & l, slot & s);

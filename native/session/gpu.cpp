@@ -37,18 +37,16 @@ uint64_t gpu_attention::sent_bytes(const shape & w) {
     return 3 * q + 2 * padded(m * w.n_head_kv * w.d_head * sizeof(actqkv_f16)) + padded(w.n_summed * sizeof(float));
 }
 
-uint64_t gpu_attention::mass_bytes(const shape & w) { return padded(w.n_spans * sizeof(double)); }
-
-// A step's queries and output, a window's keys and values, sums and mass.
+// A step's queries and output, a window's keys and values, and sums.
 uint64_t gpu_attention::staged_bytes_of(const shape & w) {
     const uint64_t q = padded((uint64_t) w.n_head * w.d_head * sizeof(float));
     const uint64_t own = padded((uint64_t) w.n_window * w.n_head_kv * w.d_head * sizeof(actqkv_f16));
-    return 4 * q + 2 * own + padded(w.n_summed * sizeof(float)) + mass_bytes(w);
+    return 4 * q + 2 * own + padded(w.n_summed * sizeof(float));
 }
 
 uint64_t gpu_attention::work_bytes(const actqkv_cuda & cuda, const shape & w) {
     const uint64_t out = padded((uint64_t) w.n_window * w.n_head * w.d_head * sizeof(float));
-    return sent_bytes(w) + out + mass_bytes(w) +
+    return sent_bytes(w) + out +
            padded(cuda.attend_scratch(w.n_head, w.n_head_kv, w.d_head, w.n_window, w.n_keys, (int32_t) w.n_spans, 1));
 }
 
@@ -182,8 +180,8 @@ bool gpu_attention::fits(const actqkv_attend_args & args, int32_t n_chunks) cons
     for (int32_t s = 0; s < args.n_spans; s++) {
         n_keys += args.spans[s].n_tok;
     }
-    return args.span_stride == 0 && n_chunks <= n_most && args.n_spans <= widest.n_spans && n_keys <= widest.n_keys &&
-           (args.weight_sums == nullptr || args.n_head * args.sum_stride <= widest.n_summed);
+    return args.span_stride == 0 && args.span_mass == nullptr && n_chunks <= n_most && args.n_spans <= widest.n_spans &&
+           n_keys <= widest.n_keys && (args.weight_sums == nullptr || args.n_head * args.sum_stride <= widest.n_summed);
 }
 
 // place_of(i): keys and values of planned chunk i, on the GPU.
@@ -230,7 +228,6 @@ actqkv_attend_args gpu_attention::send_all(const actqkv_attend_args & args) {
     on_gpu.weight_sums = stage(args.weight_sums, args.n_head * args.sum_stride * sizeof(float), first);
     check(cuda.copy(compute, work + first, staged, used - first));
     counts.to_bytes += used;
-    on_gpu.span_mass = args.span_mass != nullptr ? (double *) (work + place(args.n_spans * sizeof(double))) : nullptr;
     on_gpu.out = (float *) (work + place(q));
     return on_gpu;
 }
@@ -266,9 +263,6 @@ void gpu_attention::run(const actqkv_attend_args & args, actqkv_attend_args & on
     if (args.weight_sums != nullptr) {
         memcpy(args.weight_sums, result(on_gpu.weight_sums), args.n_head * args.sum_stride * sizeof(float));
     }
-    if (args.span_mass != nullptr) {
-        memcpy(args.span_mass, result(on_gpu.span_mass), args.n_spans * sizeof(double));
-    }
     counts.n_calls++;
     counts.from_bytes += used - results + report_bytes;
 }
@@ -286,9 +280,6 @@ void gpu_attention::attend(int il, const actqkv_attend_args & args, const int32_
     make_spans(il, args, first_chunk, n_chunks,
                [&](int32_t i) { return std::pair(chunks->keys(il, slots[i]), chunks->values(il, slots[i])); });
     run(args, on_gpu, nullptr, 0);
-    if (args.span_mass != nullptr) {
-        hot->add_mass(il, planned, args.span_mass + first_chunk, n_chunks);
-    }
 }
 
 gpu_planner::result gpu_attention::answer(int il, const actqkv_attend_args & args, int32_t first_chunk,

@@ -28,7 +28,8 @@ public:
     gpu_attention(const gpu_attention &) = delete;
     gpu_attention & operator=(const gpu_attention &) = delete;
 
-    // Whether it can do what actqkv_attend would do for these arguments: one list of spans, no wider than planned for.
+    // Whether it can do what actqkv_attend would do for these arguments: one list of spans, no wider than
+    // planned for, and no mass of them.
     bool fits(const actqkv_attend_args & args, int32_t n_chunks) const;
     // The same result as actqkv_attend's but for rounding. Span first_chunk + i is all of chunk chunks[i]; the others are
     // of the ring. ACTQKV_ERR_COMPUTE where the GPU fails: what is in args.out is then of no use.
@@ -67,7 +68,6 @@ private:
     };
     static shape widest_of(const hparams & hp, const actqkv_params & params, int32_t n_most);
     static uint64_t sent_bytes(const shape & w);
-    static uint64_t mass_bytes(const shape & w);
     static uint64_t staged_bytes_of(const shape & w);
     static uint64_t work_bytes(const actqkv_cuda & cuda, const shape & w);
     void take_memory(uint64_t plans_bytes, uint64_t chunks_limit, const hparams & hp, const actqkv_params & params);

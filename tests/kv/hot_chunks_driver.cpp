@@ -45,13 +45,8 @@ int main() {
             double first;
             words >> first;
             std::vector<int32_t> chunks;
-            std::vector<double> masses;
-            for (double number; words >> number;) {
-                if (command == "mass" && chunks.size() > masses.size()) {
-                    masses.push_back(number);
-                } else {
-                    chunks.push_back((int32_t) number);
-                }
+            for (int32_t number; words >> number;) {
+                chunks.push_back(number);
             }
             const int n = (int) chunks.size();
             if (command == "plan") {
@@ -62,8 +57,6 @@ int main() {
                 hot->prefetch((int) first, chunks.data(), n);
             } else if (command == "fill") {
                 hot->fill((int) first, chunks.at(0), chunks.at(1));
-            } else if (command == "mass") {
-                hot->add_mass((int) first, chunks.data(), masses.data(), n);
             } else if (command == "forget") {
                 hot->forget_from((int32_t) first);
             } else if (command == "wait") {
