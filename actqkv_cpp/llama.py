@@ -30,7 +30,15 @@ from actqkv_cpp.chat import Chat
 from actqkv_cpp.config import LLAMA_CPP, Retrieval, check_retrieval, parse_size
 from actqkv_cpp.context import Closed, SessionContext
 from actqkv_cpp.document import Document, PathLike, Progress, text_files
-from actqkv_cpp.errors import Cancelled, ContextError, ModelError, ParameterError, StateError, unknown_name
+from actqkv_cpp.errors import (
+    Cancelled,
+    ContextError,
+    GpuMemoryError,
+    ModelError,
+    ParameterError,
+    StateError,
+    unknown_name,
+)
 from actqkv_cpp.figures import Mass, Phase
 from actqkv_cpp.gpu import GpuUse, Layers, NoGpu
 from actqkv_cpp.lifetime import guard_of
@@ -123,9 +131,9 @@ class Llama(llama_cpp.Llama):
         if given.get("n_batch", 1) < 1:
             raise ParameterError(f"n_batch is {given['n_batch']}, expected 1 or more")
         vocab_only = given.get("vocab_only")
-        self.gpu_layers = Layers(0, 0) if vocab_only else self._placement.layers(path, given.get("n_gpu_layers", 0))
-        if given.get("n_gpu_layers", 0) is None or self.gpu_layers.n:
-            given["n_gpu_layers"] = self.gpu_layers.n
+        wanted = 0 if vocab_only else given.get("n_gpu_layers", 0)
+        self.gpu_layers = Layers(0, 0) if vocab_only else self._placement.layers(path, wanted)
+        self._layers_chosen = wanted is None  # by us, so that fewer will do
 
         asked = "vocab_only" if vocab_only else LLAMA_CPP if self.retrieval.method == LLAMA_CPP else None
         reason = asked or compat.dense_reason(given)
@@ -165,14 +173,30 @@ class Llama(llama_cpp.Llama):
         self._model_params = params
 
     def _load(self, path: str, options: dict[str, Any]) -> None:
-        """The base's constructor; what libllama logged becomes the message when it fails."""
-        with modelfile.logged_errors() as log:
-            try:
-                super().__init__(path, **options)
-            except ValueError as error:
-                self.close()
-                detail = next((line for line in log if line), str(error))
-                raise ModelError(f"{path}: {detail}", "check that the file is complete and is a GGUF model") from error
+        """The base's constructor; what libllama logged becomes the message when it fails. Where another process took
+        the GPU's memory in between, fewer layers go there, unless their number was asked for.
+        """
+        while True:
+            if self._layers_chosen or self.gpu_layers.n:
+                options = options | {"n_gpu_layers": self.gpu_layers.n}
+            with modelfile.logged_errors() as log:
+                try:
+                    super().__init__(path, **options)
+                    break
+                except ValueError as error:
+                    self.close()
+                    detail = next((line for line in log if line), str(error))
+                    short = modelfile.short_of_gpu_memory(log) if self.gpu_layers.n else None
+                    if short is None:
+                        hint = "check that the file is complete and is a GGUF model"
+                        raise ModelError(f"{path}: {detail}", hint) from error
+                    if not self._layers_chosen:
+                        raise GpuMemoryError(
+                            f"{self.gpu_layers.n} layers of {path} do not fit in the GPU's memory: {short}",
+                            "give a smaller n_gpu_layers, 0 for the processor, or end what else uses the GPU "
+                            "(nvidia-smi shows it)",
+                        ) from error
+            self.gpu_layers = self._placement.fewer(path, self.gpu_layers, short)
         guard = guard_of(self._model)
         guard.watch(self._model, "tokenize")
         guard.watch(self._ctx, "decode")

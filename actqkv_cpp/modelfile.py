@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,12 @@ def _string(gguf: int, key: str) -> str | None:
     at = libggml.gguf_find_key(gguf, key.encode())
     found = at >= 0 and libggml.gguf_get_kv_type(gguf, at) == _GGUF_TYPE_STRING
     return str(libggml.gguf_get_val_str(gguf, at).decode("utf-8", "replace")) if found else None
+
+
+def short_of_gpu_memory(log: Iterable[str]) -> str | None:
+    """The line of libllama's errors that says that a GPU's memory did not suffice; None: something else failed."""
+    lines = [line for line in log if "alloc" in line]
+    return lines[0] if lines and not any("cpu" in line.lower() for line in lines) else None
 
 
 @contextmanager

@@ -81,6 +81,12 @@ class Placement:
         free = sum(one.free_bytes for one in cuda.devices if one.problem is None) - gpu.SPARE_BYTES
         return gpu.choose_layers(wanted, *modelfile.sizes(path), free, reserve)
 
+    def fewer(self, path: str, failed: Layers, why: str) -> Layers:
+        """What to try where libllama failed to load so many layers: as many as fit now, and a quarter less. Attention
+        keeps its limit."""
+        n = min(self._choose_layers(path, None).n, failed.n * 3 // 4)
+        return Layers(n, failed.most, f"no more could be loaded ({why})", failed.n_bytes * n // failed.n)
+
     def expected(self, retrieval: Retrieval) -> GpuUse | NoGpu:
         """Where sessions of this kind will attend, before anything is loaded, with as much as they may take at most."""
         if self.vram == 0:

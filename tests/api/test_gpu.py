@@ -5,16 +5,19 @@ The GPU is the emulator.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from emulated import emulated_gpu
 
-from actqkv_cpp import GpuMemoryError, GpuUse, Llama, NoGpu, ParameterError, Retrieval, gpu, tables
+from actqkv_cpp import GpuMemoryError, GpuUse, Llama, ModelError, NoGpu, ParameterError, Retrieval, gpu, tables
 from actqkv_cpp.bench import report
 from actqkv_cpp.bench.results import GpuTraffic, Result, Row
 from actqkv_cpp.config import parse_bytes
@@ -240,6 +243,65 @@ def test_layers_of_a_file(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, fau
     with load(tiny_model, n_gpu_layers=None) as llm:
         assert (llm.gpu_layers.n, llm.gpu_layers.most) == (0, 4)
         assert "no more fit" in str(llm.gpu_layers)
+
+
+@pytest.fixture
+def small_card(monkeypatch: pytest.MonkeyPatch, faulty: Faulty) -> Callable[[int, bytes], list[int]]:
+    """Has libllama fail on more layers than a number, with this error in its log; gives what it was asked for."""
+    real = llama_cpp.Llama.__init__
+    asked: list[int] = []
+
+    def arrange(most: int, line: bytes) -> list[int]:
+        @functools.wraps(real)
+        def load_some(self: Any, path: str, **options: Any) -> None:
+            asked.append(options["n_gpu_layers"])
+            if asked[-1] > most:
+                log, user = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+                llama_cpp.llama_log_get(ctypes.byref(log), ctypes.byref(user))
+                log(4, line, user)
+                raise ValueError("Failed to load model from file")
+            real(self, path, **options)
+
+        monkeypatch.setattr(llama_cpp.Llama, "__init__", load_some)
+        return asked
+
+    faulty(free=4 << 30)
+    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: True)
+    return arrange
+
+
+OUT_OF_MEMORY = b"llama_model_load: error loading model: unable to allocate CUDA0 buffer"
+
+
+@pytest.mark.parametrize(("most", "tried"), [(1, [4, 3, 2, 1]), (0, [4, 3, 2, 1, 0])])
+def test_memory_taken_before_weights_are_there(
+    tiny_model: Path, on_cpu: tuple[str, np.ndarray], small_card: Any, most: int, tried: list[int]
+) -> None:
+    """Fewer layers go to the GPU, that is said, and attention takes no more than before."""
+    asked = small_card(most, OUT_OF_MEMORY)
+    with load(tiny_model, n_gpu_layers=None) as llm:
+        assert asked == tried
+        assert (llm.gpu_layers.n, llm.gpu_layers.most) == (most, 4)
+        assert "no more could be loaded" in str(llm.gpu_layers)
+        assert "unable to allocate CUDA0" in str(llm.gpu_layers)
+        assert llm._placement.limit_bytes < (4 << 30) - gpu.SPARE_BYTES
+        same(answered(llm), on_cpu)
+
+
+def test_layers_asked_for_that_do_not_load(tiny_model: Path, small_card: Any) -> None:
+    """The GPU's memory is named and the remedy, not the file; and a broken file is still one."""
+    small_card(0, OUT_OF_MEMORY)
+    with pytest.raises(GpuMemoryError, match=r"2 layers of .* do not fit .*unable to allocate CUDA0") as caught:
+        load(tiny_model, n_gpu_layers=2)
+    assert "smaller n_gpu_layers, 0 for the processor" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("line", [b"tensor 'x' is out of bounds", b"failed to allocate CPU buffer of size 9"])
+def test_other_failures_are_not_the_gpu_s(tiny_model: Path, small_card: Any, line: bytes) -> None:
+    """A broken file, or too little RAM, is blamed on the GPU."""
+    small_card(-1, line)
+    with pytest.raises(ModelError, match=line.decode()):
+        load(tiny_model, n_gpu_layers=None)
 
 
 def test_the_limit_is_known_before_loading(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, faulty: Faulty) -> None:
