@@ -6,7 +6,7 @@ from typing import Any
 
 import llama_cpp
 
-from actqkv_cpp import _cuda, gpu, modelfile
+from actqkv_cpp import _cuda, doctor, gpu, modelfile
 from actqkv_cpp._native import Session, methods
 from actqkv_cpp.config import Retrieval, parse_bytes
 from actqkv_cpp.errors import ComputeError, GpuMemoryError, MemoryPlanError
@@ -71,10 +71,12 @@ class Placement:
     def _choose_layers(self, path: str, wanted: int | None) -> Layers:
         if wanted == 0:
             return Layers(0, 0)
-        if not llama_cpp.llama_supports_gpu_offload():
-            reason = "llama-cpp-python was built without CUDA (actqkv doctor has the command that builds it)"
-            return Layers(0, 0, None if wanted is None else reason)
         cuda = _cuda.find_cuda()
+        if not llama_cpp.llama_supports_gpu_offload():
+            of_use = wanted is not None or gpu.find(cuda, self._device) is None
+            command = doctor.cuda_build(doctor.find_llama_cpp())
+            reason = f"llama-cpp-python was built without CUDA, this builds it: {command}"
+            return Layers(0, 0, reason if of_use else None)
         if not cuda.devices:  # a GPU of another kind: libllama alone knows it
             return Layers(0 if wanted is None else wanted, 0)
         reserve = ATTENTION_BYTES if self.vram is None else self.vram

@@ -372,10 +372,10 @@ def _place(llm: Llama, *, asked: bool) -> str | None:
     """On what attention runs, where that is worth a line: there is a GPU, or one was asked for."""
     if llm.session is None and asked and llm._placement.vram is not None:
         return "--vram has no effect: llama.cpp runs the model"
-    layers = f"{llm.gpu_layers}; " if llm.gpu_layers.n or llm.gpu_layers.reason else ""
+    layers = f"; {llm.gpu_layers}" if llm.gpu_layers.n or llm.gpu_layers.reason else ""
     if llm.session is None or not (asked or layers or llm.gpu.there):
-        return layers.removesuffix("; ") or None
-    return f"{layers}attention on {llm.gpu}"
+        return layers.removeprefix("; ") or None
+    return f"attention on {llm.gpu}{layers}"
 
 
 def _memory(llm: Llama, n_in_file: int) -> str:

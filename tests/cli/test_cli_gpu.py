@@ -6,6 +6,7 @@ The GPU is the emulator.
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,12 @@ def test_ask_says_where_it_attends(actqkv: Actqkv, babbler: Path, note: Path) ->
     before, after = on_gpu.err.split("method actqkv attends")
     assert "to be loaded: attention on GPU 0 (emulated), at most 512 MiB of its memory" in before
     assert "attention on GPU 0 (emulated), at most " in after
+    [place] = [line for line in after.splitlines() if "attention on" in line]
+    assert "; 0 layers on the GPU: llama-cpp-python was built without CUDA, this builds it: " in place
+    assert place.endswith(f"--force-reinstall llama-cpp-python=={version('llama-cpp-python')}")
     assert "attention on the processor: vram is 0" in on_cpu.err
+    without = actqkv(*arguments, **emulated_gpu(devices=0))
+    assert "CUDA" not in without.err, "who has no GPU is told of it"
     found, other = json.loads(on_gpu.out), json.loads(on_cpu.out)
     assert found["answers"][0]["answer"] == other["answers"][0]["answer"]
     assert found["gpu"]["n_calls"] > 0
