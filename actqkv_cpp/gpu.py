@@ -17,19 +17,23 @@ _MIB = 1 << 20
 class GpuUse:
     """Attention runs on GPU `device`, called `name`, and takes at most `limit_bytes` of its memory.
 
-    With `planning_bytes` or more, answering steps are planned there too; 0: never, or not known.
+    With `planning_bytes` or more, answering steps are planned there too; 0: never, or not known. `problem` costs time
+    only.
     """
 
     device: int
     name: str
     limit_bytes: int
     planning_bytes: int = field(default=0, compare=False)
+    problem: str | None = field(default=None, compare=False)
     there: ClassVar[bool] = True
 
     def __str__(self) -> str:
         apart = self.limit_bytes < self.planning_bytes
         plans = f"; its plans on the processor, there from {mib(self.planning_bytes)} on" if apart else ""
-        return f"GPU {self.device} ({self.name}), at most {mib(self.limit_bytes)} of its memory{plans}"
+        return f"GPU {self.device} ({self.name}), at most {mib(self.limit_bytes)} of its memory{plans}" + (
+            f"; {self.problem}" if self.problem else ""
+        )
 
 
 @dataclass(frozen=True)

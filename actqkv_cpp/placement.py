@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp
@@ -125,7 +126,9 @@ class Placement:
             self._planned = NoGpu(str(error), there=True)
 
     def found(self, session: Session | None) -> GpuUse | NoGpu:
-        """Where `session` attends now: a GPU that failed is left."""
-        if session is None or session.closed or isinstance(self._planned, NoGpu) or session.stats().gpu.n_slots:
+        """Where `session` attends now, and what keeps it from being fast there: a GPU that failed is left."""
+        if session is None or session.closed or isinstance(self._planned, NoGpu):
             return self._planned
+        if session.stats().gpu.n_slots:
+            return replace(self._planned, problem=session.gpu_problem)
         return NoGpu(session.gpu_problem or "this session was not taken there", there=True)

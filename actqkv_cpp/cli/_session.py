@@ -222,6 +222,7 @@ def start(output: Output, llm: Llama, found: Documents, *, system: str | None, r
         read_with_progress(
             output, names, lambda progress: llm.read(files, system=system, reserve=reserve, progress=progress)
         )
+        note_gpu_problem(output, llm)
         return llm.chat(llm.document)
     if document is not None and document.tokens_read < document.tokens_total:
         rest, already = document, document.tokens_read
@@ -232,7 +233,14 @@ def start(output: Output, llm: Llama, found: Documents, *, system: str | None, r
         output.note(f"not begun: {names}; /read FILE reads it, after what /read reads on")
     elif files:
         read_with_progress(output, names, lambda progress: chat.read(files, progress=progress))
+    note_gpu_problem(output, llm)
     return chat
+
+
+def note_gpu_problem(output: Output, llm: Llama) -> None:
+    """Say what reading has shown of the GPU: that it failed and was left, or that memory could not be pinned."""
+    if llm.session is not None and llm.session.gpu_problem:
+        output.note(f"attention on {llm.gpu}")
 
 
 def note_again(output: Output, llm: Llama, name: str, files: Sequence[TextFile]) -> None:

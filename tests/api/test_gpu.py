@@ -124,6 +124,7 @@ def test_memory_that_cannot_be_pinned(tiny_model: Path, on_cpu: tuple[str, np.nd
         assert isinstance(llm.gpu, GpuUse)
         assert llm.session is not None
         assert "ordinary memory" in (llm.session.gpu_problem or "")
+        assert f"of its memory; {llm.session.gpu_problem}" in str(llm.gpu)
 
 
 @pytest.mark.parametrize("n", range(1, 9))

@@ -58,6 +58,14 @@ def test_stats_and_a_failure_in_between(actqkv: Actqkv, babbler: Path, note: Pat
     assert failed.out == fine.out
 
 
+def test_memory_that_cannot_be_pinned(actqkv: Actqkv, babbler: Path, note: Path) -> None:
+    """Slow copies are said nowhere, or at every step; the answer needs no word of them."""
+    arguments = ("ask", babbler, "-d", note, "Where?", "--max-tokens", "2", *SMALL)
+    found = actqkv(*arguments, **emulated_gpu(fail_pin=1))
+    assert found.status == 0, found.err
+    assert found.err.count("are in ordinary memory, which is copied more slowly") == 1
+
+
 def test_bad_vram(actqkv: Actqkv, babbler: Path, note: Path) -> None:
     """Too little is refused with what is needed; no size is wrong usage; no GPU is said, and the processor answers."""
     arguments = ("ask", babbler, "-d", note, "Where?", "--max-tokens", "2", *SMALL)
