@@ -134,21 +134,25 @@ class Layers:
         return f"{count} layers on the GPU" + (f": {self.reason}" if self.reason else "")
 
 
-def choose_layers(wanted: int | None, n_layer: int, weights_bytes: int, free_bytes: int, reserve_bytes: int) -> Layers:
-    """How many layers go to the GPU.
+def choose_layers(
+    wanted: int | None, n_layer: int, weights_bytes: int, free_bytes: int, reserve_bytes: int, *, share: float = 1.0
+) -> Layers:
+    """How many layers go to GPUs.
 
     Args:
         wanted: as many; -1: all; None: as many as fit.
         weights_bytes: of the model's files. A layer is taken to have an equal part of them, which is more than it has
             where the embedding, which stays on the processor, is large.
-        reserve_bytes: of `free_bytes`, kept for attention.
+        free_bytes: of all GPUs together.
+        reserve_bytes: of `free_bytes`, kept for attention, which runs on one of them.
+        share: of the weights, that come to that one.
 
     Raises:
         GpuMemoryError: the layers asked for do not fit; names the plan, and how many do.
     """
     most = n_layer + 1
     each = -(-weights_bytes // most)
-    fitting = max(min((free_bytes - reserve_bytes) // each, most), 0)
+    fitting = max(min(int(free_bytes - reserve_bytes / share) // each, most), 0)
     if wanted is None:
         short = f"of {mib(weights_bytes)} of weights no more fit beside {mib(reserve_bytes)} for attention"
         reason = None if fitting == most else f"{short}, {mib(free_bytes)} are free"

@@ -114,7 +114,8 @@ class Llama(llama_cpp.Llama):
         self._retrieval = retrieval
         self.retrieval = self._answering = check_retrieval(retrieval if retrieval is not None else Retrieval())
         self.kv_file = None if kv_file is None else Path(kv_file)
-        self._placement = Placement(vram, int(given.get("main_gpu", 0)))
+        spread = given.get("split_mode", llama_cpp.LLAMA_SPLIT_MODE_LAYER) != llama_cpp.LLAMA_SPLIT_MODE_NONE
+        self._placement = Placement(vram, int(given.get("main_gpu", 0)), spread=spread)
         self.session = self.document = None
         self.kv_type = compat.kv_type(kv_type, given, KV_TYPES)
         self._asked_format = given.get("chat_format")  # the base puts what it guesses in .chat_format

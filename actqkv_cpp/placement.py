@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from actqkv_cpp import _cuda, doctor, gpu, modelfile
 from actqkv_cpp._native import Session, methods
 from actqkv_cpp.config import Retrieval, parse_bytes
 from actqkv_cpp.errors import ComputeError, GpuMemoryError, MemoryPlanError
+from actqkv_cpp.figures import Cuda
 from actqkv_cpp.gpu import GpuUse, Layers, NoGpu
 
 ATTENTION_BYTES = 1 << 30  # kept free of weights unless `vram` says how much: enough for 128K tokens
@@ -37,6 +39,7 @@ class Placement:
         vram: bytes of the GPU's memory that attention may take, "6g" or a number; None: what is of use, as far as it is
             free; 0: none.
         device: the GPU's number.
+        spread: weights go to all GPUs, by what is free there, as llama.cpp does; else to that one.
 
     Attributes:
         vram: in bytes, or None.
@@ -46,10 +49,10 @@ class Placement:
         ParameterError: `vram` is no size.
     """
 
-    def __init__(self, vram: int | str | None, device: int) -> None:
+    def __init__(self, vram: int | str | None, device: int, *, spread: bool = True) -> None:
         self.vram = None if vram is None else parse_bytes(vram)
         self.limit_bytes = self.vram or 0
-        self._device = device
+        self._device, self._spread = device, spread
         self._planned: GpuUse | NoGpu = NoGpu("llama.cpp runs the model")
 
     def layers(self, path: str, wanted: int | None) -> Layers:
@@ -66,8 +69,16 @@ class Placement:
             cuda = _cuda.find_cuda()
             usable = gpu.find(cuda, self._device) is None
             free = cuda.devices[self._device].free_bytes if usable else 0
-            self.limit_bytes = gpu.default_limit(free, layers.n_bytes)
+            self.limit_bytes = gpu.default_limit(free, math.ceil(layers.n_bytes * self._weights(cuda)[1]))
         return layers
+
+    def _weights(self, cuda: Cuda) -> tuple[int, float]:
+        """Free bytes of the GPUs that weights go to, and which share of them comes to the one that attends."""
+        here = cuda.devices[self._device].free_bytes if self._device < len(cuda.devices) else 0
+        if not self._spread:
+            return here, 1.0
+        free = sum(one.free_bytes for one in cuda.devices if one.problem is None)
+        return free, here / free if here else 1.0
 
     def _choose_layers(self, path: str, wanted: int | None) -> Layers:
         if wanted == 0:
@@ -81,8 +92,9 @@ class Placement:
         if not cuda.devices:  # a GPU of another kind: libllama alone knows it
             return Layers(0 if wanted is None else wanted, 0)
         reserve = ATTENTION_BYTES if self.vram is None else self.vram
-        free = sum(one.free_bytes for one in cuda.devices if one.problem is None) - gpu.SPARE_BYTES
-        return gpu.choose_layers(wanted, *modelfile.sizes(path), free, reserve)
+        free, share = self._weights(cuda)
+        free -= int(gpu.SPARE_BYTES / share)
+        return gpu.choose_layers(wanted, *modelfile.sizes(path), free, reserve, share=share)
 
     def fewer(self, path: str, failed: Layers, why: str) -> Layers:
         """What to try where libllama failed to load so many layers: as many as fit now, and a quarter less. Attention

@@ -246,6 +246,25 @@ def test_layers_of_a_file(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, fau
         assert "no more fit" in str(llm.gpu_layers)
 
 
+def test_attention_has_the_memory_of_its_own_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when attention counts on memory of another GPU, or weights on none of it."""
+    gib = 1 << 30
+    cards = tuple(Gpu("Card", (8, 9), 24 * gib, free * gib) for free in (6, 18))
+    monkeypatch.setattr("actqkv_cpp._cuda.find_cuda", lambda: Cuda(None, 13000, "80", 13010, None, cards))
+    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr("actqkv_cpp.modelfile.sizes", lambda path: (31, 16 * gib))  # 0.5 GiB each, the output too
+    both = Placement(None, 0)
+    assert both.layers(str(tiny_model), None).n == 32
+    assert both.limit_bytes == 6 * gib - 16 * gib // 4 - gpu.SPARE_BYTES
+    alone = Placement(None, 0, spread=False)
+    assert alone.layers(str(tiny_model), None).n == 9, "4.5 GiB, beside 1 for attention and a half that is spared"
+    assert alone.limit_bytes == gib
+    other = Placement("3g", 1)
+    assert other.layers(str(tiny_model), None).n == 32
+    with pytest.raises(GpuMemoryError, match=r"32 of 32 layers take 16,384 MiB of GPU memory and attention 3,072 MiB"):
+        Placement("3g", 0).layers(str(tiny_model), -1)
+
+
 @pytest.fixture
 def small_card(monkeypatch: pytest.MonkeyPatch, faulty: Faulty) -> Callable[[int, bytes], list[int]]:
     """Has libllama fail on more layers than a number, with this error in its log; gives what it was asked for."""
