@@ -161,15 +161,15 @@ void session::state_set(const uint8_t * data, uint64_t size) {
     saved = std::move(new_saved);
     n_done = done;
     sources_from = std::min(sources_from, n);
+    if (gpu != nullptr) {
+        gpu->forget_from(0); // waits for copies of what is overwritten now
+    }
     store.set_closed(0); // nothing of a KV file stays
     store.restore_recent(new_recent, done, closed);
     for (int il = 0; il < hp.n_layer; il++) {
         for (const kv_store::range & r : store.used_ranges(il, done, closed)) {
             in.raw(const_cast<void *>(r.data), r.bytes);
         }
-    }
-    if (gpu != nullptr) {
-        gpu->forget_from(0);
     }
 }
 
