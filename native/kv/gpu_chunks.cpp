@@ -36,10 +36,7 @@ void gpu_chunks::start(int il, int32_t chunk, int32_t slot) {
     check(cuda.copy(copies, const_cast<uint8_t *>(values(il, slot)), from.values, chunk_bytes / 2), "copying values");
 }
 
-double gpu_chunks::join() {
-    check(cuda.follow(compute, copies), "waiting for chunks");
-    return 0; // the host does not wait
-}
+void gpu_chunks::join() { check(cuda.follow(compute, copies), "waiting for chunks"); }
 
 void gpu_chunks::settle() { cuda.wait(copies); }
 

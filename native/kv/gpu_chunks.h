@@ -1,6 +1,6 @@
 // The GPU's side of hot chunks: memory for the slots, and a stream of its own that fills them while another computes.
 //
-// A layer's turn:  hot.plan(l) -> hot.prefetch(l + 1) -> queue the attention of l -> finished_reading()
+// A layer's turn:  hot.plan(l) -> join() -> hot.prefetch(l + 1) -> queue the attention of l -> finished_reading()
 // so that copies for the next layer run beside the attention of this one, and wait only for readers before it.
 #pragma once
 
@@ -35,7 +35,8 @@ public:
     const uint8_t * values(int il, int32_t slot) const { return keys(il, slot) + chunk_bytes / 2; }
 
     void start(int il, int32_t chunk, int32_t slot) override;
-    double join() override;
+    // What `compute` queues from now on comes after the copies started so far. Only the GPU waits.
+    void join();
 
     // Waits until all copies have ended: before the memory that they read is written, or no longer pinned. A GPU that has
     // failed says so in the next call.

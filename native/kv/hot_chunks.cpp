@@ -119,7 +119,6 @@ void hot_chunks::bring(int il, int32_t chunk, int32_t at, bool guessed) {
     s.named = l.number;
     s.warmed = l.n_plans;
     s.guessed = guessed;
-    started = true;
     counts.bytes += chunk_bytes;
 }
 
@@ -151,12 +150,6 @@ const std::vector<int32_t> & hot_chunks::plan(int il, const int32_t * chunks, in
             counts.n_misses++;
         }
         warm(l, l.slots[found[i]]);
-    }
-    if (started) {
-        started = false;
-        const double ms = copies.join();
-        counts.stall_ms += ms;
-        counts.n_stalls += ms > 0;
     }
     return found;
 }

@@ -17,9 +17,6 @@ public:
     // Starts copying a chunk of layer il into a slot of that layer, over what is there. What was queued to read the slot
     // before comes first.
     virtual void start(int il, int32_t chunk, int32_t slot) = 0;
-    // What the computation queues from now on comes after the copies started so far. Returns the milliseconds that the
-    // host was held up; 0 where only the GPU waits.
-    virtual double join() = 0;
 };
 
 struct hot_stats {
@@ -28,8 +25,6 @@ struct hot_stats {
     uint64_t n_prefetched; // chunks brought in on a guess
     uint64_t n_wasted;     // of these, how many left again without having been planned
     uint64_t bytes;        // copied
-    uint64_t n_stalls;     // plans that had to wait for copies
-    double stall_ms;
 };
 
 class hot_chunks {
@@ -93,7 +88,6 @@ private:
     mover & copies;
     std::vector<layer> layers;
     std::vector<int32_t> found; // by plan()
-    bool started = false;       // copies that no plan has joined yet
     hot_stats counts = {};
 };
 

@@ -184,20 +184,20 @@ bool gpu_attention::fits(const actqkv_attend_args & args, int32_t n_chunks) cons
            n_keys <= widest.n_keys && (args.weight_sums == nullptr || args.n_head * args.sum_stride <= widest.n_summed);
 }
 
-// place_of(i): keys and values of planned chunk i, on the GPU.
-template <typename F> void gpu_attention::make_spans(int il, const actqkv_attend_args & args, int32_t first_chunk,
-                                                     int32_t n_chunks, F && place_of) {
+// Spans on the GPU, but for those of planned chunks.
+void gpu_attention::make_spans(int il, const actqkv_attend_args & args, int32_t first_chunk, int32_t n_chunks) {
     spans.assign(args.spans, args.spans + args.n_spans);
     for (int32_t i = 0; i < args.n_spans; i++) {
-        actqkv_span & s = spans[i];
-        if (i >= first_chunk && i < first_chunk + n_chunks) {
-            const auto [keys, values] = place_of(i - first_chunk);
-            (s.far != nullptr ? s.far : s.near) = keys;
-            s.v = values;
-        } else {
-            counts.to_bytes += ring->bring(il, s);
+        if (i < first_chunk || i >= first_chunk + n_chunks) {
+            counts.to_bytes += ring->bring(il, spans[i]);
         }
     }
+}
+
+void gpu_attention::put(int32_t at, const uint8_t * keys, const uint8_t * values) {
+    actqkv_span & s = spans[at];
+    (s.far != nullptr ? s.far : s.near) = keys;
+    s.v = values;
 }
 
 // Queues the copies of what attention reads beside spans: of a step all in one, of a window queries from where they lie.
@@ -269,36 +269,40 @@ void gpu_attention::run(const actqkv_attend_args & args, actqkv_attend_args & on
 
 void gpu_attention::attend(int il, const actqkv_attend_args & args, const int32_t * planned, int32_t n_chunks,
                            int32_t first_chunk) {
+    actqkv_attend_args on_gpu = send_all(args);
+    make_spans(il, args, first_chunk, n_chunks);
     const uint64_t n_missed = hot->stats().n_misses;
-    const std::vector<int32_t> slots = hot->plan(il, planned, n_chunks);
+    const std::vector<int32_t> & slots = hot->plan(il, planned, n_chunks);
+    for (int32_t i = 0; i < n_chunks; i++) {
+        put(first_chunk + i, chunks->keys(il, slots[i]), chunks->values(il, slots[i]));
+    }
     counts.n_stalls += hot->stats().n_misses > n_missed;
+    chunks->join();
     last_plans[il].assign(planned, planned + n_chunks);
     const int next = (il + 1) % (int) last_plans.size();
     hot->prefetch(next, last_plans[next].data(), (int32_t) last_plans[next].size());
-
-    actqkv_attend_args on_gpu = send_all(args);
-    make_spans(il, args, first_chunk, n_chunks,
-               [&](int32_t i) { return std::pair(chunks->keys(il, slots[i]), chunks->values(il, slots[i])); });
     run(args, on_gpu, nullptr, 0);
 }
 
 gpu_planner::result gpu_attention::answer(int il, const actqkv_attend_args & args, int32_t first_chunk,
                                           const choice & c, float temperature, const gpu_queries & q) {
     const uint64_t key_bytes = (uint64_t) store.layout().chunk_bytes();
-    chunks->join(); // slots are read where the table has them, whoever filled them
     counts.to_bytes += plans->bring(il);
     if (told[il] != hot->changes(il)) {
         plans->set_slots(il, hot->slots_of(il));
         counts.to_bytes += hot->slots_of(il).size() * sizeof(int32_t);
         told[il] = hot->changes(il);
     }
+    make_spans(il, args, first_chunk, (int32_t) c.k);
+    for (int32_t i = 0; i < (int32_t) c.k; i++) {
+        put(first_chunk + i, plans->keys() + i * key_bytes, plans->values() + i * key_bytes);
+    }
     actqkv_attend_args on_gpu = send_all(args);
+    chunks->join(); // slots are read where the table has them, whoever filled them
     const auto there = [&](const float * query) {
         return query == args.q_near ? on_gpu.q_near : query == args.q_far ? on_gpu.q_far : on_gpu.q_turned;
     };
     plans->make(il, c, temperature, {there(q.q_summaries), there(q.q_keys), there(q.q_chunks)}, chunks->keys(il, 0));
-    make_spans(il, args, first_chunk, (int32_t) c.k,
-               [&](int32_t i) { return std::pair(plans->keys() + i * key_bytes, plans->values() + i * key_bytes); });
     run(args, on_gpu, plans->report(), plans->report_bytes());
     gpu_planner::result found = plans->read_report(c, staged + (used - results));
 

@@ -1,6 +1,9 @@
 // Attention of a session on a GPU, while the store stays on the CPU: a call's queries go there and its result comes back;
 // open blocks are copied when they have changed, closed chunks when they close and there is room, or when they are planned
 // and not hot. Where its memory has room for what plans are made of, answering steps are planned there too (gpu_plan.h).
+//
+// A call waits once. What lies in ordinary memory is therefore copied before anything else is queued: the driver may hold
+// the host in such a copy until all before it on the stream has ended.
 #pragma once
 
 #include "../kv/gpu_chunks.h"
@@ -75,8 +78,8 @@ private:
     template <typename T> T * send_large(const T * from, uint64_t bytes);
     template <typename T> T * stage(const T * from, uint64_t bytes, uint64_t first);
     actqkv_attend_args send_all(const actqkv_attend_args & args);
-    template <typename F>
-    void make_spans(int il, const actqkv_attend_args & args, int32_t first_chunk, int32_t n_chunks, F && place_of);
+    void make_spans(int il, const actqkv_attend_args & args, int32_t first_chunk, int32_t n_chunks);
+    void put(int32_t at, const uint8_t * keys, const uint8_t * values);
     void run(const actqkv_attend_args & args, actqkv_attend_args & on_gpu, const void * report, uint64_t report_bytes);
     void see_chunks();
     void check(int32_t status) const;

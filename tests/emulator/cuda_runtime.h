@@ -10,6 +10,9 @@
 // for of another shows, and so does memory of the host that is written or freed too early. Ordinary memory is read at
 // once or late, at random, since the driver promises neither.
 //
+// How often the host would have waited is counted: where it asks to, and where a copy from or to ordinary memory comes
+// behind a kernel, or behind another stream, on its own stream (actqkv_emulator_n_waits).
+//
 // What this does not show: what the real compiler makes of the text, blocks side by side, memory ordering, speed.
 //
 // The GPU's faults are asked for by the environment, as numbers: ACTQKV_EMULATOR_DEVICES, _DRIVER, _MAJOR (of the compute

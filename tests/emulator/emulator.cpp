@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -273,6 +274,7 @@ struct operation {
     std::function<void()> run;
     std::shared_ptr<moment> after; // NULL: at once
     std::vector<range> copied;     // what a copy reads and writes; of a kernel nobody knows
+    bool takes_long = false;       // a kernel, or what comes after another stream
 };
 
 double now_ms() {
@@ -358,7 +360,8 @@ cudaError_t emulator::launch(const cudaLaunchConfig_t & config, const void * ker
                                      }
                                  },
                                  nullptr,
-                                 {}});
+                                 {},
+                                 true});
 }
 
 // ---- the runtime's functions
@@ -373,8 +376,11 @@ struct mapping {
 };
 std::map<void *, mapping> mappings;
 std::map<void *, size_t> pinned;
+std::atomic<int64_t> n_waits; // of the host
 
 } // namespace
+
+extern "C" int64_t actqkv_emulator_n_waits() { return n_waits; }
 
 bool emulator::is_known(const void * memory, size_t bytes) {
     const entered lock(door);
@@ -497,10 +503,11 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    n_waits++;
     return run_until([&] { return stream->queue.empty(); });
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-    return queue(stream, {[] {}, event->last, {}});
+    return queue(stream, {[] {}, event->last, {}, true});
 }
 cudaError_t cudaEventCreate(cudaEvent_t * event) { return *event = new emulated_event, cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, unsigned) { return cudaEventCreate(event); }
@@ -510,6 +517,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     return queue(stream, {[now] { *now = {true, now_ms()}; }, nullptr, {}});
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    n_waits++;
     return run_until([&] { return event->last == nullptr || event->last->passed; });
 }
 cudaError_t cudaEventElapsedTime(float * ms, cudaEvent_t from, cudaEvent_t to) {
@@ -548,6 +556,8 @@ cudaError_t cudaMemcpy2DAsync(void * to, size_t to_pitch, const void * from, siz
     if (fails("FAIL_COPY", n_copies)) {
         return said(cudaErrorLaunchFailure);
     }
+    const auto takes_long = [](const operation & one) { return one.takes_long; };
+    n_waits += (!to_known || !from_known) && std::any_of(stream->queue.begin(), stream->queue.end(), takes_long);
     const auto copy = [=](const unsigned char * start) {
         for (size_t i = 0; i < height; i++) {
             std::memmove((unsigned char *) to + i * to_pitch, start + i * from_pitch, width);

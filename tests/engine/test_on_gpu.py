@@ -5,6 +5,7 @@ The GPU is the emulator, or a real one where there is one.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from actqkv_cpp import Retrieval
 from actqkv_cpp._native import make_params, model_pointer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+from cuda_library import build_emulated
 from ops_support import EMULATED, ON_GPU, ffi, gpu
 from ops_support import cpu as lib
 
@@ -140,6 +142,24 @@ def test_steps_are_planned_there(
     check("windows", logits[1], logits[0])
     np.testing.assert_allclose(sources[1], sources[0], rtol=1e-3, atol=1e-7)
     assert attended[1] == attended[0]
+
+
+@pytest.mark.parametrize("planned", ["there", "on the CPU"])
+def test_the_host_waits_once_per_layer(tiny_llama: LlamaModel, planned: str) -> None:
+    """A step waits for more than its result: for a copy from ordinary memory behind kernels, or behind other copies."""
+    table, n_waits = gpu(EMULATED).table, ctypes.CDLL(str(build_emulated())).actqkv_emulator_n_waits
+    tokens = random_tokens(N_LONG + SEVERAL)
+    limit = planning_bytes(tiny_llama, small(), "f16", table) - (planned != "there")
+    with open_session(tiny_llama) as session:
+        session.decode(tokens[:N_LONG])
+        assert use_gpu(session, table, limit) == ""
+        for begin in range(SEVERAL):
+            before = n_waits()
+            session.decode(tokens[N_LONG + begin : N_LONG + begin + 1], phase="decode")
+            assert n_waits() - before == 3, "layers"
+        found = counts(session)
+    assert found.n_planned == (3 * SEVERAL if planned == "there" else 0)
+    assert found.n_stalls > 0, "nothing was copied beside"
 
 
 def test_with_less_memory_steps_are_planned_on_the_cpu(tiny_llama: LlamaModel, table: Any) -> None:

@@ -39,6 +39,7 @@ int run(const actqkv_cuda & cuda, unsigned seed) {
             std::iota(chunks.begin(), chunks.end(), 0);
             std::shuffle(chunks.begin(), chunks.end(), random);
             const std::vector<int32_t> slots = hot.plan(il, chunks.data(), N_MOST);
+            gpu.join();
             hot.prefetch((il + 1) % N_LAYER, chunks.data() + N_MOST, N_MOST);
             bytes found(CHUNK_BYTES);
             for (int i = 0; i < N_MOST; i++) {

@@ -10,19 +10,14 @@
 namespace {
 
 struct told : actqkv::mover {
-    double wait_ms = 0;
     void start(int il, int32_t chunk, int32_t slot) override {
         std::cout << "start " << il << ' ' << chunk << ' ' << slot << '\n';
-    }
-    double join() override {
-        std::cout << "join\n";
-        return wait_ms;
     }
 };
 
 void print_stats(const actqkv::hot_stats & s) {
     std::cout << "stats " << s.n_hits << ' ' << s.n_misses << ' ' << s.n_prefetched << ' ' << s.n_wasted << ' '
-              << s.bytes << ' ' << s.n_stalls << ' ' << s.stall_ms << '\n';
+              << s.bytes << '\n';
 }
 
 } // namespace
@@ -42,7 +37,7 @@ int main() {
                 std::cout << "slots " << hot->n_slots() << '\n';
                 continue;
             }
-            double first;
+            int32_t first;
             words >> first;
             std::vector<int32_t> chunks;
             for (int32_t number; words >> number;) {
@@ -50,17 +45,15 @@ int main() {
             }
             const int n = (int) chunks.size();
             if (command == "plan") {
-                for (const int32_t slot : hot->plan((int) first, chunks.data(), n)) {
+                for (const int32_t slot : hot->plan(first, chunks.data(), n)) {
                     std::cout << "at " << slot << '\n';
                 }
             } else if (command == "prefetch") {
-                hot->prefetch((int) first, chunks.data(), n);
+                hot->prefetch(first, chunks.data(), n);
             } else if (command == "fill") {
-                hot->fill((int) first, chunks.at(0), chunks.at(1));
+                hot->fill(first, chunks.at(0), chunks.at(1));
             } else if (command == "forget") {
-                hot->forget_from((int32_t) first);
-            } else if (command == "wait") {
-                mover.wait_ms = first;
+                hot->forget_from(first);
             }
             print_stats(hot->stats());
         } catch (const actqkv::error & failure) {

@@ -23,15 +23,12 @@ class Step:
     """What one command did."""
 
     started: list[tuple[int, int, int]] = field(default_factory=list)  # layer, chunk, slot
-    joined: bool = False
     slots: list[int] = field(default_factory=list)
     hits: int = 0
     misses: int = 0
     prefetched: int = 0
     wasted: int = 0
     n_bytes: int = 0
-    stalls: int = 0
-    stall_ms: float = 0
     error: str = ""
 
 
@@ -58,16 +55,12 @@ def _steps(out: str) -> Iterator[Step]:
         if word == "start":
             layer, chunk, slot = map(int, rest.split())
             step.started.append((layer, chunk, slot))
-        elif word == "join":
-            step.joined = True
         elif word == "at":
             step.slots.append(int(rest))
         elif word == "error":
             yield Step(error=rest)
         elif word == "stats":
-            *counts, ms = rest.split()
-            step.hits, step.misses, step.prefetched, step.wasted, step.n_bytes, step.stalls = map(int, counts)
-            step.stall_ms = float(ms)
+            step.hits, step.misses, step.prefetched, step.wasted, step.n_bytes = map(int, rest.split())
             yield step
             step = Step()
 
@@ -79,8 +72,7 @@ def brought(step: Step) -> list[int]:
 def test_a_plan_is_brought_in_once(run: Run) -> None:
     first, again, other = run("plan 0 7 3", "plan 0 3 7", "plan 0 3 9")
     assert brought(first) == [7, 3]
-    assert first.joined
-    assert (again.started, again.joined) == ([], False)
+    assert again.started == []
     assert again.slots == first.slots[::-1]
     assert brought(other) == [9]
     assert (other.hits, other.misses, other.n_bytes) == (3, 3, 3 * KIB)
@@ -109,9 +101,7 @@ def test_what_is_planned_often_stays(run: Run) -> None:
 def test_a_right_guess_is_a_hit(run: Run) -> None:
     _, guess, plan = run("plan 0 1 2", "prefetch 0 2 3", "plan 0 2 3")
     assert brought(guess) == [3]
-    assert not guess.joined
     assert plan.started == []
-    assert plan.joined, "the copy that the guess started has to be there"
     assert (plan.hits, plan.misses, plan.prefetched, plan.wasted) == (2, 2, 1, 0)
 
 
@@ -134,11 +124,6 @@ def test_a_rewind_forgets(run: Run) -> None:
     assert brought(lost) == [8]
 
 
-def test_stalls_are_counted_with_their_time(run: Run) -> None:
-    *_, last = run("plan 0 1", "wait 2.5", "plan 0 2", "plan 0 2", "plan 0 3")
-    assert (last.stalls, last.stall_ms) == (2, 5.0)
-
-
 def test_a_limit_below_one_plan_is_refused(run: Run) -> None:
     """The message names what was given, what is needed, and for how many chunks."""
     (refused,) = run(layers=8, most=2048, limit=9 * 1024 * KIB)
@@ -159,7 +144,7 @@ def test_free_slots_are_filled(run: Run) -> None:
     assert planned.started == [(0, 7, 0)]
     assert filled.started == [(0, 5, 1), (0, 6, 2), (0, 8, 3)]
     assert again.started == []
-    assert (other.started, other.slots, other.joined) == ([], [1, 3], True)
+    assert (other.started, other.slots) == ([], [1, 3])
     assert (other.hits, other.misses) == (2, 1)
 
 
@@ -181,7 +166,6 @@ def test_every_planned_chunk_is_where_it_is_said_to_be(run: Run, seed: int) -> N
     lies: dict[tuple[int, int], int] = {}  # (layer, slot) -> chunk
     current: dict[int, set[int]] = {layer: set() for layer in range(layers)}  # slots of a layer's plan
     hits = copied = 0
-    pending = False
     for command, step in zip(commands, run(*commands, layers=layers, slots=slots, most=most), strict=True):
         kind, first, *numbers = command.split()
         before = dict(lies)
@@ -191,15 +175,12 @@ def test_every_planned_chunk_is_where_it_is_said_to_be(run: Run, seed: int) -> N
             assert chunk not in {c for (il, _), c in lies.items() if il == layer}, "copied though it was there"
             lies[layer, slot] = chunk
             copied += 1
-        pending = pending or bool(step.started)
         if kind == "forget":
             lies = {at: chunk for at, chunk in lies.items() if chunk < int(first)}
             current = {layer: {slot for slot in used if (layer, slot) in lies} for layer, used in current.items()}
         if kind == "plan":
             chunks = [int(number) for number in numbers]
             assert [lies[int(first), slot] for slot in step.slots] == chunks
-            assert step.joined == pending, "used before it was there, or waited for nothing"
-            pending = False
             current[int(first)] = set(step.slots)
             hits += sum(c in {d for (il, _), d in before.items() if il == int(first)} for c in chunks)
         assert all(slot < slots for _, slot in lies)

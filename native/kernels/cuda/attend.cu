@@ -135,15 +135,24 @@ room lay_out(arena & a, uint64_t n_tiles, uint64_t n_lists, uint64_t n_spans, ui
     return r;
 }
 
+// Memory for a copy that is about to be queued.
+uint8_t * to_send(actqkv_cuda_stream * s, uint64_t bytes) {
+    if (s->pinned == nullptr || bytes > PINNED_BYTES - s->pinned_used) {
+        return s->sent.emplace_back(bytes).data();
+    }
+    s->pinned_used += bytes;
+    return s->pinned + (s->pinned_used - bytes);
+}
+
 int32_t upload(actqkv_cuda_stream * s, const room & r, const plan & p) {
-    std::vector<uint8_t> & bytes = s->sent.emplace_back(r.upload_bytes);
+    uint8_t * bytes = to_send(s, r.upload_bytes);
     const auto put = [&](const void * at, const void * from, size_t n) {
-        memcpy(bytes.data() + ((const uint8_t *) at - (const uint8_t *) r.tiles), from, n);
+        memcpy(bytes + ((const uint8_t *) at - (const uint8_t *) r.tiles), from, n);
     };
     put(r.tiles, p.tiles.data(), p.tiles.size() * sizeof(tile));
     put(r.passes, p.passes.data(), p.passes.size() * sizeof(int32_t));
     put(r.firsts, p.firsts.data(), p.firsts.size() * sizeof(int32_t));
-    return cudaMemcpyAsync(r.tiles, bytes.data(), bytes.size(), cudaMemcpyHostToDevice, s->stream);
+    return cudaMemcpyAsync(r.tiles, bytes, r.upload_bytes, cudaMemcpyHostToDevice, s->stream);
 }
 
 // ---- sums of weights: the logits once more, now that the softmax is known

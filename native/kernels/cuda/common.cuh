@@ -16,8 +16,11 @@ struct actqkv_cuda_stream {
     cudaStream_t stream;
     cudaEvent_t passed, started, stopped;
     uint32_t * tickets; // [N_TICKETS], zero between kernels; see attend_one.cu
-    // Ordinary memory of copies that are queued, until the next wait: where a GPU reads such memory itself (Grace,
-    // HMM), a copy may begin after the call that queued it has returned.
+    // What copies that are queued read, until the next wait: pinned memory, so that the host is not held up behind
+    // kernels; ordinary memory where that is full, or could not be pinned. A copy may begin after the call that queued it
+    // has returned, of ordinary memory too where a GPU reads such memory itself (Grace, HMM).
+    uint8_t * pinned;
+    uint64_t pinned_used;
     std::vector<std::vector<uint8_t>> sent;
 };
 
@@ -26,6 +29,7 @@ namespace actqkv::cuda {
 constexpr int WARP = 32;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int N_TICKETS = 4096;
+constexpr uint64_t PINNED_BYTES = 1 << 20; // of a stream: a call sends some ten KB
 
 // Queues kernel(arguments...); an empty grid is nothing to do.
 template <typename... Parameters, typename... Arguments>

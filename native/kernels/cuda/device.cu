@@ -110,6 +110,9 @@ void close(actqkv_cuda_stream * s) {
         }
     }
     cudaFree(s->tickets);
+    if (s->pinned != nullptr) {
+        cudaFreeHost(s->pinned);
+    }
     if (s->stream != nullptr) {
         cudaStreamDestroy(s->stream);
     }
@@ -156,6 +159,9 @@ int32_t open(int32_t device, actqkv_cuda_stream ** stream) {
         cudaGetLastError();
         return status;
     }
+    if (take_pinned(PINNED_BYTES, (void **) &s->pinned) != 0) {
+        s->pinned = nullptr; // ordinary memory does
+    }
     *stream = s;
     return 0;
 }
@@ -192,13 +198,18 @@ int32_t follow(actqkv_cuda_stream * s, actqkv_cuda_stream * before) {
     return status != cudaSuccess ? status : cudaStreamWaitEvent(s->stream, before->passed, 0);
 }
 
+void forget_sent(actqkv_cuda_stream * s) {
+    s->pinned_used = 0;
+    s->sent.clear();
+}
+
 int32_t wait(actqkv_cuda_stream * s) {
     cudaError_t status = cudaSetDevice(s->device);
     if (status == cudaSuccess) {
         status = cudaStreamSynchronize(s->stream);
     }
     const cudaError_t launched = cudaGetLastError();
-    s->sent.clear();
+    forget_sent(s);
     return status != cudaSuccess ? status : launched;
 }
 
@@ -215,7 +226,7 @@ int32_t stop_clock(actqkv_cuda_stream * s, float * ms) {
     }
     if (status == cudaSuccess) {
         status = cudaEventSynchronize(s->stopped);
-        s->sent.clear();
+        forget_sent(s);
     }
     return status != cudaSuccess ? status : cudaEventElapsedTime(ms, s->started, s->stopped);
 }
