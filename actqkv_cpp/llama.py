@@ -131,12 +131,11 @@ class Llama(llama_cpp.Llama):
             modelfile.check_adapter(given["lora_path"], path)
         if given.get("n_batch", 1) < 1:
             raise ParameterError(f"n_batch is {given['n_batch']}, expected 1 or more")
-        vocab_only = given.get("vocab_only")
-        wanted = 0 if vocab_only else given.get("n_gpu_layers", 0)
-        self.gpu_layers = Layers(0, 0) if vocab_only else self._placement.layers(path, wanted)
+        wanted = given.get("n_gpu_layers", 0)
+        self.gpu_layers = Layers(0, 0) if given.get("vocab_only") else self._placement.layers(path, wanted)
         self._layers_chosen = wanted is None  # by us, so that fewer will do
 
-        asked = "vocab_only" if vocab_only else LLAMA_CPP if self.retrieval.method == LLAMA_CPP else None
+        asked = "vocab_only" if given.get("vocab_only") else LLAMA_CPP if self.retrieval.method == LLAMA_CPP else None
         reason = asked or compat.dense_reason(given)
         if reason is None:
             own = {"n_ctx": _SMALLEST_N_CTX, "logits_all": False, "type_k": None, "type_v": None}
