@@ -33,11 +33,7 @@ TASK_ODDS: Final = {
     "absent": 2.5,
 }
 
-SLOW_ODDS: Final = {
-    "number": 1.5,
-    "list": 1.5,
-    "quote": 1.5,
-}  # of tasks that are learnt slowly, where they get more time
+SLOW_ODDS: Final = {"number": 1.5, "list": 1.5, "quote": 1.5}  # of tasks that are learnt slowly, where they get more
 
 CHAIN_TASKS: Final = ("twohop", "var", "absent")  # of documents in which many values are reached through other names
 
