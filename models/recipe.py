@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final
 
 from actqkv_cpp.evaluation.generator.documents import Mix, build_document
 from actqkv_cpp.evaluation.generator.smalltalk import SMALL_TALK
@@ -254,6 +254,25 @@ class Recipe:
         return hashed.hexdigest()
 
 
+def _slow_tasks(short: int, longer: int, longest: int, *, haystack_share: float, repeat_chance: float = 0.5) -> Cycle:
+    """A cycle of so many steps on samples of 2K, 4K and 8K, with more of the tasks that are learnt slowly."""
+    shares: dict[str, Any] = {
+        "haystack_share": haystack_share,
+        "chain_share": 0.1,
+        "task_odds": SLOW_ODDS,
+        "repeat_chance": repeat_chance,
+    }
+    return Cycle(
+        (
+            Stage(2048, 2, 1, short, document_share=(0.5, 0.8), fact_density=(0.2, 0.7), **shares),
+            Stage(4096, 1, 1, longer, document_share=(0.6, 0.8), fact_density=(0.2, 0.6), **shares),
+            Stage(8192, 1, 1, longest, document_share=(0.65, 0.85), fact_density=(0.1, 0.5), **shares),
+        ),
+        peak=0.6,
+        decay_share=0.9,
+    )
+
+
 FULL = Recipe(
     tokenizer=TokenizerConfig(),
     network=NetworkConfig(),
@@ -324,87 +343,8 @@ FULL = Recipe(
                 decay_share=0.8,
                 n_hop_examples=4096,
             ),
-            Cycle(
-                (
-                    Stage(
-                        2048,
-                        2,
-                        1,
-                        150,
-                        document_share=(0.5, 0.8),
-                        fact_density=(0.2, 0.7),
-                        haystack_share=0.15,
-                        chain_share=0.1,
-                        task_odds=SLOW_ODDS,
-                    ),
-                    Stage(
-                        4096,
-                        1,
-                        1,
-                        150,
-                        document_share=(0.6, 0.8),
-                        fact_density=(0.2, 0.6),
-                        haystack_share=0.15,
-                        chain_share=0.1,
-                        task_odds=SLOW_ODDS,
-                    ),
-                    Stage(
-                        8192,
-                        1,
-                        1,
-                        100,
-                        document_share=(0.65, 0.85),
-                        fact_density=(0.1, 0.5),
-                        haystack_share=0.15,
-                        chain_share=0.1,
-                        task_odds=SLOW_ODDS,
-                    ),
-                ),
-                peak=0.6,
-                decay_share=0.9,
-            ),
-            Cycle(
-                (
-                    Stage(
-                        2048,
-                        2,
-                        1,
-                        250,
-                        document_share=(0.5, 0.8),
-                        fact_density=(0.2, 0.7),
-                        haystack_share=0.2,
-                        chain_share=0.1,
-                        task_odds=SLOW_ODDS,
-                        repeat_chance=0.8,
-                    ),
-                    Stage(
-                        4096,
-                        1,
-                        1,
-                        150,
-                        document_share=(0.6, 0.8),
-                        fact_density=(0.2, 0.6),
-                        haystack_share=0.2,
-                        chain_share=0.1,
-                        task_odds=SLOW_ODDS,
-                        repeat_chance=0.8,
-                    ),
-                    Stage(
-                        8192,
-                        1,
-                        1,
-                        60,
-                        document_share=(0.65, 0.85),
-                        fact_density=(0.1, 0.5),
-                        haystack_share=0.2,
-                        chain_share=0.1,
-                        task_odds=SLOW_ODDS,
-                        repeat_chance=0.8,
-                    ),
-                ),
-                peak=0.6,
-                decay_share=0.9,
-            ),
+            _slow_tasks(150, 150, 100, haystack_share=0.15),
+            _slow_tasks(250, 150, 60, haystack_share=0.2, repeat_chance=0.8),
         ),
     ),
 )
