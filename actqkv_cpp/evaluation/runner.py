@@ -144,9 +144,8 @@ class Runner:
     def _n_tokens(self, suite: Suite, length: int | None) -> int:
         """Tokens that are left to be read, about."""
         n_left = sum(
-            not self.journal.has(cell(suite, length, method), index)
-            for method in self._left(suite, length)
-            if not self._why_not(suite, length, method)
+            not self.journal.has(cell(suite, length, method), index) and not self._why_not(suite, length, method)
+            for method in self.plan.methods
             for index in range(self.plan.n_samples_of(suite))
         )
         return n_left * (length or suite.n_tokens)
