@@ -61,7 +61,7 @@ _ENUMS = {
 }
 _COLUMNS = {"representatives": "n_representatives", "dense_layers": "n_dense_layers", "chunk": "n_chunk_tokens"}
 _SIZES = {"budget": "budget", "n_sink": "n_sink", "n_local": "n_local", "window": "n_window"}
-_NUMBERS = ("probe_warmup", "statistics_cap", "sketch", "refine", "cutoff_temperature", "question_weight")
+_NUMBERS = ("probe_warmup", "statistics_cap", "scan", "refine", "cutoff_temperature", "question_weight")
 
 # What one observed array looks like: the number of dimensions that count, by name (actqkv.h, actqkv_observe_fn).
 _OBSERVED_DIMS = {"q": 3, "k": 3, "v": 3, "out": 2, "head_scores": 2, "votes": 2, "plans": 2, "mass": 2}

@@ -34,7 +34,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "vote": get_args(Vote),
 }
 _SIZES = ("budget", "n_sink", "n_local", "chunk", "window")
-_COUNTS = ("representatives", "probe_warmup", "statistics_cap", "sketch", "refine", "dense_layers")
+_COUNTS = ("representatives", "probe_warmup", "statistics_cap", "scan", "refine", "dense_layers")
 _NUMBERS = ("cutoff_temperature", "question_weight")
 LLAMA_CPP = "llama.cpp"  # the method that is not ours: dense attention by llama.cpp itself, for comparison
 MAX_SEED = 2**32 - 1  # llama.cpp has 32 bits for it
@@ -111,9 +111,9 @@ class Retrieval:
         statistics: running statistics "pooled" (exact) or as "published".
         statistics_cap: t_max; statistics remember at most t_max * 256 tokens.
         score: of a chunk: "cosine" or "dot" product of probe and summary.
-        sketch: while answering, sketches of the keys (one bit per channel) choose refine * share chunks from the best
-            sketch * share, or from the best eighth of all where that is more; 1 is off, else more than refine.
-        refine: while answering, the keys themselves choose from the refine * share chunks that are left; 1 is off.
+        scan: while answering, keys that each query head looks at, in cells of those that are like what it seeks; their
+            attention chooses chunks. 0 is off: summaries choose.
+        refine: while answering, the keys themselves choose from the refine * share best chunks; 1 is off.
         cutoff: while answering: "none", "layerwise" (by entropy) or as "published".
         cutoff_temperature: of the softmax over scores, > 0.
         question_weight: lambda of question-aware prefill; 0 is off.
@@ -150,7 +150,7 @@ class Retrieval:
     statistics: Statistics | None = None
     statistics_cap: int | None = None
     score: Score | None = None
-    sketch: int | None = None
+    scan: int | None = None
     refine: int | None = None
     cutoff: Cutoff | None = None
     cutoff_temperature: float | None = None

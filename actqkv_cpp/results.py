@@ -55,7 +55,8 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that the tokens read so far occupy: K and V of all layers, and the summaries of their chunks."""
+    """Bytes that the tokens read so far occupy: K and V of all layers, and the summaries and
+    the index of their chunks (`summary_bytes`)."""
 
     kv_bytes: int
     summary_bytes: int

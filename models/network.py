@@ -1,4 +1,4 @@
-"""A Llama in PyTorch, and a start in which the circuit that copies from the context is already sketched.
+"""A Llama in PyTorch, and a start in which the circuit that copies from the context is already there in outline.
 
 Shapes: B sequences of T tokens. Rotary embedding turns the two halves of a head against each other, as in the Hugging
 Face code; `export.py` reorders rows of q and k so that llama.cpp, which turns neighbouring pairs, computes the same

@@ -6,6 +6,7 @@ python tests/gpu_times.py FOLDER GROUP          # FOLDER with the library; times
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 OPS = Path(__file__).resolve().parent / "ops"
 LIBRARY = "libactqkv_cuda.so"
 HEADS, KV_HEADS, D, CHUNK, LAYERS = 32, 8, 128, 32, 32  # Llama-8B's attention
-SKETCH = 4 + D + (1 + D // 8) * CHUNK  # bytes of a chunk's sketch for one KV head
+STRETCH = 65536  # keys of the longest stretches of an index
 SPREAD = KV_HEADS * (D // 32 * 18 + 2)  # bytes of a chunk's spread
 MIB = 1 << 20
 
@@ -133,44 +134,35 @@ def _time_retrieval(timer: Timer, note: Note) -> bool:
         name = f"{n_tokens >> 10}K tokens"
         ms = timer.ms(lambda _, r=reps, p=probe, s=scores, n=n: table.score(stream, p, 1, r, null, n, width, 1, s))
         note(f"score, bounds, {name}", ms, n * width * 2)
-        ms = timer.ms(lambda _, s=scores, n=n, c=chosen: table.top_k(stream, s, n, 736, c))
-        note(f"top-k, 736 of {n}", ms, n * 4)
+        ms = timer.ms(lambda _, s=scores, n=n, c=chosen: table.top_k(stream, s, n, 92, c))
+        note(f"top-k, 92 of {n}", ms, n * 4)
         ms = timer.ms(lambda _, s=scores, n=n, p=probe: table.entropy(stream, s, n, 1000, p))
         note(f"entropy of {n}", ms, n * 4)
     return True
 
 
 def _time_plan(timer: Timer, note: Note) -> bool:
-    """An answering step's plan in one layer at 128K tokens, 46 chunks granted: every kernel, then all as a session
-    queues them, keys of candidates and of the plan on the GPU."""
+    """An answering step's plan in one layer at 128K tokens, 46 chunks granted, by spreads and then keys of two chunks
+    per granted one (scan=0, refine=2): every kernel, then all as a session queues them, keys of candidates and of the
+    plan on the GPU."""
     t, s, null = timer.table, timer.stream, timer.ffi.NULL
     n, granted = (128 << 10) // CHUNK, 46
-    n_sketched, n_refined = 16 * granted, 2 * granted
+    n_refined = 2 * granted
     key_bytes = KV_HEADS * CHUNK * D * 2
     query, folded = timer.take("float *", HEADS * D * 4), timer.take("float *", KV_HEADS * (D + 1) * 4)
-    spreads, sketches = timer.take("uint8_t *", n * SPREAD), timer.take("uint8_t *", n * KV_HEADS * SKETCH)
+    spreads = timer.take("uint8_t *", n * SPREAD)
     keys, near, plan = (timer.take("uint8_t *", m * key_bytes) for m in (n, n_refined, granted))
-    scores, votes = timer.take("float *", n * 4), timer.take("float *", n_sketched * 4)
-    of_heads, entropy = timer.take("float *", HEADS * n_sketched * 4), timer.take("float *", 4)
-    chunks, listed = timer.numbers(range(0, n, n // n_sketched)), timer.numbers(range(n))
-    at, kept = (timer.take("int32_t *", n_sketched * 4) for _ in range(2))
+    scores, votes = timer.take("float *", n * 4), timer.take("float *", n_refined * 4)
+    of_heads, entropy = timer.take("float *", HEADS * n_refined * 4), timer.take("float *", 4)
+    chunks, listed = timer.numbers(range(0, n, n // n_refined)), timer.numbers(range(n))
+    at, kept = (timer.take("int32_t *", n_refined * 4) for _ in range(2))
     heads = (HEADS, KV_HEADS, D, CHUNK, 1)
     timer.check(t.top_k(s, scores, n_refined, n_refined, at))  # `at` names somebody
     steps: list[tuple[str, int, Callable[[], int]]] = [
         ("query", HEADS * D * 4, lambda: t.spread_query(s, query, HEADS, KV_HEADS, D, folded)),
         (f"spreads of {n}", n * SPREAD, lambda: t.spread_scores(s, folded, spreads, n, KV_HEADS, D, scores)),
         ("entropy", n * 4, lambda: t.entropy(s, scores, n, 1000, entropy)),
-        (f"top-k, {n_sketched} of {n}", n * 4, lambda: t.top_k(s, scores, n, n_sketched, kept)),
-        (
-            f"sketches of {n_sketched}",
-            n_sketched * KV_HEADS * SKETCH,
-            lambda: t.sketch_scores(s, query, sketches, chunks, n_sketched, *heads, of_heads),
-        ),
-        (
-            f"{n_refined} of {n_sketched} elected",
-            HEADS * n_sketched * 4,
-            lambda: t.elect(s, of_heads, n_sketched, HEADS, n_refined, chunks, votes, at, kept),
-        ),
+        (f"top-k, {n_refined} of {n}", n * 4, lambda: t.top_k(s, scores, n, n_refined, kept)),
         (
             f"keys of {n_refined} brought together",
             2 * n_refined * key_bytes,
@@ -208,6 +200,71 @@ def _time_plan(timer: Timer, note: Note) -> bool:
     ms = timer.ms(all_steps, 32)
     note("plan: all of it", ms, sum(n_bytes for _, n_bytes, _ in steps))
     print(f"a step of {LAYERS} layers plans for {ms * LAYERS:.3f} ms", flush=True)
+    return True
+
+
+def _stretch() -> Any:
+    """Bytes of a divided stretch of STRETCH keys, all cells of 64 of them (native/kernels/cpu/cells.h)."""
+    import numpy as np  # noqa: PLC0415 (as long as it takes to load)
+
+    rng = np.random.default_rng(0)
+    n_cells, n_blocks = STRETCH // 64, -(-(STRETCH // 64 + STRETCH // 256 + 1) // 16)
+    blocks = np.zeros((n_blocks, 16 * (16 + D // 2)), np.uint8)
+    floats = np.full((n_blocks, 16), 0.01, np.float32).view(np.uint8)
+    cells = np.arange(n_blocks * 16, dtype=np.uint32).reshape(n_blocks, 16)
+    blocks[:, :64] = blocks[:, 64:128] = blocks[:, -128:-64] = floats
+    blocks[:, 128:-128] = rng.integers(0, 256, (n_blocks, 8 * D))
+    blocks[:, -64:] = (256 * 4 * cells + 63).view(np.uint8)
+    keys = rng.integers(0, 256, (n_cells, 64 * (3 + D // 8)), np.uint8)
+    keys[:, 64:192] = rng.integers(0, STRETCH // CHUNK, (n_cells, 64)).astype(np.uint16).view(np.uint8)
+    head = np.array([n_cells, STRETCH, 0, 0], np.uint32).view(np.uint8)
+    found = np.concatenate([head, blocks.reshape(-1), keys.reshape(-1)])
+    return np.pad(found, (0, -len(found) % 64))
+
+
+def _time_search(timer: Timer, note: Note) -> bool:
+    """An answering step's plan in one layer by an index, as by default (scan=4096). Every call searches that of another
+    layer, so that the second-level cache holds little of it. Keys are random."""
+    ffi, t, s = timer.ffi, timer.table, timer.stream
+    one, granted, n_picked = _stretch(), 46, 4096 // 64
+    here, of_stretch = ffi.from_buffer(one), KV_HEADS * len(one)
+    query = timer.take("float *", HEADS * D * 4)
+    numbers = ffi.new("float[]", [math.sin(i * i) for i in range(HEADS * D)])
+    timer.check(t.copy(s, query, numbers, HEADS * D * 4))
+    for n_tokens, layers in ((128 << 10, LAYERS), (1 << 20, 4)):
+        n, n_chunks = n_tokens // STRETCH, n_tokens // CHUNK
+        index = timer.take("uint8_t *", layers * n * of_stretch)
+        for i in range(layers * n * KV_HEADS):
+            timer.check(t.copy(s, index + i * len(one), here, len(one)))
+        args, lists = ffi.new("struct actqkv_search_args *"), []
+        for layer in range(layers):
+            lists.append(ffi.new("struct actqkv_stretch[]", n))
+            for i in range(n):
+                lists[-1][i] = (index + (layer * n + i) * of_stretch, len(one), i * (STRETCH // CHUNK), STRETCH, 0)
+        args.n_head, args.n_head_kv, args.d_head, args.scale, args.query = HEADS, KV_HEADS, D, D**-0.5, query
+        args.stretches, args.n_stretches, args.n_chunks, args.n_picked = lists[0], n, n_chunks, n_picked
+        args.n_cells = n_tokens // 64
+        args.scores = timer.take("float *", HEADS * args.n_cells * 4)
+        args.picked, args.votes = timer.take("int32_t *", HEADS * n_picked * 4), timer.take("float *", n_chunks * 4)
+        args.scratch = timer.take("uint8_t *", t.search_scratch(args))
+        chosen = timer.take("int32_t *", granted * 4)
+        centres, sketches = KV_HEADS * args.n_cells * (D // 2 + 16), HEADS * n_picked * 64 * (3 + D // 8)
+
+        def score(i: int, args: Any = args, lists: list[Any] = lists) -> int:
+            args.stretches = lists[i % len(lists)]
+            return int(t.search_score(s, args))
+
+        def all_steps(i: int, score: Any = score, args: Any = args, chosen: Any = chosen) -> int:
+            timer.check(score(i) or t.search_vote(s, args))
+            return int(t.top_k(s, args.votes, args.n_chunks, granted, chosen))
+
+        name = f"{n_tokens >> 10}K tokens"
+        note(f"search: {args.n_cells} cells scored, {name}", timer.ms(score), centres)
+        ms = timer.ms(lambda _, a=args: t.search_vote(s, a))
+        note(f"search: {n_picked} cells looked into, votes, {name}", ms, 2 * sketches)
+        ms = timer.ms(all_steps)
+        note(f"search: all of it, {granted} of {n_chunks} chosen, {name}", ms, centres + 2 * sketches)
+        print(f"a step of {LAYERS} layers searches {name} for {ms * LAYERS:.3f} ms", flush=True)
     return True
 
 
@@ -266,6 +323,7 @@ GROUPS: dict[str, Callable[[Timer, Note], bool]] = {
     "copies": _time_copies,
     "retrieval": _time_retrieval,
     "plan": _time_plan,
+    "search": _time_search,
     "attend": _time_attend,
 }
 

@@ -4,8 +4,9 @@ Independent of the native code by design: nothing here is fast, everything is a 
 leaves a choice, the plainest reading is taken and marked "Reading:".
 
 Shapes: `m` tokens of a window, `n` tokens before it, `H`, `G` query and KV heads of dimension `d`, `N` closed chunks of
-`c` tokens. q is [m, H, d], k and v are [m, G, d], all before RoPE. reference_session.py chains the formulas over
-windows and layers, reference_model.py feeds them from a GGUF's own weights.
+`c` tokens. q is [m, H, d], k and v are [m, G, d], all before RoPE. reference_search.py has the search by an index,
+reference_session.py chains the formulas over windows and layers, reference_model.py feeds them from a GGUF's own
+weights.
 """
 
 from __future__ import annotations
@@ -51,9 +52,7 @@ class Params:
     granularity: Literal["layer", "kv_head"] = "layer"  # kv_head: section 4, one list per KV head
     vote: Literal["max", "sum"] = "max"
     n_dense_layers: int = 0  # section 4: the first layers attend everything
-    sketch: int = (
-        1  # answering: sketches of the best sketch * budget chunks decide which refine * budget remain; 1: off
-    )
+    scan: int = 0  # answering: keys that each query head looks for in an index of them; 0: off, summaries choose
     refine: int = 1  # answering: the keys of those refine * budget chunks decide; 1: off
     question_weight: float = 4.0  # lambda of section 3.4
     cutoff: Literal["ours", "published", "none"] = "ours"
@@ -434,39 +433,6 @@ def spread_scores(query: Floats, spreads: Floats) -> Floats:
     products = np.einsum("hd,nhd->n", query, per_head[:, :, :-1])
     scores: Floats = products + per_head[:, :, -1] @ np.abs(query).sum(axis=1)
     return scores
-
-
-# Sketches: of the engine's own making (native/kernels/cpu/sketch.cpp says what they are), no part of the papers
-
-SKETCHED_PART = 8  # sketches of the best eighth of all chunks are looked at, and of more where the budget asks for it
-
-
-def _in_units(x: Floats, n_units: int) -> tuple[Floats, Floats]:
-    """x [..., n] in whole units, n_units of which are the greatest magnitude among n; and the unit [..., 1], in f16."""
-    unit = (np.abs(x).max(axis=-1, keepdims=True) / n_units).astype(np.float16).astype(np.float64)
-    whole = np.rint(np.divide(x, unit, out=np.zeros_like(x), where=unit > 0))
-    return whole.clip(-n_units, n_units), unit
-
-
-def sketch_scores(query: Floats, keys: Sequence[Floats]) -> Floats:
-    """`key_scores` of sketched keys: of a chunk's keys [c, G, d], turned, the mean, whose greatest value has 127 units;
-    and what each differs by: signs, and a size, of which the greatest has 255. What four channels give is rounded to
-    1/63 of the most that any four can; its sum times a size to 256 of the sizes' units."""
-    query = turned(query)
-    fours = query.reshape(len(query), -1, 4)
-    unit = np.abs(fours).sum(axis=2).max(axis=1) / 63
-    found = []
-    for chunk in map(turned, keys):
-        n_group = len(query) // chunk.shape[1]
-        mean = chunk.mean(axis=0)
-        rest = chunk - mean
-        means, mean_unit = (np.repeat(part, n_group, axis=0) for part in _in_units(mean, 127))
-        sizes, size_unit = (np.repeat(part, n_group, axis=0) for part in _in_units(np.abs(rest).mean(axis=2).T, 255))
-        signs = np.repeat(np.where(rest < 0, -1.0, 1.0), n_group, axis=1).reshape(len(rest), *fours.shape)
-        sums = np.rint(np.einsum("hpe,jhpe->jhp", fours, signs) / unit[:, None]).sum(axis=2)
-        best = np.floor((sums * sizes.T + 128) / 256).max(axis=0)
-        found.append(mean_unit[:, 0] * (query * means).sum(axis=1) + 256 * size_unit[:, 0] * unit * best)
-    return np.array(found).T
 
 
 # Section 3.6: layer-wise cut-off

@@ -14,6 +14,7 @@ from typing import TypedDict
 import numpy as np
 import reference as ref
 from reference import QKV, Floats, Ints, Params, Phase, Rope, Statistics
+from reference_search import N_UNDIVIDED_TOKENS, search_votes
 
 
 class LayerResult(TypedDict):
@@ -22,11 +23,11 @@ class LayerResult(TypedDict):
     bias: Floats  # [m]
     weights: Floats  # [m]
     probe: Floats  # [H*d]
-    scores: Floats  # [N] that decide, -inf where not scored; with a list per KV head [G, N], votes or masses
-    entropy: float  # NaN for N <= 1
+    scores: Floats  # [N] that decide, of a search votes, [0] where it is not made as all are attended; with a list per
+    #                 KV head [G, N], votes or masses
+    entropy: float  # NaN for N <= 1, and for a search
     budget: int  # chunks this layer may take, N at most
-    sketched: Floats  # [N] logarithms of votes by sketches, where `sketch` decides: -inf for others; else the scores
-    refined: Floats  # [N] the same by keys, where `refine` decides: -inf for others; else `sketched`
+    refined: Floats  # [N] logarithms of votes by keys, where `refine` decides: -inf for others; else the scores
     plan: Ints  # ascending chunk ids [k], or [G, k]
     attended: Ints  # ascending positions of the past, or [G, ...]; the window itself comes on top
     out: Floats  # [m, H*d]
@@ -151,18 +152,19 @@ class ReferenceSession:
         summaries, scores = self._scores(state, layer, probe.reshape(q.shape[1:]), k.shape[1:], phase)
         if params.select == "oracle":
             scores = self._mass(state, q, k, len(scores) if scores.ndim == 1 else scores.shape[1])
-        entropy = ref.score_entropy(scores, params.cutoff_temperature) if scores.ndim == 1 else math.nan
+        answers = phase == "decode" and params.select == "top_k" and scores.ndim == 1
+        n_chunks, budget, entropy = scores.shape[-1], self._budgets[layer], math.nan
+        if answers and params.scan > 0:
+            scores = self._search(state, q, n_chunks) if budget < n_chunks else np.zeros(0)
+        elif scores.ndim == 1:
+            entropy = ref.score_entropy(scores, params.cutoff_temperature)
         if not math.isnan(entropy):
             state.entropies.append(entropy)  # Reading: a window without a value (N <= 1) contributes none.
-        budget = self._budgets[layer]
-        sketched = refined = scores
-        if phase == "decode" and params.select == "top_k" and scores.ndim == 1:
-            n_refined = min(len(scores), params.refine * budget)
-            n_sketched = min(len(scores), max(params.sketch * budget, len(scores) // ref.SKETCHED_PART))
-            if params.sketch > 1 and n_sketched > n_refined:
-                sketched = self._among(state, q, scores, n_sketched, by_sketch=True)
-            refined = self._among(state, q, sketched, n_refined, by_sketch=False) if n_refined > budget else sketched
-        plan = ref.top_k(refined, budget) if scores.ndim == 1 else np.array([ref.top_k(row, budget) for row in refined])
+        refined, n_refined = scores, min(n_chunks, params.refine * budget)
+        if answers and budget < n_refined:
+            refined = self._refine(state, q, scores, n_refined)
+        plan = np.array([ref.top_k(row, budget) for row in np.atleast_2d(refined)])
+        plan = np.arange(n_chunks) if scores.size == 0 and scores.ndim == 1 else plan[0] if scores.ndim == 1 else plan
         attended, out = self._attend(state, q, k, v, plan if attended_plan is None else attended_plan)
         return LayerResult(
             bias=bias,
@@ -171,7 +173,6 @@ class ReferenceSession:
             scores=scores,
             entropy=entropy,
             budget=budget,
-            sketched=sketched,
             refined=refined,
             plan=plan,
             attended=attended,
@@ -239,23 +240,31 @@ class ReferenceSession:
             return bias, np.full(len(z), 1 / len(z))
         return bias, ref.probe_weights(bias)
 
-    def _among(self, state: _Layer, q: Floats, scores: Floats, n_candidates: int, *, by_sketch: bool) -> Floats:
-        """Logarithms [N] of all query heads' votes for the best `n_candidates`, by their keys as the step's query
-        q [1, H, d] meets closed ones, or by sketches of what those were before they closed; -inf for the rest."""
+    def _met(self, state: _Layer, q: Floats, chunks: Ints) -> tuple[Floats, list[Floats]]:
+        """The step's query q [1, H, d], scaled, and keys [c, G, d] of closed chunks, as they meet."""
         params = self.params
-        candidates = ref.top_k(scores, n_candidates)
         exact = params.positions == "exact"
         query = ref.rotate(q, self.n_past if exact else params.n_local, self.rope)[0]
         keys = []
-        for b in candidates:
+        for b in chunks:
             tokens = np.arange(params.n_chunk_tokens) + params.n_sink + b * params.n_chunk_tokens
             rotated = ref.rotate(state.k[tokens], tokens if exact else 0, self.rope)
-            closed = np.ones(len(tokens), dtype=bool)
-            keys.append(params.stored(rotated) if by_sketch else params.kept_keys(rotated, closed))
-        scale = query.shape[1] ** -0.5 if params.scale is None else params.scale
-        best = ref.sketch_scores(query, keys) if by_sketch else ref.key_scores(query, keys)
+            keys.append(params.kept_keys(rotated, np.ones(len(tokens), dtype=bool)))
+        return query * (query.shape[1] ** -0.5 if params.scale is None else params.scale), keys
+
+    def _search(self, state: _Layer, q: Floats, n_chunks: int) -> Floats:
+        """Votes [N] by the index of a history of which no part is divided into cells."""
+        if n_chunks * self.params.n_chunk_tokens >= N_UNDIVIDED_TOKENS:
+            raise NotImplementedError("the reference knows no cells of longer stretches")
+        query, keys = self._met(state, q, np.arange(n_chunks))
+        return search_votes(query, keys, self._centre(state, roped=self.params.positions == "exact"))
+
+    def _refine(self, state: _Layer, q: Floats, scores: Floats, n_candidates: int) -> Floats:
+        """Logarithms [N] of all query heads' votes for the best `n_candidates` by their keys; -inf for the rest."""
+        candidates = ref.top_k(scores, n_candidates)
+        query, keys = self._met(state, q, candidates)
         votes = np.full(len(scores), -np.inf)
-        votes[candidates] = np.log(ref.quest_group_scores(scale * best, 1, "sum")[0])
+        votes[candidates] = np.log(ref.quest_group_scores(ref.key_scores(query, keys), 1, "sum")[0])
         return votes
 
     def _attend(self, state: _Layer, q: Floats, k: Floats, v: Floats, plan: Ints) -> tuple[Ints, Floats]:

@@ -39,7 +39,7 @@ class Kernel:
         ms: of one call, the median of the samples.
         spread_ms: least and greatest sample.
         bytes: that one call must read, each once.
-        operations: multiplications, additions and exponentials of the formula.
+        operations: multiplications, additions and exponentials of the formula; where it has none, comparisons.
         read_share: of the measured read bandwidth.
         compute_share: of the measured peak of operations. The greater of both says what limits the kernel at best.
         n: samples.

@@ -57,7 +57,7 @@ def render_kernels(result: KernelResult, *, width: int) -> str:
         f"{result.working_set_bytes / 1e6:,.0f} MB, "
         f"{result.working_set_bytes // machine['last_level_cache_bytes']} times the last-level cache. "
         "Shares are of what memory gives when it is read in order, each byte once, and of the speed of matrix "
-        "products; the greater one is what limits a kernel. Summarize and cutoff run on one thread."
+        "products; the greater one is what limits a kernel. Summarize, cells and cutoff run on one thread."
     )
     return tables.to_text([heading, table, words, *_busy(machine)], width=width)
 

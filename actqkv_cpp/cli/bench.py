@@ -199,14 +199,13 @@ def _shape(output: Output, engine: o.EngineOptions, depth: int) -> Shape:
 
     chunk = engine.chunk or actqkv_cpp.methods()[_KERNELS_OF]["chunk"]
     granted = (engine.budget - engine.sink - engine.local) // chunk
-    sketched, refined = candidates(_KERNELS_OF, max(granted, 1), depth // chunk)
+    picked, _ = candidates(_KERNELS_OF, max(granted, 1), depth // chunk)
     found = Shape(
         chunk=chunk,
         depth=depth,
         budget=engine.budget,
         granted=granted,
-        sketched=sketched,
-        refined=refined,
+        picked=picked,
         kv_type=engine.kv_type,
     )
     if engine.model is None:

@@ -58,13 +58,13 @@ int32_t actqkv_method_find(const char * name, actqkv_method * method, actqkv_err
     });
 }
 
-int32_t actqkv_method_candidates(const actqkv_method * method, int64_t share, int64_t n_chunks, int64_t * n_sketched,
+int32_t actqkv_method_candidates(const actqkv_method * method, int64_t share, int64_t n_chunks, int64_t * n_picked,
                                  int64_t * n_refined, actqkv_error * err) {
     return guarded(err, [&] {
-        require(method != nullptr && n_sketched != nullptr && n_refined != nullptr, "pointers must not be NULL");
+        require(method != nullptr && n_picked != nullptr && n_refined != nullptr, "pointers must not be NULL");
         require(share >= 1 && n_chunks >= 0, "share must be at least 1, n_chunks at least 0");
         const actqkv::choice c = actqkv::choice_of(*method, share, n_chunks);
-        *n_sketched = c.n_sketched;
+        *n_picked = method->scan > 0 ? actqkv::n_picked_of(*method) : 0;
         *n_refined = c.n_refined;
     });
 }

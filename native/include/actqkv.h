@@ -81,7 +81,7 @@ enum actqkv_cutoff { ACTQKV_CUTOFF_NONE = 0, ACTQKV_CUTOFF_LAYERWISE = 1, ACTQKV
 enum actqkv_granularity {
     ACTQKV_GRANULARITY_LAYER   = 0, // one list of chunks for all heads: their products are added up
     ACTQKV_GRANULARITY_KV_HEAD = 1, // one list per KV head, by a vote of its group's query heads. Goes with SCORE_DOT,
-                                    // neither sketch nor refine, no cut-off and no question
+                                    // neither scan nor refine, no cut-off and no question
 };
 enum actqkv_vote { ACTQKV_VOTE_MAX = 0, ACTQKV_VOTE_SUM = 1 }; // of the softmax over chunks of each query head's scores
 
@@ -97,8 +97,9 @@ struct actqkv_method {
     int32_t statistics;         // enum actqkv_statistics
     int32_t statistics_cap;     // t_max: running statistics remember at most t_max * 256 tokens (published: windows)
     int32_t score;              // enum actqkv_score
-    int32_t sketch;             // answering: of sketch * share chunks, or an eighth, sketches choose refine * share; 1: off
-    int32_t refine;             // answering: of the refine * share chunks left, their keys choose; 1: off
+    int32_t scan;               // answering: keys that each query head looks at, in cells of those that are like what it seeks;
+                                // their attention chooses chunks. 0: off, summaries choose
+    int32_t refine;             // answering: of the refine * share best chunks, their keys choose; 1: off
     int32_t cutoff;             // enum actqkv_cutoff
     float   cutoff_temperature; // softmax(score / temperature), > 0
     float   question_weight;    // lambda of question-aware prefill; 0: off
@@ -123,7 +124,7 @@ struct actqkv_params {
 // Bytes a session will need at most, all of n_ctx in use. Compute buffers follow the window, not the context.
 struct actqkv_memory {
     uint64_t kv_bytes;         // K and V of n_ctx tokens
-    uint64_t summary_bytes;    // summaries of all chunks
+    uint64_t summary_bytes;    // summaries of all chunks, and the index of their keys
     uint64_t checkpoint_bytes; // what rewind keeps
     uint64_t compute_bytes;    // graph and attention buffers, logits of one token, statistics
 };
@@ -202,10 +203,11 @@ ACTQKV_API int32_t actqkv_method_table(int32_t i, struct actqkv_method * method)
 // ACTQKV_ERR_ARGUMENT names the known methods when `name` is none of them.
 ACTQKV_API int32_t actqkv_method_find(const char * name, struct actqkv_method * method, struct actqkv_error * err);
 
-// Of n_chunks, how many an answering step that may attend `share` of them in a layer looks at the sketches of, and then at
-// the keys of. ACTQKV_ERR_ARGUMENT where share is below 1 or n_chunks negative.
+// Of n_chunks, into how many cells each query head of an answering step looks (0: chunks are chosen by summaries), and how many
+// chunks it looks at the keys of, where it may attend `share` of them in a layer. ACTQKV_ERR_ARGUMENT where share is below 1 or
+// n_chunks negative.
 ACTQKV_API int32_t actqkv_method_candidates(const struct actqkv_method * method, int64_t share, int64_t n_chunks,
-                                            int64_t * n_sketched, int64_t * n_refined, struct actqkv_error * err);
+                                            int64_t * n_picked, int64_t * n_refined, struct actqkv_error * err);
 
 // Defaults of docs/algorithms.md section 1 with method `actqkv`; n_ctx 0 must be set by the caller.
 ACTQKV_API struct actqkv_params actqkv_default_params(void);
@@ -246,10 +248,10 @@ ACTQKV_API int32_t actqkv_decode(actqkv_session * session, const int32_t * token
 // nothing changes:
 //   - n_chunk_tokens, positions (AUTO resolved) and prefill agree; where prefill is not ALL, n_dense_layers too;
 //   - where prefill or the new decode is TOP: the session made summaries, and summary, summary_keys, granularity (and
-//     n_representatives of summaries that have them) agree; a method that looks at sketches needs a session that has them;
+//     n_representatives of summaries that have them) agree; a method that scans needs a session that has an index;
 //   - where prefill is TOP: all that steers it agrees (probe, its warm-up and statistics, score, vote, question_weight),
 //     and a method with a cut-off finds entropies of its own temperature.
-// Free are decode, sketch, refine, budget, cut-off within the above, and the columns of scoring where prefill is not TOP.
+// Free are decode, scan, refine, budget, cut-off within the above, and the columns of scoring where prefill is not TOP.
 ACTQKV_API int32_t actqkv_set_answering(actqkv_session * session, const struct actqkv_method * method, int32_t budget,
                                         struct actqkv_error * err);
 

@@ -133,21 +133,72 @@ void actqkv_head_scores(int32_t impl, const float * queries, const actqkv_f16 * 
 void actqkv_vote(int32_t impl, const float * scores, int64_t n, int32_t n_head, int32_t n_head_kv, int32_t sum,
                  float * votes, int32_t n_threads);
 
-// ---- sketch
+// ---- cells: an index of the keys of a stretch of consecutive chunks
 
-// Bytes of the sketch of one KV head's c keys; 0 where d_head is no multiple of 8, or one of both is beyond 1024.
-int64_t actqkv_sketch_bytes(int32_t d_head, int32_t c);
+// Bytes of a stretch of one KV head with n_keys keys: divided into cells of keys that are alike (in_order 0), or with room for
+// so many keys in order, in chunks of in_order. 0 where d_head is no multiple of 16 or beyond 1024, or n_keys is beyond 2^20.
+int64_t actqkv_stretch_bytes(int32_t d_head, int64_t n_keys, int32_t in_order);
 
-// Sketches [G] of one chunk, actqkv_sketch_bytes() each, of its keys as actqkv_summarize takes them, before they are turned.
-void actqkv_sketch(const actqkv_f16 * keys, int64_t key_stride, int32_t n_head_kv, int32_t d_head, int32_t c,
-                   uint8_t * sketches);
+// Cells that such a stretch has at most.
+int64_t actqkv_stretch_cells(int64_t n_keys, int32_t in_order);
 
-// scores [H][n]: scale times the greatest q_h . k' among the keys of chunk chunks[i] as their sketch has them, with what
-// four channels of q give rounded, in every impl alike, to 1/63 of the most that any four can. query [H][d], not turned;
-// sketches [chunk][G].
-void actqkv_sketch_scores(int32_t impl, const float * query, const uint8_t * sketches, const int32_t * chunks,
-                          int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head, int32_t c, float scale,
-                          float * scores, int32_t n_threads);
+// The divided stretch of n_chunks chunks of c keys: [n_chunks][c] rows of `type` (turned unless f16), chunks chunk_stride bytes
+// apart. common [d], not turned: what all keys of the session have in common, taken off before centres are rounded; it must be
+// the same for all stretches that are searched together. stretch: 4-byte aligned; scratch: actqkv_stretch_scratch() bytes of as
+// many keys, 64-byte aligned. Which keys share a cell may differ between impls, by rounding.
+uint64_t actqkv_stretch_scratch(int32_t d_head, int64_t n_keys);
+void actqkv_make_stretch(int32_t impl, int32_t type, const uint8_t * keys, int64_t chunk_stride, int32_t c,
+                         int32_t n_chunks, const float * common, int32_t d_head, uint8_t * stretch, void * scratch);
+
+// The same of keys in order, chunk by chunk: adds the next one's c keys to a stretch with room for n_keys, which has `chunk` of
+// them; 0 begins it anew.
+void actqkv_add_chunk(int32_t impl, int32_t type, const uint8_t * keys, int32_t c, const float * common, int32_t d_head,
+                      int64_t n_keys, int64_t chunk, uint8_t * stretch, void * scratch);
+
+// Whether a search stays within a divided stretch that comes from elsewhere, and finds only chunks that it has; any alignment.
+int32_t actqkv_stretch_is_sound(const uint8_t * stretch, int32_t d_head, int64_t n_keys, int32_t c);
+
+// ---- search: which chunks hold the keys that a query attends to
+
+struct actqkv_stretch {
+    const uint8_t * data; // KV head g's at data + g*head_stride, 4-byte aligned
+    int64_t head_stride;
+    int64_t first_chunk;
+    int64_t n_keys;   // or, of one in order, for how many it has room
+    int32_t in_order; // 0: divided; else the keys of a chunk: all of its keys are looked at
+};
+
+struct actqkv_search_args {
+    int32_t n_head, n_head_kv, d_head;
+    float scale;                             // of q . k
+    const float * query;                     // [H][d] as its keys meet it, not turned
+    const struct actqkv_stretch * stretches; // divided ones first; chunks [0, n_chunks), each in one stretch
+    int32_t n_stretches;
+    int64_t n_chunks;
+    int64_t n_cells;  // row length of scores: at least actqkv_search_cells() of every KV head
+    float * scores;   // [H][n_cells], of which each KV head's own cells count
+    int32_t n_picked; // divided cells that each query head looks into
+    int32_t * picked; // [H][n_picked] which, ascending; -1 behind the last, where there are fewer
+    float * votes;    // [n_chunks]
+    void * scratch;   // actqkv_search_scratch() bytes, 64-byte aligned
+    int32_t n_threads;
+};
+
+// Cells of KV head g in all stretches, in order; *n_divided: of those that are divided.
+int64_t actqkv_search_cells(const struct actqkv_stretch * stretches, int32_t n_stretches, int32_t g, int32_t d_head,
+                            int64_t * n_divided);
+
+// For these stretches and sizes; grows with n_threads * (n_chunks + n_cells + 768 * n_picked) * 4.
+uint64_t actqkv_search_scratch(const struct actqkv_search_args * args);
+
+// One after the other with the same args, scratch untouched between them.
+// scores: how well keys of a cell may do.
+void actqkv_search_score(int32_t impl, const struct actqkv_search_args * args);
+// picked: the cells of the best scores. votes: for each chunk, the attention that its keys would have among the keys looked at,
+// as sketches have them, summed over query heads; keys of less than a head's mean weight are left out. What four channels of a
+// query give is rounded, in every impl alike, to 1/63 of the most that any four can. Returns the bytes of sketches that were
+// read, each head's.
+uint64_t actqkv_search_vote(int32_t impl, const struct actqkv_search_args * args);
 
 // ---- refine
 

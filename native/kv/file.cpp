@@ -17,7 +17,7 @@ namespace {
 
 constexpr uint64_t MAGIC = 0x00454C4946564B41;      // "AKVFILE\0"
 constexpr uint64_t SLOT_MAGIC = 0x00544F4C53564B41; // "AKVSLOT\0"
-constexpr uint32_t VERSION = 2;
+constexpr uint32_t VERSION = 3;
 constexpr uint64_t ALIGN = 65536; // the largest page size of the systems we run on
 constexpr uint64_t HEADER_BYTES = 4096;
 
@@ -139,14 +139,16 @@ kv_file::offsets kv_file::layout_of(const file_header & h, const std::string & p
     at.table = at.slots + 2 * aligned(times(h.slot_bytes, 1));
     at.arrays = aligned(at.table + times(times(h.n_chunks, h.n_layer), N_FILE_ARRAYS * sizeof(uint32_t)));
     uint64_t layer = 0;
-    for (const uint64_t chunk_bytes : h.chunk_bytes) {
-        layer += aligned(times(h.n_chunks, chunk_bytes));
+    for (int a = 0; a < N_FILE_ARRAYS; a++) {
+        layer += aligned(times(n_kept(a, h.n_chunks, h.params.method.n_chunk_tokens), h.chunk_bytes[a]));
     }
     at.end = at.arrays + times(h.n_layer, layer);
     return at;
 }
 
-uint64_t kv_file::array_bytes(int array) const { return aligned(head.n_chunks * head.chunk_bytes[array]); }
+uint64_t kv_file::array_bytes(int array) const {
+    return aligned(n_kept(array, head.n_chunks, head.params.method.n_chunk_tokens) * head.chunk_bytes[array]);
+}
 
 uint64_t kv_file::array_offset(int il, int array) const {
     uint64_t layer = 0, before = 0;
@@ -273,7 +275,8 @@ void kv_file::read_header() {
     }
     const int64_t most = std::numeric_limits<int32_t>::max() / 2;
     bool sane = head.n_tokens >= 0 && head.n_tokens <= most && head.n_chunks >= 0 && head.n_chunks <= head.n_tokens &&
-                head.n_layer > 0 && head.n_layer <= 4096 && head.checkpoint_tokens > 0;
+                head.n_layer > 0 && head.n_layer <= 4096 && head.checkpoint_tokens > 0 &&
+                head.params.method.n_chunk_tokens > 0;
     for (const uint64_t chunk_bytes : head.chunk_bytes) {
         sane = sane && chunk_bytes <= (1ull << 32);
     }
@@ -501,7 +504,7 @@ bool kv_file::map(int il, int array, uint64_t begin, uint64_t end, const chunk_a
     }
     // Chunks are read from all over: what lies around them is not to come along. A first question after 143,268 tokens in
     // a file of 491 MB, none of it in memory: 96 MB of it resident, otherwise 249 MB.
-    if (array != FILE_SUMMARIES && array != FILE_NORMS) {
+    if (array == FILE_KEYS || array == FILE_VALUES) {
         madvise(at, end - begin, MADV_RANDOM);
     }
     return true;
@@ -509,7 +512,8 @@ bool kv_file::map(int il, int array, uint64_t begin, uint64_t end, const chunk_a
 
 void kv_file::compare(int il, int array, int64_t chunk, uint32_t sum) const {
     if (sum != table[row_of(il, array, chunk)]) {
-        fail_damaged(path, format("chunk %lld of layer %d is not what was written", (long long) chunk, il));
+        fail_damaged(path, format("%s %lld of layer %d is not what was written",
+                                  array == FILE_INDEX ? "stretch" : "chunk", (long long) chunk, il));
     }
 }
 
@@ -534,13 +538,14 @@ bool verify_file(const std::string & path, actqkv_progress_fn progress, void * u
     const file_header & h = file.header();
     const int64_t n_closed = file.last().n_closed, step = 256;
     int64_t done = 0, total = 0;
-    for (const uint64_t chunk_bytes : h.chunk_bytes) {
-        total += h.n_layer * n_closed * chunk_bytes;
+    for (int a = 0; a < N_FILE_ARRAYS; a++) {
+        total += h.n_layer * kv_file::n_kept(a, n_closed, h.params.method.n_chunk_tokens) * h.chunk_bytes[a];
     }
     for (int il = 0; il < h.n_layer; il++) {
         for (int a = 0; a < N_FILE_ARRAYS; a++) {
-            for (int64_t first = 0; first < n_closed && h.chunk_bytes[a] > 0; first += step) {
-                const int64_t last = std::min(n_closed, first + step);
+            const int64_t n = kv_file::n_kept(a, n_closed, h.params.method.n_chunk_tokens);
+            for (int64_t first = 0; first < n && h.chunk_bytes[a] > 0; first += step) {
+                const int64_t last = std::min(n, first + step);
                 file.verify_chunks(il, a, first, last);
                 done += (last - first) * h.chunk_bytes[a];
                 if (progress != nullptr && !progress(user, done, total) && done < total) {

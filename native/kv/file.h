@@ -6,7 +6,7 @@
 //
 //   offset  bytes  header
 //        0      8  magic "AKVFILE\0"
-//        8      4  version: 2
+//        8      4  version: 3
 //       12      4  bytes of actqkv_params
 //       16      8  model: shape, vocabulary and norms (session/serial.h); another quantisation has the same
 //       24      8  n_tokens of the whole reading, also those that are still to be read
@@ -15,7 +15,7 @@
 //       48      8  n_chunks that can close among n_tokens
 //       56      4  n_layer
 //       60      4  checkpoint_tokens: from one checkpoint to the next
-//       64   5x 8  chunk_bytes of each array: K, V, summary, its norm, sketch; of one chunk and layer; 0: there are none
+//       64   5x 8  chunk_bytes of each array: K, V, summary, its norm, index; of one chunk and layer; 0: there are none
 //      104      *  actqkv_params of the reading, positions resolved; n_ctx and n_threads mean nothing; zeros up to a
 //                  multiple of 8
 //        *      8  checksum (kv/bytes.h) of all before
@@ -35,7 +35,8 @@
 //                56  *  payload: of session/file.cpp
 //                 *  8  checksum of all before
 //   table      u32[n_chunks][n_layer][5]: checksum of each chunk in each array, its two halves xor'ed
-//   arrays     per layer K, V, summaries, norms, sketches: u8[n_chunks][chunk_bytes]
+//   arrays     per layer K, V, summaries, norms, index: u8[n_chunks][chunk_bytes]. An element of the index is a stretch of
+//              65,536 tokens (stretches.h), whose row of the table is that of its last chunk
 //
 // Order of writes: chunks and their rows of the table, fdatasync, slot, fdatasync. Whatever kills a writer, the other
 // slot is whole and all that it speaks of is on the disk. The reading does not wait for the disk: a thread does, and while
@@ -48,6 +49,7 @@
 #pragma once
 
 #include "actqkv.h"
+#include "layout.h"
 
 #include <cstdint>
 #include <future>
@@ -56,7 +58,7 @@
 
 namespace actqkv {
 
-enum file_array { FILE_KEYS, FILE_VALUES, FILE_SUMMARIES, FILE_NORMS, FILE_SKETCHES, N_FILE_ARRAYS };
+enum file_array { FILE_KEYS, FILE_VALUES, FILE_SUMMARIES, FILE_NORMS, FILE_INDEX, N_FILE_ARRAYS };
 
 struct file_header {
     uint64_t magic;
@@ -104,6 +106,11 @@ public:
     kv_file(kv_file && other) noexcept;
     kv_file & operator=(kv_file &&) = delete;
     ~kv_file();
+
+    // Elements of an array that the file has where it has the first n chunks: of the index, an element is a stretch.
+    static int64_t n_kept(int array, int64_t n, int32_t n_chunk_tokens) {
+        return array == FILE_INDEX ? n / stretch_chunks(n_chunk_tokens) : n;
+    }
 
     const char * name() const { return path.c_str(); }
     const file_header & header() const { return head; }
@@ -163,6 +170,7 @@ private:
     void compare(int il, int array, int64_t chunk, uint32_t sum) const;
     bool read_slot(int i, file_slot & slot, uint64_t & sequence, std::vector<uint32_t> & rows) const;
     uint64_t row_of(int il, int array, int64_t chunk) const {
+        chunk = array == FILE_INDEX ? (chunk + 1) * stretch_chunks(head.params.method.n_chunk_tokens) - 1 : chunk;
         return (chunk * head.n_layer + il) * N_FILE_ARRAYS + array;
     }
 

@@ -11,6 +11,10 @@
 
 namespace actqkv {
 
+// Tokens of the longest stretches that closed chunks are indexed by (stretches.h), and chunks.
+constexpr int64_t STRETCH_TOKENS = 65536;
+inline int64_t stretch_chunks(int32_t n_chunk_tokens) { return std::max<int64_t>(1, STRETCH_TOKENS / n_chunk_tokens); }
+
 struct kv_layout {
     int32_t n_head_kv;
     int32_t d_head;

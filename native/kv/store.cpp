@@ -46,8 +46,8 @@ int32_t rows_for(const hparams & hp, const actqkv_params & p) {
 }
 
 // Of a chunk.
-int64_t sketch_bytes_for(const hparams & hp, const actqkv_params & p) {
-    return makes_sketches(p.method) ? hp.n_head_kv * actqkv_sketch_bytes(hp.d_head, p.method.n_chunk_tokens) : 0;
+int64_t index_bytes_for(const hparams & hp, const actqkv_params & p) {
+    return searches(p.method) ? stretches::chunk_bytes(kv_store::layout_for(hp, p)) : 0;
 }
 
 int64_t sums_per_layer(const hparams & hp, const actqkv_params & p) {
@@ -69,8 +69,12 @@ void kv_store::add_memory(const hparams & hp, const actqkv_params & p, actqkv_me
     const uint64_t layers = hp.n_layer, ring = 3 * shape.recent_tokens() * shape.token_stride();
     const uint64_t recent = ring * sizeof(actqkv_f16) + sums_per_layer(hp, p) * sizeof(float);
     memory.kv_bytes += layers * (2 * shape.n_chunks_max(p.n_ctx) * shape.chunk_bytes() + recent);
-    const uint64_t of_chunk = summary_bytes_for(hp, p) + norms_for(p) * sizeof(float) + sketch_bytes_for(hp, p);
+    const uint64_t of_chunk = summary_bytes_for(hp, p) + norms_for(p) * sizeof(float) + index_bytes_for(hp, p);
     memory.summary_bytes += layers * shape.n_chunks_max(p.n_ctx) * of_chunk;
+    if (searches(p.method)) {
+        memory.summary_bytes += layers * stretches::rest_bytes(shape);
+        memory.compute_bytes += p.n_threads * stretches::scratch_bytes(shape, shape.n_chunks_max(p.n_ctx));
+    }
 }
 
 kv_store::kv_store(const hparams & hp, const actqkv_params & p)
@@ -78,15 +82,15 @@ kv_store::kv_store(const hparams & hp, const actqkv_params & p)
       n_representatives(p.method.n_representatives), n_summary_rows(rows_for(hp, p)),
       stores_near(p.method.positions == ACTQKV_POSITIONS_EXACT),
       summarises_near(stores_near && p.method.summary_keys == ACTQKV_KEYS_ATTENDED), n_sums(sums_per_layer(hp, p)),
-      n_summary_bytes(summary_bytes_for(hp, p)), n_norms(norms_for(p)), n_sketch_bytes(sketch_bytes_for(hp, p)),
-      n_chunks_max(retrieves(p) ? shape.n_chunks_max(p.n_ctx) : 0), layers(hp.n_layer) {
+      n_summary_bytes(summary_bytes_for(hp, p)), n_norms(norms_for(p)),
+      n_chunks_max(retrieves(p) ? shape.n_chunks_max(p.n_ctx) : 0), layers(hp.n_layer),
+      indexed(shape, searches(p.method) ? hp.n_layer : 0, n_chunks_max) {
     const uint64_t n_bytes = shape.n_chunks_max(p.n_ctx) * shape.chunk_bytes();
     for (layer & l : layers) {
         l.k = reservation<uint8_t>(n_bytes);
         l.v = reservation<uint8_t>(n_bytes);
         l.reps = reservation<uint8_t>(n_chunks_max * n_summary_bytes);
         l.norms = reservation<float>(n_chunks_max * n_norms);
-        l.sketches = reservation<uint8_t>(n_chunks_max * n_sketch_bytes);
         for (auto * ring : {&l.near, &l.far, &l.v_open}) {
             ring->resize(shape.recent_tokens() * shape.token_stride());
         }
@@ -186,13 +190,42 @@ void kv_store::close_until(int64_t limit, int n_threads) {
         }
     });
     n_closed_chunks = last;
+    index_until(last, false, n_threads);
 }
 
-void kv_store::repeat_chunks(int64_t n, int64_t n_tokens) {
+// Of a file, only keys of chunks in short stretches are read, and checked, here.
+void kv_store::index_until(int64_t n_closed, bool all, int n_threads) {
+    const int64_t first = indexed.exist() ? indexed.first_missing(n_closed, all) : n_closed;
+    if (first == n_closed && !all) {
+        return;
+    }
+    std::vector<const uint8_t *> keys;
+    std::vector<float> common(layers.size() * shape.token_stride());
+    for (size_t il = 0; il < layers.size(); il++) {
+        const layer & l = layers[il];
+        keys.push_back(l.k.data());
+        actqkv_mean((stores_near ? l.near : l.far).data(), shape.head_stride(0), shape.n_head_kv, shape.d_head,
+                    shape.n_sink, common.data() + il * shape.token_stride());
+        for (int64_t chunk = first; chunk < n_from_file; chunk++) {
+            check_array((int) il, FILE_KEYS, chunk);
+        }
+    }
+    indexed.make(n_closed, all, keys, common, n_threads);
+}
+
+void kv_store::index_keys(int n_threads) {
+    if (indexed.exist() && !indexed.is_whole(n_closed_chunks)) {
+        index_until(n_closed_chunks, true, n_threads);
+    }
+}
+
+void kv_store::repeat_chunks(int64_t n, int64_t n_tokens, int n_threads) {
     const recent_state open = save_recent(n_tokens);
     const int64_t n_before = n_closed_chunks, n_after = n_before + n;
     for (size_t il = 0; il < layers.size(); il++) {
-        for (const chunk_array & array : chunk_arrays((int) il)) {
+        auto arrays = chunk_arrays((int) il);
+        arrays[FILE_INDEX].chunk_bytes = 0; // made anew
+        for (const chunk_array & array : arrays) {
             const uint64_t bytes = array.chunk_bytes / array.n_rows;
             for (int64_t i = 0; i < array.n_rows; i++) {
                 uint8_t * row = array.data + i * array.row_stride;
@@ -203,6 +236,7 @@ void kv_store::repeat_chunks(int64_t n, int64_t n_tokens) {
         }
     }
     restore_recent(open, n_tokens + n * shape.n_chunk_tokens, n_after);
+    index_until(n_after, false, n_threads);
 }
 
 void kv_store::store_chunk(int il, int64_t chunk) {
@@ -212,10 +246,6 @@ void kv_store::store_chunk(int il, int64_t chunk) {
     const auto & keys = stores_near ? l.near : l.far;
     actqkv_store_rows(shape.kv_type, true, keys.data() + from, n_rows, shape.d_head, l.k.data() + to);
     actqkv_store_rows(shape.kv_type, false, l.v_open.data() + from, n_rows, shape.d_head, l.v.data() + to);
-    if (n_sketch_bytes > 0) {
-        actqkv_sketch(keys.data() + from, shape.head_stride(chunk + 1), shape.n_head_kv, shape.d_head,
-                      shape.n_chunk_tokens, l.sketches.data() + chunk * n_sketch_bytes);
-    }
 }
 
 // Spreads of chunks [first, last). What all keys have in common is the mean of the sinks', which stay where they are.
@@ -305,6 +335,7 @@ void kv_store::restore_recent(const recent_state & state, int64_t n_tokens, int6
 void kv_store::set_closed(int64_t n) {
     n_closed_chunks = n;
     n_from_file = std::min(n_from_file, n); // chunks behind it will be written anew
+    indexed.forget_from(n);
 }
 
 std::vector<kv_store::range> kv_store::sink_ranges(int il) const {
@@ -328,7 +359,10 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int
             ranges.push_back({l.reps.data() + i * n_chunks_max * row_bytes, (uint64_t) (n_closed * row_bytes)});
         }
         ranges.push_back({l.norms.data(), n_closed * n_norms * sizeof(float)});
-        ranges.push_back({l.sketches.data(), (uint64_t) n_closed * n_sketch_bytes});
+    }
+    if (indexed.exist()) {
+        const uint64_t n = kv_file::n_kept(FILE_INDEX, n_closed, shape.n_chunk_tokens);
+        ranges.push_back({indexed.data(il), n * stretches::longest_bytes(shape)});
     }
     return ranges;
 }
@@ -338,7 +372,7 @@ std::vector<kv_store::range> kv_store::used_ranges(int il, int64_t n_tokens, int
 std::array<uint64_t, N_FILE_ARRAYS> kv_store::chunk_bytes(const hparams & hp, const actqkv_params & p) {
     const uint64_t kv = layout_for(hp, p).chunk_bytes();
     return {kv, kv, (uint64_t) summary_bytes_for(hp, p), norms_for(p) * sizeof(float),
-            (uint64_t) sketch_bytes_for(hp, p)};
+            searches(p.method) ? (uint64_t) stretches::longest_bytes(layout_for(hp, p)) : 0};
 }
 
 std::array<chunk_array, N_FILE_ARRAYS> kv_store::chunk_arrays(int il) const {
@@ -349,14 +383,16 @@ std::array<chunk_array, N_FILE_ARRAYS> kv_store::chunk_arrays(int il) const {
     };
     return {array(l.k.data(), kv), array(l.v.data(), kv),
             array(l.reps.data(), n_summary_bytes, n_summary_rows, n_chunks_max * n_summary_bytes / n_summary_rows),
-            array(l.norms.data(), n_norms * sizeof(float)), array(l.sketches.data(), n_sketch_bytes)};
+            array(l.norms.data(), n_norms * sizeof(float)),
+            array(indexed.exist() ? indexed.data(il) : nullptr, indexed.exist() ? stretches::longest_bytes(shape) : 0)};
 }
 
 void kv_store::write_chunks(kv_file & file, int64_t first, int64_t last) const {
     for (size_t il = 0; il < layers.size(); il++) {
         const auto arrays = chunk_arrays((int) il);
         for (int a = 0; a < N_FILE_ARRAYS; a++) {
-            file.write_chunks((int) il, a, first, last, arrays[a]);
+            const int64_t from = kv_file::n_kept(a, first, shape.n_chunk_tokens);
+            file.write_chunks((int) il, a, from, kv_file::n_kept(a, last, shape.n_chunk_tokens), arrays[a]);
         }
     }
 }
@@ -371,7 +407,9 @@ void kv_store::map_from(std::shared_ptr<const kv_file> file) {
         guards.emplace_back(l.v.data(), l.v.bytes());
         guards.emplace_back(l.reps.data(), l.reps.bytes());
         guards.emplace_back(l.norms.data(), l.norms.bytes());
-        guards.emplace_back(l.sketches.data(), l.sketches.bytes());
+    }
+    for (size_t il = 0; indexed.exist() && il < layers.size(); il++) {
+        guards.emplace_back(indexed.data((int) il), indexed.n_bytes((int) il));
     }
 }
 
@@ -383,7 +421,8 @@ void kv_store::spill(std::shared_ptr<const kv_file> file, int64_t n) {
         const auto arrays = chunk_arrays((int) il);
         for (int a = 0; a < N_FILE_ARRAYS; a++) {
             const uint64_t bytes = arrays[a].chunk_bytes;
-            const uint64_t begin = first * bytes / granule * granule, end = n * bytes / granule * granule;
+            const uint64_t begin = kv_file::n_kept(a, first, shape.n_chunk_tokens) * bytes / granule * granule;
+            const uint64_t end = kv_file::n_kept(a, n, shape.n_chunk_tokens) * bytes / granule * granule;
             const bool mapped = file->map((int) il, a, begin, end, arrays[a]);
             // A chunk that was closed again after a rewind has the bits that the file has (native/README.md, Sameness).
             if (mapped && begin > 0 && (a == FILE_KEYS || a == FILE_VALUES)) {
@@ -400,15 +439,18 @@ void kv_store::take_chunks(std::shared_ptr<const kv_file> file, int64_t n) {
     for (size_t il = 0; il < layers.size(); il++) {
         const auto arrays = chunk_arrays((int) il);
         for (int a = 0; a < N_FILE_ARRAYS; a++) {
-            const uint64_t end = (n * arrays[a].chunk_bytes + granule - 1) / granule * granule;
+            const int64_t n_there = kv_file::n_kept(a, n, shape.n_chunk_tokens);
+            const uint64_t end = (n_there * arrays[a].chunk_bytes + granule - 1) / granule * granule;
             if (!file->map((int) il, a, 0, end, arrays[a])) {
-                file->read_chunks((int) il, a, n, arrays[a]);
+                file->read_chunks((int) il, a, n_there, arrays[a]);
             }
         }
     }
     checked.assign(layers.size() * N_FILE_ARRAYS * n, 0);
     summaries_checked.assign(layers.size(), 0);
+    index_checked.assign(layers.size(), 0);
     n_from_file = n_spilled = n_closed_chunks = n;
+    indexed.adopt(n);
 }
 
 void kv_store::check_file() const {
@@ -470,11 +512,38 @@ void kv_store::check_chunks(int il, file_array array, const int32_t * chunks, in
 void kv_store::check_between(int64_t first, int64_t last) const {
     for (size_t il = 0; il < layers.size(); il++) {
         for (int a = 0; a < N_FILE_ARRAYS; a++) {
-            for (int64_t chunk = first; chunk < std::min(last, n_from_file); chunk++) {
+            const int64_t end = kv_file::n_kept(a, std::min(last, n_from_file), shape.n_chunk_tokens);
+            for (int64_t chunk = first; chunk < end; chunk++) {
                 check_array((int) il, (file_array) a, chunk);
             }
         }
     }
+}
+
+// Of the stretches that the file had some may be dropped by now.
+void kv_store::check_index(int il) const {
+    if (n_from_file == 0 || index_checked[il] != 0) {
+        return;
+    }
+    for (int64_t i = 0; i < kv_file::n_kept(FILE_INDEX, n_from_file, shape.n_chunk_tokens); i++) {
+        check_array(il, FILE_INDEX, i);
+        if (!indexed.is_sound(il, i)) {
+            throw error(ACTQKV_ERR_STATE, format("%s is damaged: its index is inconsistent", source->name()));
+        }
+    }
+    index_checked[il] = 1;
+}
+
+// What is not as it should be will be made anew.
+void kv_store::take_index() {
+    const int64_t n = kv_file::n_kept(FILE_INDEX, indexed.exist() ? n_closed_chunks : 0, shape.n_chunk_tokens);
+    int64_t i = 0;
+    for (bool sound = true; i < n && sound; i += sound) {
+        for (size_t il = 0; il < layers.size(); il++) {
+            sound = sound && indexed.is_sound((int) il, i);
+        }
+    }
+    indexed.adopt(i * stretch_chunks(shape.n_chunk_tokens));
 }
 
 void kv_store::check_summaries(int il) const {

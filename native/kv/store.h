@@ -12,6 +12,7 @@
 #include "guard.h"
 #include "layout.h"
 #include "reservation.h"
+#include "stretches.h"
 
 #include <array>
 #include <memory>
@@ -19,8 +20,8 @@
 
 namespace actqkv {
 
-// Whether chunks get sketches, which answering steps choose by.
-inline bool makes_sketches(const actqkv_method & m) { return m.decode == ACTQKV_RETRIEVE_TOP && m.sketch > 1; }
+// Whether keys are indexed, for answering steps to search.
+inline bool searches(const actqkv_method & m) { return m.decode == ACTQKV_RETRIEVE_TOP && m.scan > 0; }
 
 // Number of f16 per chunk and layer of a summary kind; 0 for spreads (kernels.h), which are of another make.
 int64_t summary_width(int32_t kind, const hparams & hp);
@@ -65,7 +66,7 @@ public:
 
     // Inserts n copies of closed chunks, the first again and again, behind them: of n_tokens tokens, those of no closed chunk
     // follow n chunks later.
-    void repeat_chunks(int64_t n, int64_t n_tokens);
+    void repeat_chunks(int64_t n, int64_t n_tokens, int n_threads);
 
     // The ring of a layer: sinks, then open blocks, at layout().recent_offset().
     struct ring {
@@ -88,9 +89,14 @@ public:
         return layers[il].reps.data();
     }
     const float * norms(int il) const { return layers[il].norms.data(); }
-    // Sketches of closed chunks' keys in the form they are kept in, [chunk][G]; none where sketch_bytes() of a chunk is 0.
-    const uint8_t * sketches(int il) const { return layers[il].sketches.data(); }
-    int64_t sketch_bytes() const { return n_sketch_bytes; }
+    // The index of a layer's closed keys, whole after index_keys(); none where the method does not search.
+    const std::vector<actqkv_stretch> & index(int il) const {
+        check_index(il);
+        return indexed.of(il);
+    }
+    bool has_index() const { return indexed.exist(); }
+    // Before a step searches: indexes what has closed since.
+    void index_keys(int n_threads);
     int64_t width() const { return n_summary_bytes / (int64_t) sizeof(actqkv_f16); }
     int64_t summary_bytes() const { return n_summary_bytes; }
     int32_t n_rows() const { return n_summary_rows; }
@@ -106,7 +112,7 @@ public:
     uint64_t recent_kv(int64_t n_tokens, int64_t n_closed) const;
     uint64_t recent_sums(int64_t n_tokens, int64_t n_closed) const;
 
-    // Sinks, closed chunks, their summaries and sketches of one layer as byte ranges in use for so many tokens and closed
+    // Sinks, closed chunks, their summaries and long stretches of one layer as byte ranges in use for so many tokens and closed
     // chunks: state blobs are made of them.
     struct range {
         const void * data;
@@ -116,6 +122,8 @@ public:
     // Of them, the sinks: keys near and far, and values.
     std::vector<range> sink_ranges(int il) const;
     void set_closed(int64_t n);
+    // Such ranges were filled in.
+    void take_index();
 
     // Closed chunks of one layer in the order of a KV file (file_array); 0 chunk_bytes where there are none.
     std::array<chunk_array, N_FILE_ARRAYS> chunk_arrays(int il) const;
@@ -135,7 +143,7 @@ public:
     void check_file() const;
     // Checks those of chunks [first, last) that the file had when it was opened. Attention and scoring check what they read.
     void check_between(int64_t first, int64_t last) const;
-    // Whoever reads chunk_keys() or sketches() says first which chunks.
+    // Whoever reads chunk_keys() says first which chunks.
     void check_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const;
     // Has the system read those that are still to be checked, all at once: one by one, each would wait for the disk.
     void fetch_chunks(int il, file_array array, const int32_t * chunks, int64_t n) const;
@@ -145,13 +153,14 @@ private:
         reservation<uint8_t> k, v;                 // closed chunks [chunk][G][c], rows of shape.kv_type
         reservation<uint8_t> reps;                 // f16 [row][chunk][width / rows], or spreads [chunk]
         reservation<float> norms;                  // [chunk], of summaries in f16
-        reservation<uint8_t> sketches;             // [chunk][G]
         std::vector<actqkv_f16> near, far, v_open; // rings of [block][G][tokens][d]
         std::vector<float> sums;                   // ring of [block][H][c]
         std::vector<float> centre;                 // room for spread(): threads cannot report that there is no memory
     };
 
     void store_chunk(int il, int64_t chunk);
+    void index_until(int64_t n_closed, bool all, int n_threads);
+    void check_index(int il) const;
     void spread(int il, int64_t first, int64_t last);
     void summarize(int il, int64_t chunk, actqkv_f16 * rep);
     uint8_t & was_checked(int il, file_array array, int64_t chunk) const;
@@ -170,10 +179,10 @@ private:
     int64_t n_sums;                    // attention sums of a layer's ring; 0: nobody needs them
     int64_t n_summary_bytes;           // of a chunk; 0: the method never retrieves, nothing is summarised
     int64_t n_norms;                   // of a chunk
-    int64_t n_sketch_bytes;            // 0: nothing is sketched
     int64_t n_chunks_max;
     int64_t n_closed_chunks = 0;
     std::vector<layer> layers;
+    stretches indexed;
 
     std::shared_ptr<const kv_file> source;          // mapped here
     std::vector<guard> guards;                      // of all arrays, since something is
@@ -181,6 +190,7 @@ private:
     int64_t n_spilled = 0;                          // its first chunks, which it stands for
     mutable std::vector<uint8_t> checked;           // [layer][array][chunk], those of the file
     mutable std::vector<uint8_t> summaries_checked; // [layer]
+    mutable std::vector<uint8_t> index_checked;     // [layer]
 };
 
 } // namespace actqkv

@@ -27,8 +27,8 @@ constexpr actqkv_method ACTQKV = {
     ACTQKV_STATISTICS_POOLED,
     1000, // statistics_cap
     ACTQKV_SCORE_DOT,
-    16, // sketch
-    2,  // refine
+    3072, // scan
+    1,    // refine
     ACTQKV_CUTOFF_LAYERWISE,
     1000.0f, // cutoff_temperature: shares that differ much, as at 1, cost answers
     0.0f,    // question_weight
@@ -50,7 +50,8 @@ template <typename F> actqkv_method row(const char * name, actqkv_method from, F
 actqkv_method plain(actqkv_method m) {
     m.summary = ACTQKV_SUMMARY_BOUNDS;
     m.probe = ACTQKV_PROBE_MEAN;
-    m.sketch = m.refine = 1;
+    m.scan = 0;
+    m.refine = 1;
     m.cutoff = ACTQKV_CUTOFF_NONE;
     m.cutoff_temperature = 1.0f;
     return m;
@@ -80,7 +81,8 @@ const std::vector<actqkv_method> & method_table() {
                     m.probe_warmup = -1;
                     m.statistics = ACTQKV_STATISTICS_PUBLISHED;
                     m.score = ACTQKV_SCORE_COSINE;
-                    m.sketch = m.refine = 1;
+                    m.scan = 0;
+                    m.refine = 1;
                     m.cutoff = ACTQKV_CUTOFF_PUBLISHED;
                     m.cutoff_temperature = 1.0f;
                 }),
@@ -162,7 +164,7 @@ void check_columns(const actqkv_method & m, int32_t n_layer) {
     check_range("statistics", m.statistics, ACTQKV_STATISTICS_POOLED, ACTQKV_STATISTICS_PUBLISHED);
     check_range("statistics_cap", m.statistics_cap, 1, INT32_MAX / 256);
     check_range("score", m.score, ACTQKV_SCORE_COSINE, ACTQKV_SCORE_DOT);
-    check_range("sketch", m.sketch, 1, 1024);
+    check_range("scan", m.scan, 0, 1 << 24);
     check_range("refine", m.refine, 1, 1024);
     check_range("cutoff", m.cutoff, ACTQKV_CUTOFF_NONE, ACTQKV_CUTOFF_PUBLISHED);
     check_range("summary_keys", m.summary_keys, ACTQKV_KEYS_UNROTATED, ACTQKV_KEYS_ATTENDED);
@@ -178,8 +180,6 @@ void check_columns(const actqkv_method & m, int32_t n_layer) {
 }
 
 void check_relations(const actqkv_method & m) {
-    require(m.sketch == 1 || m.sketch > m.refine,
-            "sketch goes beyond refine, or is 1: of sketched candidates the best are refined");
     const bool spread = m.summary == ACTQKV_SUMMARY_SPREAD, box = spread || m.summary == ACTQKV_SUMMARY_BOUNDS;
     const bool question = m.question_weight > 0.0f;
     require(!box || m.score == ACTQKV_SCORE_DOT,
@@ -193,8 +193,8 @@ void check_relations(const actqkv_method & m) {
     if (m.granularity == ACTQKV_GRANULARITY_KV_HEAD) {
         require(m.score == ACTQKV_SCORE_DOT,
                 "granularity 'kv_head' goes with score 'dot': each query head votes by it");
-        require(m.sketch == 1 && m.refine == 1,
-                "granularity 'kv_head' goes with sketch 1 and refine 1: both choose for all heads together");
+        require(m.scan == 0 && m.refine == 1,
+                "granularity 'kv_head' goes with scan 0 and refine 1: both choose for all heads together");
         require(m.cutoff == ACTQKV_CUTOFF_NONE,
                 "granularity 'kv_head' goes with cutoff 'none': a layer's entropy is of "
                 "one list");
@@ -229,10 +229,10 @@ actqkv_params resolve_params(const actqkv_params & params, const hparams & hp) {
     check_range("budget (at least n_sink + n_local + n_chunk_tokens)", p.budget,
                 (int64_t) p.n_sink + p.n_local + p.method.n_chunk_tokens, INT32_MAX / 2);
     check_kv_type(p.kv_type, hp.d_head);
-    if (p.method.sketch > 1 && actqkv_sketch_bytes(hp.d_head, p.method.n_chunk_tokens) == 0) {
+    if (searches(p.method) && actqkv_stretch_bytes(hp.d_head, p.method.n_chunk_tokens, 0) == 0) {
         throw error(
             ACTQKV_ERR_ARGUMENT,
-            format("sketch takes heads of a multiple of 8, at most 1024, the model's are %d: use sketch 1", hp.d_head));
+            format("scan takes heads of a multiple of 16, at most 1024, the model's are %d: use scan 0", hp.d_head));
     }
     if (p.method.summary == ACTQKV_SUMMARY_SPREAD && actqkv_spread_bytes(hp.n_head_kv, hp.d_head) == 0) {
         throw error(
@@ -332,8 +332,8 @@ void check_same_stores(const actqkv_method & reading, const actqkv_method & answ
         } else {
             compare_summaries(d, reading, answering);
         }
-        if (makes_sketches(answering) && !makes_sketches(reading)) {
-            d.add("the reading made no sketches");
+        if (searches(answering) && !searches(reading)) {
+            d.add("the reading made no index");
         }
     }
     if (scored && answering.prefill == ACTQKV_RETRIEVE_TOP) {

@@ -64,13 +64,12 @@ void split_heads(const hparams & hp, int32_t kind, const float * query, std::vec
 
 } // namespace
 
-// Scores tell less the more chunks there are: of a million tokens, the chunk that is looked for is among the best eighth, but
-// not among the best sixteen per chunk granted (native/README.md).
 choice choice_of(const actqkv_method & method, int64_t share, int64_t n_chunks) {
-    const int64_t k = std::min(share, n_chunks), n_refined = std::min(n_chunks, k * method.refine);
-    const int64_t n_sketched = std::min(n_chunks, std::max(k * method.sketch, n_chunks / 8));
-    return {k, n_chunks, method.sketch > 1 ? n_sketched : n_refined, n_refined};
+    const int64_t k = std::min(share, n_chunks);
+    return {k, n_chunks, std::min(n_chunks, k * method.refine), method.scan > 0 ? n_picked_of(method) : 0};
 }
+
+int32_t n_picked_of(const actqkv_method & method) { return std::max(1, method.scan / 64); }
 
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published) {
     const int64_t rest = n_layers_left - 1;
@@ -200,6 +199,62 @@ void planner::make_votes(int il, const kv_store & store) {
     score_stage.bytes += (uint64_t) n_chunks * store.width() * sizeof(actqkv_f16);
 }
 
+uint64_t planner::search_bytes(const hparams & hp, const actqkv_params & params, int64_t n_chunks) {
+    const int64_t n_keys = n_chunks * params.method.n_chunk_tokens;
+    const actqkv_stretch rest = stretches::sizes_of_rest(kv_store::layout_for(hp, params));
+    actqkv_search_args args = {};
+    args.n_head = hp.n_head;
+    args.n_head_kv = hp.n_head_kv;
+    args.d_head = hp.d_head;
+    args.stretches = &rest;
+    args.n_stretches = 1;
+    args.n_chunks = n_chunks;
+    args.n_cells = n_keys / 50 + 1024; // 64 keys each, but for the long ones that are cut; and what is left over
+    args.n_picked = n_picked_of(params.method);
+    args.n_threads = params.n_threads;
+    const uint64_t of_head = args.n_cells * sizeof(float) + args.n_picked * sizeof(int32_t);
+    return searches(params.method) ? hp.n_head * of_head + actqkv_search_scratch(&args) : 0;
+}
+
+// Votes of all chunks, by the index.
+void planner::search(int il, const kv_store & store, const float * query) {
+    const int impl = actqkv_impl_best();
+    const std::vector<actqkv_stretch> & index = store.index(il);
+    const auto since = [start = std::chrono::steady_clock::now()] {
+        return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    };
+    scores.resize(n_chunks);
+    actqkv_search_args args = {};
+    args.n_head = hp.n_head;
+    args.n_head_kv = hp.n_head_kv;
+    args.d_head = hp.d_head;
+    args.scale = hp.attn_scale;
+    args.query = query;
+    args.stretches = index.data();
+    args.n_stretches = (int32_t) index.size();
+    args.n_chunks = n_chunks;
+    args.n_picked = n_picked_of(now().method);
+    args.votes = scores.data();
+    args.n_threads = reading.n_threads;
+    for (int32_t g = 0; g < hp.n_head_kv; g++) {
+        int64_t n_divided;
+        const int64_t n = actqkv_search_cells(args.stretches, args.n_stretches, g, hp.d_head, &n_divided);
+        args.n_cells = std::max(args.n_cells, n);
+        score_stage.bytes += n * (hp.d_head / 2 + 2 * sizeof(float));
+    }
+    cell_scores.resize(hp.n_head * args.n_cells);
+    picked.resize(hp.n_head * args.n_picked);
+    search_scratch.resize(actqkv_search_scratch(&args) + 64);
+    args.scores = cell_scores.data();
+    args.picked = picked.data();
+    args.scratch = search_scratch.data() + (64 - (uintptr_t) search_scratch.data() % 64) % 64;
+    actqkv_search_score(impl, &args);
+    const double scored = since();
+    score_stage.ms += scored;
+    refine_stage.bytes += actqkv_search_vote(impl, &args);
+    refine_stage.ms += since() - scored;
+}
+
 int64_t planner::share_of(int il) const {
     const int64_t k = n_retrieved(now());
     return equal_shares ? k
@@ -213,7 +268,10 @@ int64_t planner::grant(int il) {
     return std::min(share, n_chunks);
 }
 
-bool planner::counts_entropy() const { return n_chunks > 1 && now().method.cutoff != ACTQKV_CUTOFF_NONE; }
+// Of summaries' scores: a search has none.
+bool planner::counts_entropy() const {
+    return n_chunks > 1 && !is_searched() && now().method.cutoff != ACTQKV_CUTOFF_NONE;
+}
 
 void planner::note_entropy(layer_memory & memory, float entropy) {
     traced.entropy = entropy;
@@ -225,32 +283,23 @@ void planner::note_entropy(layer_memory & memory, float entropy) {
 
 choice planner::choice_of(int il) const {
     const choice c = actqkv::choice_of(now().method, share_of(il), n_chunks);
-    return is_decode ? c : choice{c.k, n_chunks, c.k, c.k};
+    return is_decode ? c : choice{c.k, n_chunks, c.k, 0};
 }
 
-// The k best chunks by score. Answering, sketches of n_sketched of them decide which refine * k remain, and the keys
-// of those decide; query is the step's as it meets keys, stored_query as it meets keys in the store.
-void planner::choose(int il, const choice & sizes, const kv_store & store, const float * query,
-                     const float * stored_query) {
+// The k best chunks by score. Answering, keys of n_refined of them decide; stored_query is the step's as it meets keys in the
+// store.
+void planner::choose(int il, const choice & sizes, const kv_store & store, const float * stored_query) {
     const stopwatch watch(refine_stage);
     if (sizes.k == n_chunks) {
         choose_all();
         return;
     }
-    const int64_t k = sizes.k, n_sketched = sizes.n_sketched, n_refined = sizes.n_refined;
+    const int64_t k = sizes.k, n_refined = sizes.n_refined;
     const int32_t c = reading.method.n_chunk_tokens;
     const float scale = hp.attn_scale;
-    candidates.resize(n_sketched);
+    candidates.resize(n_refined);
     scratch.resize(n_chunks);
-    actqkv_top_k(actqkv_impl_best(), scores.data(), n_chunks, (int32_t) n_sketched, candidates.data(), scratch.data());
-    if (n_sketched > n_refined) {
-        head_scores.resize(hp.n_head * n_sketched);
-        store.check_chunks(il, FILE_SKETCHES, candidates.data(), n_sketched);
-        actqkv_sketch_scores(actqkv_impl_best(), query, store.sketches(il), candidates.data(), (int32_t) n_sketched,
-                             hp.n_head, hp.n_head_kv, hp.d_head, c, scale, head_scores.data(), reading.n_threads);
-        refine_stage.bytes += (uint64_t) n_sketched * store.sketch_bytes();
-        keep_candidates(n_refined);
-    }
+    actqkv_top_k(actqkv_impl_best(), scores.data(), n_chunks, (int32_t) n_refined, candidates.data(), scratch.data());
     if (n_refined > k) {
         head_scores.resize(hp.n_head * n_refined);
         store.check_chunks(il, FILE_KEYS, candidates.data(), n_refined);
@@ -298,12 +347,14 @@ void planner::choose_each(const float * list_scores, int64_t k, int32_t n_lists)
 void planner::plan_by_score(int il, layer_memory & memory, const kv_store & store, const float * query,
                             const float * stored_query, const observer & observe) {
     const bool per_head = now().method.granularity == ACTQKV_GRANULARITY_KV_HEAD;
+    const choice sizes = choice_of(il);
     if (per_head) {
         make_votes(il, store);
-    } else {
+    } else if (!is_searched()) {
         make_scores(il, memory, store);
+    } else if (sizes.k < n_chunks) {
+        search(il, store, query);
     }
-    const choice sizes = choice_of(il);
     if (counts_entropy()) {
         const float h = actqkv_entropy(actqkv_impl_best(), scores.data(), n_chunks, now().method.cutoff_temperature);
         note_entropy(memory, h);
@@ -315,7 +366,7 @@ void planner::plan_by_score(int il, layer_memory & memory, const kv_store & stor
     if (per_head) {
         choose_each(votes.data(), k, hp.n_head_kv);
     } else {
-        choose(il, sizes, store, query, stored_query);
+        choose(il, sizes, store, stored_query);
     }
     if (observe) {
         const float share = (float) k;
@@ -324,7 +375,7 @@ void planner::plan_by_score(int il, layer_memory & memory, const kv_store & stor
         if (per_head) {
             observe("head_scores", head_scores.data(), n_chunks, hp.n_head, 1);
             observe("votes", votes.data(), n_chunks, hp.n_head_kv, 1);
-        } else {
+        } else if (!is_searched() || sizes.k < n_chunks) {
             observe("scores", scores.data(), n_chunks, 1, 1);
         }
         observe("share", &share, 1, 1, 1);
@@ -346,8 +397,9 @@ void planner::plan_by_mass(const mass_source & true_mass, const observer & obser
 
 bool planner::is_open(int il, const kv_store & store) const {
     const actqkv_method & method = now().method;
-    return is_decode && n_chunks > 0 && retrieval_of(il) == ACTQKV_RETRIEVE_TOP && store.summarises() &&
-           method.summary == ACTQKV_SUMMARY_SPREAD && method.granularity == ACTQKV_GRANULARITY_LAYER;
+    const bool by_spreads = store.summarises() && method.summary == ACTQKV_SUMMARY_SPREAD;
+    return is_decode && n_chunks > 0 && retrieval_of(il) == ACTQKV_RETRIEVE_TOP &&
+           method.granularity == ACTQKV_GRANULARITY_LAYER && (is_searched() || by_spreads);
 }
 
 const chunk_plan & planner::take(int il, layer_memory & memory, std::vector<int32_t> chunks, float entropy) {

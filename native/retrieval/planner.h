@@ -41,12 +41,15 @@ struct chunk_plan {
 
 // How many candidates are left after each stage of choosing k chunks in an answering step.
 struct choice {
-    int64_t k;          // granted
-    int64_t n_chunks;   // in all, every one scored
-    int64_t n_sketched; // of the best scores; n_refined of them where sketches are not looked at
-    int64_t n_refined;  // k where keys are not
+    int64_t k;         // granted
+    int64_t n_chunks;  // in all, every one scored
+    int64_t n_refined; // of the best; k where keys are not looked at
+    int32_t n_picked;  // cells of an index that each query head looks into; 0: scored by summaries
 };
 choice choice_of(const actqkv_method & method, int64_t share, int64_t n_chunks);
+
+// Cells of an index that each query head looks into.
+int32_t n_picked_of(const actqkv_method & method);
 
 // The true attention mass of the current window in the layer that is planned, [n_chunks], or per KV head [G][n_chunks].
 using mass_source = std::function<const std::vector<double> &(bool per_head)>;
@@ -61,6 +64,9 @@ public:
     // Both are read at every window: what answers may change between windows.
     planner(const hparams & hp, const actqkv_params & reading, const actqkv_params & answering);
 
+    // Memory that searching an index over n_chunks chunks takes, at most.
+    static uint64_t search_bytes(const hparams & hp, const actqkv_params & params, int64_t n_chunks);
+
     // Before the first layer of a window.
     void begin_window(const std::vector<layer_memory> & memory, int64_t n_chunks, bool decode);
 
@@ -70,15 +76,19 @@ public:
                             const float * q_near, const float * q_stored, int m, const mass_source & true_mass,
                             const observer & observe);
 
-    // Whether another may plan the layer in plan()'s place: an answering step, one list, by spreads.
+    // Whether another may plan the layer in plan()'s place: an answering step, one list, by a search or by spreads
+    // alone.
     bool is_open(int il, const kv_store & store) const;
     // By these numbers; before plan(), or ...
     choice choice_of(int il) const;
-    // ... in its place, with the plan that was made so, and the entropy of its scores.
+    // ... in its place, with the plan that was made so, and the entropy of its scores where that is asked for: at this
+    // temperature, if it is not 0.
     const chunk_plan & take(int il, layer_memory & memory, std::vector<int32_t> chunks, float entropy);
-    // What summaries, and keys, are met by.
-    const float * met_by_summaries(const float * q_far, const float * q_near) const;
-    const float * met_by_keys(const float * q_far, const float * q_near) const;
+    float entropy_temperature() const { return counts_entropy() ? now().method.cutoff_temperature : 0.0f; }
+    // What a step's scores are made of: queries as keys of the index meet them, or summaries.
+    const float * scored_by(const float * q_far, const float * q_near) const {
+        return is_searched() ? met_by_keys(q_far, q_near) : met_by_summaries(q_far, q_near);
+    }
 
     // Of the layer that was planned last, for recording; NULL and NaN where there is no such thing.
     struct trace {
@@ -93,18 +103,22 @@ public:
 private:
     const actqkv_params & now() const { return is_decode ? answering : reading; }
     int32_t retrieval_of(int il) const;
+    const float * met_by_summaries(const float * q_far, const float * q_near) const;
+    const float * met_by_keys(const float * q_far, const float * q_near) const;
     void make_probe(layer_memory & memory, const float * q_far, const float * q_met, int m, const observer & observe);
     void make_scores(int il, const layer_memory & memory, const kv_store & store);
     void make_spread_scores(int il, const kv_store & store);
     void make_votes(int il, const kv_store & store);
+    void search(int il, const kv_store & store, const float * query);
     void choose_all();
-    void choose(int il, const choice & c, const kv_store & store, const float * query, const float * stored_query);
+    void choose(int il, const choice & c, const kv_store & store, const float * stored_query);
     void keep_candidates(int64_t k);
     void choose_each(const float * list_scores, int64_t k, int32_t n_lists);
     void plan_by_score(int il, layer_memory & memory, const kv_store & store, const float * query,
                        const float * stored_query, const observer & observe);
     void plan_by_mass(const mass_source & true_mass, const observer & observe);
     int64_t share_of(int il) const;
+    bool is_searched() const { return is_decode && now().method.scan > 0; }
     bool counts_entropy() const;
     void note_entropy(layer_memory & memory, float entropy);
     int64_t grant(int il);
@@ -118,7 +132,9 @@ private:
     std::vector<double> mean_entropy; // [n_layer]
     std::vector<float> bias, weights, probe, folded, scores, question_scores;
     std::vector<float> head_scores, votes;
-    std::vector<int32_t> candidates, kept, scratch;
+    std::vector<int32_t> candidates, kept, scratch, picked;
+    std::vector<float> cell_scores;
+    std::vector<uint8_t> search_scratch;
     chunk_plan chosen;
     trace traced = {};
 };

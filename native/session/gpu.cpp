@@ -57,7 +57,7 @@ actqkv_gpu_memory gpu_attention::memory_plan(const actqkv_cuda & cuda, const hpa
     const int64_t n_useful = std::max<int64_t>({layout.n_chunks_max(params.n_ctx), n_most, 1});
     actqkv_gpu_memory p = {};
     p.window_bytes = work_bytes(cuda, widest_of(hp, params, n_most)) + padded(gpu_ring::bytes(layout, hp.n_layer));
-    const uint64_t plans = gpu_planner::bytes(hp, params, n_most);
+    const uint64_t plans = gpu_planner::bytes(cuda, hp, params, n_most);
     p.least_bytes = p.window_bytes + hot_chunks::least_bytes(hp.n_layer, chunk_bytes, n_most);
     p.planning_bytes = plans > 0 ? p.least_bytes + plans : 0;
     p.useful_bytes = p.window_bytes + plans + hot_chunks::least_bytes(hp.n_layer, chunk_bytes, (int32_t) n_useful);
@@ -302,7 +302,7 @@ gpu_planner::result gpu_attention::answer(int il, const actqkv_attend_args & arg
     const auto there = [&](const float * query) {
         return query == args.q_near ? on_gpu.q_near : query == args.q_far ? on_gpu.q_far : on_gpu.q_turned;
     };
-    plans->make(il, c, temperature, {there(q.q_summaries), there(q.q_keys), there(q.q_chunks)}, chunks->keys(il, 0));
+    plans->make(il, c, temperature, {there(q.q_scored), there(q.q_chunks)}, chunks->keys(il, 0));
     run(args, on_gpu, plans->report(), plans->report_bytes());
     gpu_planner::result found = plans->read_report(c, staged + (used - results));
 
@@ -329,6 +329,19 @@ void gpu_attention::closed(int64_t n_closed) {
         hot->fill(il, (int32_t) n_filled, (int32_t) n_closed);
     }
     n_filled = n_closed;
+    bring_stretches(n_closed);
+}
+
+// Where steps may be planned. They lie in ordinary memory, where longer ones take their place: copies are waited for.
+void gpu_attention::bring_stretches(int64_t n_closed) {
+    uint64_t n_copied = 0;
+    for (int il = 0; il < (int) last_plans.size() && plans != nullptr && sees_chunks && pinned->has(n_closed); il++) {
+        n_copied += plans->bring_stretches(il);
+    }
+    counts.to_bytes += n_copied;
+    if (n_copied > 0) {
+        check(cuda.wait(compute));
+    }
 }
 
 // Whether kernels read chunks where they lie in the host's memory.

@@ -82,6 +82,7 @@ private:
     void put(int32_t at, const uint8_t * keys, const uint8_t * values);
     void run(const actqkv_attend_args & args, actqkv_attend_args & on_gpu, const void * report, uint64_t report_bytes);
     void see_chunks();
+    void bring_stretches(int64_t n_closed);
     void check(int32_t status) const;
 
     const actqkv_cuda & cuda;

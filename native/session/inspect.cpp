@@ -1,5 +1,5 @@
-// What a session tells of itself beside its results: true attention mass, records of windows, audits of the retrieval,
-// and which tokens an answer attended to.
+// What a session tells of itself beside its results: true attention mass, records of windows, audits of the
+// retrieval, which tokens an answer attended to, and statistics.
 #include "session.h"
 
 #include <chrono>
@@ -186,6 +186,30 @@ void session::add_sources(const window & w, const actqkv_attend_args & args) {
                 sources[span.first + t] += *square++ * share;
             }
         }
+    }
+}
+
+// ---- statistics
+
+actqkv_stats session::stats() const {
+    actqkv_stats s = counts;
+    s.attended_tokens_mean = attended_n > 0 ? counts.attended_tokens_mean / attended_n : 0.0;
+    s.audit_recall = counts.n_audits > 0 ? counts.audit_recall / counts.n_audits : 0.0;
+    s.dense_tokens_mean = dense_n > 0 ? counts.dense_tokens_mean / dense_n : 0.0;
+    s.probe = {plans.probe_stage.ms, plans.probe_stage.bytes};
+    s.score = {plans.score_stage.ms, plans.score_stage.bytes};
+    s.refine = {plans.refine_stage.ms, plans.refine_stage.bytes};
+    s.gpu = gpu != nullptr ? gpu->stats() : actqkv_gpu_stats{};
+    s.gpu.memory_bytes += graph.device_bytes();
+    return s;
+}
+
+void session::reset_stats() {
+    counts = {};
+    attended_n = dense_n = 0;
+    plans.probe_stage = plans.score_stage = plans.refine_stage = {};
+    if (gpu != nullptr) {
+        gpu->reset_stats();
     }
 }
 

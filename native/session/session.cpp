@@ -68,17 +68,17 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
                             (params.n_local + params.n_window) * hp.n_head * sizeof(float) + // sums
                             most_keys(params, attends_all(params.method)) * hp.n_head * sizeof(float); // of sources
     const uint64_t per_token = 2 * (sizeof(int32_t) + sizeof(int8_t)) + sizeof(double); // history with room, sources
-    uint64_t per_chunk = 6 * sizeof(float);                                             // the planner's lists
-    if (params.method.granularity == ACTQKV_GRANULARITY_KV_HEAD) {
-        per_chunk += (hp.n_head + hp.n_head_kv) * sizeof(float); // scores and votes
-    }
+    uint64_t per_chunk = 6 * sizeof(float); // the planner's lists; per head, scores and votes
+    per_chunk +=
+        params.method.granularity == ACTQKV_GRANULARITY_KV_HEAD ? (hp.n_head + hp.n_head_kv) * sizeof(float) : 0;
     if (attends_all(params.method)) { // spans, their masses
         per_chunk += hp.n_head_kv * (sizeof(actqkv_span) + 2 * sizeof(double));
     }
     plan.checkpoint_bytes = (N_CHECKPOINTS + 1) * hp.n_layer * (recent + learnt); // one more while it is made
-    plan.compute_bytes = scratch_bytes(hp, params, attends_all(params.method)) + window + hp.n_layer * learnt +
-                         runner::memory_plan(hp, w.layers[0].up->ne[1], params.n_window) + per_token * params.n_ctx +
-                         per_chunk * shape.n_chunks_max(params.n_ctx);
+    plan.compute_bytes += scratch_bytes(hp, params, attends_all(params.method)) + window + hp.n_layer * learnt +
+                          runner::memory_plan(hp, w.layers[0].up->ne[1], params.n_window) + per_token * params.n_ctx +
+                          per_chunk * shape.n_chunks_max(params.n_ctx) +
+                          planner::search_bytes(hp, params, shape.n_chunks_max(params.n_ctx));
     return plan;
 }
 
@@ -475,7 +475,7 @@ checkpoint session::make_checkpoint() const {
 // Before a window that may have to be read again (an unfinished one), and now and then in a long reading.
 void session::before_window(const window & w) {
     if (w.decode) {
-        return;
+        return store.index_keys(params.n_threads);
     }
     const int64_t end = w.first + w.m;
     const bool unfinished = end == tokens.size() && end % params.n_window != 0;
@@ -563,7 +563,7 @@ void session::repeat(int64_t n_tokens) {
         longer.append(tokens, first, std::min(end, first + left));
     }
     longer.append(tokens, end, n);
-    store.repeat_chunks(more / c, n);
+    store.repeat_chunks(more / c, n, params.n_threads);
     tokens = std::move(longer);
     n_done = n_tokens;
     saved.clear(); // of open blocks that are elsewhere now
@@ -571,30 +571,6 @@ void session::repeat(int64_t n_tokens) {
         gpu->forget_from(n_closed);
     }
     keep_checkpoint();
-}
-
-// ---- statistics
-
-actqkv_stats session::stats() const {
-    actqkv_stats s = counts;
-    s.attended_tokens_mean = attended_n > 0 ? counts.attended_tokens_mean / attended_n : 0.0;
-    s.audit_recall = counts.n_audits > 0 ? counts.audit_recall / counts.n_audits : 0.0;
-    s.dense_tokens_mean = dense_n > 0 ? counts.dense_tokens_mean / dense_n : 0.0;
-    s.probe = {plans.probe_stage.ms, plans.probe_stage.bytes};
-    s.score = {plans.score_stage.ms, plans.score_stage.bytes};
-    s.refine = {plans.refine_stage.ms, plans.refine_stage.bytes};
-    s.gpu = gpu != nullptr ? gpu->stats() : actqkv_gpu_stats{};
-    s.gpu.memory_bytes += graph.device_bytes();
-    return s;
-}
-
-void session::reset_stats() {
-    counts = {};
-    attended_n = dense_n = 0;
-    plans.probe_stage = plans.score_stage = plans.refine_stage = {};
-    if (gpu != nullptr) {
-        gpu->reset_stats();
-    }
 }
 
 } // namespace actqkv

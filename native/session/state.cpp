@@ -6,7 +6,7 @@
 //   i64 n_tokens   i64 n_done   i64 n_closed
 //   i32 tokens[n_tokens]   i8 phases[n_tokens]
 //   layer memories, recent state, checkpoints (each array preceded by its u64 count)
-//   per layer: sinks, closed chunks, summaries, norms, sketches in use
+//   per layer: sinks, closed chunks, summaries, norms, long stretches in use
 //   u64 checksum of everything before
 //
 // A blob is checked as a whole, and every count against what this session expects, before the session is touched:
@@ -22,7 +22,7 @@ namespace actqkv {
 namespace {
 
 constexpr uint64_t MAGIC = 0x4554415453564B41; // "AKVSTATE"
-constexpr uint32_t VERSION = 4;
+constexpr uint32_t VERSION = 5;
 
 // Weights of another type give other results, so a state is of one file's weights.
 uint64_t fingerprint(const llama_model * model, const hparams & hp, const weights & w) {
@@ -171,6 +171,7 @@ void session::state_set(const uint8_t * data, uint64_t size) {
             in.raw(const_cast<void *>(r.data), r.bytes);
         }
     }
+    store.take_index();
 }
 
 } // namespace actqkv

@@ -99,12 +99,10 @@ bool session::answer_on_gpu(const window & w, int il, const float * q_stored) {
     if (!gpu->plans_too(c) || !gpu->fits(args, (int32_t) c.k)) {
         return false;
     }
-    const bool has_cutoff = answering.method.cutoff != ACTQKV_CUTOFF_NONE;
     const float *q_far = graph.io().q_far, *q_near = graph.io().q_near;
-    const gpu_queries q = {plans.met_by_summaries(q_far, q_near), plans.met_by_keys(q_far, q_near), q_stored};
+    const gpu_queries q = {plans.scored_by(q_far, q_near), q_stored};
     try {
-        gpu_planner::result found =
-            gpu->answer(il, args, first_chunk_span(w), c, has_cutoff ? answering.method.cutoff_temperature : 0.0f, q);
+        gpu_planner::result found = gpu->answer(il, args, first_chunk_span(w), c, plans.entropy_temperature(), q);
         make_spans(w, il, plans.take(il, memory[il], std::move(found.chunks), found.entropy));
     } catch (const error & e) {
         if (e.status != ACTQKV_ERR_COMPUTE) { // not the GPU's

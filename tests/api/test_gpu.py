@@ -66,8 +66,9 @@ def on_cpu(tiny_model: Path) -> tuple[str, np.ndarray]:
 
 
 def same(found: tuple[str, np.ndarray, Any], expected: tuple[str, np.ndarray]) -> None:
+    """Another plan would change logits by whole numbers; keys and values that round to other halves, by far less."""
     assert found[0] == expected[0]
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-3)
 
 
 def test_it_answers_as_the_processor_does(tiny_model: Path, on_cpu: tuple[str, np.ndarray], faulty: Faulty) -> None:

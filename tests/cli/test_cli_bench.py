@@ -14,7 +14,7 @@ import pytest
 from cli_support import Actqkv, assert_failed
 from tiny_gguf import make_tiny_gguf
 
-from actqkv_cpp import __version__
+from actqkv_cpp import __version__, methods
 from actqkv_cpp.__main__ import main
 from actqkv_cpp.bench import measure
 from actqkv_cpp.bench.results import read
@@ -223,19 +223,20 @@ def test_wrong_values(actqkv: Actqkv, babbler: Path, arguments: list[str], words
     assert_failed(actqkv("bench", babbler, *arguments, *FAST), *words)
 
 
-KERNELS = ["summarize", "probe", "score", "spread", "sketch", "refine", "vote", "cutoff", "attend", "attend"]
+SEARCH = ["search", "search"]
+KERNELS = ["summarize", "probe", "score", "spread", "cells", *SEARCH, "cutoff", "refine", "attend", "attend"]
 
 
 def test_kernels(actqkv: Actqkv, babbler: Path) -> None:
     """A kernel is missing, a rate is not its amount over its time, or the shape is not the model's."""
-    found = actqkv("bench", babbler, "--kernels", "--lengths", "8k", "--budget", "1k", "--json", *FAST)
+    found = actqkv("bench", babbler, "--kernels", "--lengths", "8704", "--budget", "1k", "--json", *FAST)
     assert found.status == 0, found.err
     result = json.loads(found.out)
     assert (result["format"], result["format_version"]) == ("actqkv-bench-kernels", 1)
     assert {"version", "commit", "started"} <= set(result)
     assert [row["kernel"] for row in result["kernels"]] == KERNELS
     shape, machine = result["shape"], result["machine"]
-    assert (shape["depth"], shape["budget"], shape["d_head"], shape["granted"]) == (8192, 1024, 32, 14)
+    assert (shape["depth"], shape["budget"], shape["d_head"], shape["granted"]) == (8704, 1024, 32, 14)
     assert result["working_set_bytes"] >= 4 * machine["last_level_cache_bytes"] > 0
     for row in result["kernels"]:
         assert row["spread_ms"][0] <= row["ms"] <= row["spread_ms"][1]
@@ -243,8 +244,18 @@ def test_kernels(actqkv: Actqkv, babbler: Path) -> None:
         assert row["gop_per_s"] == pytest.approx(row["operations"] / row["ms"] / 1e6)
         assert 0 < row["read_share"] == pytest.approx(row["gb_per_s"] / machine["read_gb_per_s"], rel=0.05)
         assert 0 < row["compute_share"] == pytest.approx(row["gop_per_s"] / machine["peak_gop_per_s"], rel=0.05)
-    attend = result["kernels"][8]
+    attend = result["kernels"][-2]
     assert attend["bytes"] == 2 * 1024 * shape["n_head_kv"] * 32 * 2
+    cells, score, vote = result["kernels"][4:7]
+    n_pairs = 65536 * 3 * (16 + 64 + 128 + 128)  # of a key and a centre, as blocks become wider
+    assert cells["bytes"] == 65536 * 32 * 2
+    assert n_pairs * 2 * 32 < cells["operations"] < 1.1 * n_pairs * 2 * 32
+    n_cells = 2 * 4096 // 64 + 512 // 32  # of two stretches, of which k-means leaves some out, and of what is left over
+    assert 0.8 * n_cells < score["bytes"] / shape["n_head_kv"] / (8 + 32 / 2) <= 1.1 * n_cells
+    n_keys, n_scores = shape["n_head"] * (shape["picked"] * 64 + 512), shape["n_head"] * n_cells
+    assert shape["picked"] == methods()["actqkv"]["scan"] // 64
+    assert 0.8 * n_keys < (vote["operations"] - n_scores) / (32 // 4 + 7) < 1.25 * n_keys
+    assert 0.8 * n_keys < (vote["bytes"] - 4 * n_scores) / (3 + 32 // 8) < 1.4 * n_keys, "a cell's keys by sixteens"
 
 
 def test_kernels_without_a_model(actqkv: Actqkv) -> None:

@@ -93,6 +93,14 @@ inline unsigned __ballot_sync(unsigned, bool yes) {
     return votes;
 }
 
+// Products of four signed bytes each, and c.
+inline int __dp4a(int a, int b, int c) {
+    for (int i = 0; i < 4; i++) {
+        c += (int8_t) (a >> 8 * i) * (int8_t) (b >> 8 * i);
+    }
+    return c;
+}
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <typename T> T __ldcg(const T * p) { return *p; }

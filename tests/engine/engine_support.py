@@ -42,6 +42,11 @@ BOUNDS: dict[str, tuple[float, str]] = {
     "probe": (1e-10, "the same; larger angles where queries are rotated at their true positions [1.2e-11]"),
     "scores": (2e-8, "a summary now and then rounds to the other f16 [3e-9]"),
     "scores of spreads": (2e-5, "queries in 16 bits [1.1e-9]; a mean may now and then round to the other of 16 steps"),
+    "votes of a search": (
+        5e-4,
+        "a cell's centre rounds to the other of 16 steps, or a query's channel of 127 [5.7e-5]",
+    ),
+    "votes of a search, median of steps": (1e-8, "both are rare, but such a cell stays for all steps [3e-13]"),
     "votes": (2e-8, "as scores; a difference of them and the logarithm of their sum"),
     "mass": (1e-6, "a rotated key now and then rounds to the other f16"),
     "entropy": (1e-8, "of 1 + h; the exponential of scores off by that much [1e-9]"),
@@ -112,6 +117,30 @@ def open_session(
     model: LlamaModel, retrieval: Retrieval = SMALL, *, n_ctx: int = 1024, n_threads: int = 1, kv_type: str = "f16"
 ) -> Session:
     return Session(model, retrieval, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
+
+
+def stretch_bytes(n_keys: int, n_cells: int, d_head: int) -> int:
+    """Of one KV head's stretch with room for so many: as native/kernels/cpu/cells.h says."""
+    blocks = -(-n_cells // 16) * 16 * (4 * 4 + d_head // 2)
+    keys = (n_keys + 15 * n_cells + 15) // 16 * 16 * (3 + d_head // 8)
+    return -(-(64 + blocks + keys + 32) // 64) * 64
+
+
+def divided_bytes(n_keys: int, d_head: int) -> int:
+    return stretch_bytes(n_keys, n_keys // 64 + n_keys // 256 + 1, d_head)
+
+
+def index_bytes(chunk: int, *, n_head_kv: int, d_head: int) -> int:
+    """Of a layer's divided stretches, per chunk: as native/kv/stretches.h says."""
+    numbers = [n_tokens // chunk for n_tokens in (65_536, 16_384, 4096, 1024) if n_tokens // chunk > 1]
+    each = [-(-n_head_kv * divided_bytes(n * chunk, d_head) // n) for n in numbers]
+    return -(-max(each) // 64) * 64
+
+
+def rest_bytes(chunk: int, *, n_head_kv: int, d_head: int) -> int:
+    """Of a layer: as many chunks as make no stretch, in order, a cell for every 32 keys of a chunk."""
+    most = next(n // chunk for n in (1024, 4096) if n // chunk > 1) - 1
+    return n_head_kv * stretch_bytes(most * chunk, most * -(-chunk // 32), d_head)
 
 
 def one_by_one(n: int) -> list[tuple[int, Phase]]:

@@ -6,6 +6,7 @@ The reference attends the engine's plan, so that one chunk chosen otherwise cann
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,9 +39,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 # The row of the published method with cosine scores and representatives: what the variants below start from.
-PAPER: dict[str, Any] = {"summary": "head", "score": "cosine", "sketch": 1, "refine": 1}
+PAPER: dict[str, Any] = {"summary": "head", "score": "cosine", "scan": 0, "refine": 1}
 
-LISTS: dict[str, Any] = {"summary": "bounds", "granularity": "kv_head", "sketch": 1, "refine": 1, "cutoff": "none"}
+LISTS: dict[str, Any] = {"summary": "bounds", "granularity": "kv_head", "scan": 0, "refine": 1, "cutoff": "none"}
 
 ROW: dict[str, Any] = {"positions": None, "chunk": 8}  # of `small`: the method's own positions, small chunks
 
@@ -49,10 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "default exact": {"positions": "exact"},
     "default refine 2": {"refine": 2},
     "default refine 3 exact": {"refine": 3, "positions": "exact"},
-    "default sketch off": {"sketch": 1, "refine": 2},
-    "default sketch": {"sketch": 6, "refine": 2},
-    "default sketch alone": {"sketch": 3, "refine": 1},
-    "default refine off": {"sketch": 1, "refine": 1},
+    "default scan off": {"scan": 0, "refine": 2},
+    "default by spreads alone": {"scan": 0, "refine": 1},
     "bounds": {"summary": "bounds"},
     "spread of roped keys": {"positions": "exact", "summary_keys": "attended"},
     "head": PAPER,
@@ -138,7 +137,7 @@ def reference_params(session: Session, select: str) -> ref.Params:
         granularity=columns["granularity"],
         vote=columns["vote"],
         n_dense_layers=columns["dense_layers"],
-        sketch=columns["sketch"],
+        scan=columns["scan"],
         refine=columns["refine"],
         question_weight=columns["question_weight"],
         cutoff={"layerwise": "ours"}.get(columns["cutoff"], columns["cutoff"]),
@@ -178,7 +177,7 @@ class Step:
 def check_plan(plan: ref.Ints, result: LayerResult, where: str) -> int:
     """The engine's plan is the reference's, but for chunks whose scores tie. Returns how many differ."""
     assert plan.shape == result["plan"].shape, where
-    stages = (result[name] for name in ("refined", "sketched", "scores"))
+    stages = (result[name] for name in ("refined", "scores"))
     rows = zip(*(np.atleast_2d(x) for x in (plan, result["plan"], *stages)), strict=True)
     return sum(check_list(*row, where) for row in rows)
 
@@ -202,6 +201,10 @@ def check_list(plan: ref.Ints, expected: ref.Ints, *stages_and_where: Any) -> in
 DECIDES = {"top": {"layer": "scores", "kv_head": "votes"}, "oracle": {"layer": "mass", "kv_head": "mass"}}
 
 
+def is_searched(phase: str, found: Arrays, result: LayerResult) -> bool:
+    return phase == "decode" and "scores" in found and math.isnan(result["entropy"])
+
+
 def check_layer(
     found: Arrays, result: LayerResult, phase: str, decides: str | None, where: str, *, kv_type: str
 ) -> int:
@@ -222,7 +225,9 @@ def check_layer(
         if given != "mass":
             check("probe", found["probe"], result["probe"], where)
             assert int(found["share"][0]) == result["budget"], where
-        what = "scores of spreads" if result["summaries"].ndim == 3 and given == "scores" else given
+        searched = is_searched(phase, found, result)
+        spreads = result["summaries"].ndim == 3 and given == "scores"
+        what = "votes of a search" if searched else "scores of spreads" if spreads else given
         check(what, found[given].reshape(-1), result["scores"].reshape(-1), where)
         n_swapped = check_plan(plan_of(found).astype(np.int64), result, where)
     if "entropy" in found:
@@ -276,6 +281,9 @@ def compare(session: Session, rope: ref.Rope, pieces: Pieces = PIECES) -> list[S
         if phase == "question" and columns["question_weight"] > 0:
             replay.question = question.vectors()
     assert n_swapped <= n_planned / 1000, f"{n_swapped} of {n_planned} chunks chosen otherwise: too many to be ties"
+    votes = [step for step in steps if is_searched(step.phase, step.found, step.expected)]
+    errors = [nmse(step.found["scores"], step.expected["scores"]) for step in votes]
+    assert not errors or np.median(errors) <= BOUNDS["votes of a search, median of steps"][0]
     return steps
 
 
@@ -340,6 +348,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "window as long as local": {"window": 32},
     "chunk longer than local": {"chunk": 24, "n_local": 16, "budget": 4 + 16 + 2 * 24},
     "chunk of one": {"chunk": 1, "budget": 4 + 32 + 9, "representatives": 1},
+    "chunk of several cells": {"chunk": 40, "budget": 4 + 32 + 40},
     "budget beyond the history": {"budget": 2048},
     "least budget": {"budget": 4 + 32 + 8},
 }
@@ -410,7 +419,7 @@ def test_layerwise_cutoff_keeps_the_pool(row: str, temperature: float, model: Mo
 @pytest.mark.parametrize("refine", [2, 3, 8])
 def test_refine_never_loses(refine: int, positions: Any, model: Model) -> None:
     """Breaks when a refined plan's keys get fewer votes than those of the plan that the bounds alone would make."""
-    with open_session(model.loaded, small(sketch=1, refine=refine, positions=positions)) as session:
+    with open_session(model.loaded, small(scan=0, refine=refine, positions=positions)) as session:
         steps = compare(session, model.rope)
     gains = []
     for step in steps:
@@ -423,15 +432,17 @@ def test_refine_never_loses(refine: int, positions: Any, model: Model) -> None:
 
 
 @pytest.mark.parametrize("positions", ["clamped", "exact"])
-def test_an_eighth_of_all_chunks_is_sketched(positions: Any, model: Model) -> None:
-    """Breaks when an answering step of a long history looks at fewer sketches."""
-    one_chunk: dict[str, Any] = {"chunk": 4, "budget": 4 + 32 + 4, "representatives": 4}
-    pieces: Pieces = [(700, "prefill"), *one_by_one(9), (30, "prefill"), *one_by_one(3)]
-    with open_session(model.loaded, small(positions=positions, sketch=4, refine=2, **one_chunk)) as session:
+def test_every_key_of_a_short_history_is_looked_at(positions: Any, model: Model) -> None:
+    """Breaks when an answering step passes over chunks that are no part of a longer stretch, or reads them twice."""
+    one_chunk: dict[str, Any] = {"chunk": 4, "budget": 4 + 32 + 4, "scan": 64}
+    pieces: Pieces = [(1000, "prefill"), *one_by_one(9), (30, "prefill"), *one_by_one(3)]
+    with open_session(model.loaded, small(positions=positions, **one_chunk), n_ctx=1100) as session:
         steps = compare(session, model.rope, pieces)
-    answers = [step.expected for step in steps if step.phase == "decode"]
-    assert answers
-    assert all(np.isfinite(found["sketched"]).sum() == len(found["scores"]) // 8 > 4 for found in answers)
+        n_bytes = session.stats().refine.bytes
+    n_chunks = [len(step.found["scores"]) for step in steps if step.phase == "decode"]
+    assert min(n_chunks) > 240
+    n_head, d_head = steps[0].found["q"].shape[1:]
+    assert n_bytes == sum(n_chunks) * n_head * 16 * (3 + d_head // 8)  # a cell for each, with room for 16 keys
 
 
 def test_bounds_bound_every_key() -> None:

@@ -171,7 +171,7 @@ def test_what_a_file_tells(tiny_llama: LlamaModel, tmp_path: Path) -> None:
     """Breaks when a file says something else than what was put into it."""
     path = written(tiny_llama, METHODS["default"], tmp_path / "a.akv")
     info = kvfile.info(path)
-    assert (info.n_tokens, info.complete, info.version) == (N_HISTORY, True, 2)
+    assert (info.n_tokens, info.complete, info.version) == (N_HISTORY, True, 3)
     assert info.n_done % WINDOW == 0
     assert N_HISTORY - info.n_done < WINDOW
     assert info.file_bytes == path.stat().st_size
@@ -517,8 +517,10 @@ def test_memory_holds_what_is_attended(tmp_path: Path) -> None:
     with loaded(model_path) as model:
         found = resident()
         with opened(model, path, n_ctx=n_tokens + 100) as session:
+            assert resident()["files"] - found["files"] < kv_bytes / 10
             session.decode(tokens[:4], phase="decode")
-            # Of what it holds already, the system maps up to 2 MB around what is asked for: 19 MB for 6 chunks a layer.
-            assert resident()["files"] - found["files"] < kv_bytes / 2
+            # Keys, which an index of so few is made of: 23 MB. Of what it holds already, the system maps up to 2 MB
+            # around what is asked for: 6 MB of values.
+            assert resident()["files"] - found["files"] < kv_bytes * 2 / 3
             session.state_get()
             assert resident()["files"] - found["files"] > kv_bytes * 3 / 4

@@ -23,13 +23,15 @@ from test_state_errors import MODEL, OTHER_MODELS, WORD, checksum
 from actqkv_cpp import ActqkvError, StateError, kvfile
 from actqkv_cpp._actqkv import ffi
 
-RETRIEVAL = small(summary="bounds", refine=2)  # has all five arrays
+RETRIEVAL = small(summary="bounds", refine=2)  # has all five arrays, of which so short a reading leaves the index empty
 TOKENS, FURTHER = random_tokens(250), random_tokens(24, seed=1)
 SECTION = b"section of the caller"
 ALIGN = 65536
 N_PARAMS = ffi.sizeof("struct actqkv_params")
-N_ARRAYS = 5  # keys, values, summaries, norms, sketches
-HEADER = 64 + 8 * N_ARRAYS + -(-N_PARAMS // 8) * 8
+N_ARRAYS, INDEX = 5, 4  # keys, values, summaries, norms, index
+CHUNK = 8
+AT_PARAMS = 64 + 8 * N_ARRAYS
+HEADER = AT_PARAMS + -(-N_PARAMS // 8) * 8
 
 
 def aligned(n: int) -> int:
@@ -53,11 +55,15 @@ class Layout:
         self.slots = aligned(self.section + self.n_section + 8)
         self.table = self.slots + 2 * aligned(self.slot_bytes)
         self.arrays = aligned(self.table + 4 * N_ARRAYS * self.n_chunks * self.n_layer)
-        self.end = self.arrays + self.n_layer * sum(aligned(self.n_chunks * n) for n in self.chunk_bytes)
+        self.sizes = [aligned(self.n_kept(which, self.n_chunks) * n) for which, n in enumerate(self.chunk_bytes)]
+        self.end = self.arrays + self.n_layer * sum(self.sizes)
+
+    def n_kept(self, which: int, n_chunks: int) -> int:
+        """Elements of an array where n_chunks are closed: of the index, an element is a stretch."""
+        return n_chunks // (65_536 // CHUNK) if which == INDEX else n_chunks
 
     def array(self, layer: int, which: int) -> int:
-        sizes = [aligned(self.n_chunks * n) for n in self.chunk_bytes]
-        return self.arrays + layer * sum(sizes) + sum(sizes[:which])
+        return self.arrays + layer * sum(self.sizes) + sum(self.sizes[:which])
 
     def slot(self, i: int) -> int:
         return self.slots + i * aligned(self.slot_bytes)
@@ -145,7 +151,7 @@ def test_the_layout_is_as_described(model: LlamaModel, data: bytes, tmp_path: Pa
     """Breaks when the description in file.h is no longer true."""
     layout = layout_of(data)
     assert data[:8] == b"AKVFILE\0"
-    assert struct.unpack_from("<II", data, 8) == (2, N_PARAMS)
+    assert struct.unpack_from("<II", data, 8) == (3, N_PARAMS)
     assert layout.end == len(data)
     assert (layout.n_tokens, layout.n_section, layout.n_layer) == (len(TOKENS), len(SECTION), MODEL["n_layer"])
     assert struct.unpack_from("<Q", data, HEADER)[0] == checksum(data[:HEADER])
@@ -162,7 +168,7 @@ def test_the_layout_is_as_described(model: LlamaModel, data: bytes, tmp_path: Pa
         assert table == checksum(rows)
         for layer in range(layout.n_layer):
             for which, n in enumerate(layout.chunk_bytes):
-                for chunk in range(n_closed):
+                for chunk in range(layout.n_kept(which, n_closed)):
                     value = checksum(data[layout.array(layer, which) + chunk * n :][:n])
                     row = struct.unpack_from("<I", rows, 4 * ((chunk * layout.n_layer + layer) * N_ARRAYS + which))[0]
                     assert row == (value ^ value >> 32) & 0xFFFFFFFF
@@ -186,7 +192,7 @@ def test_not_a_kv_file(model: LlamaModel, model_path: Path, data: bytes, tmp_pat
     path = tmp_path / "a.akv"
     for other in (b"text " * 1000, bytes(len(data)), model_path.read_bytes()):
         refuse(model, path, other, "not a KV file of actqkv")
-    refuse(model, path, with_header(data, 8, struct.pack("<I", 99)), "version 99, expected 2: index the document again")
+    refuse(model, path, with_header(data, 8, struct.pack("<I", 99)), "version 99, expected 3: index the document again")
 
 
 @pytest.mark.parametrize("name", [name for name in OTHER_MODELS if name != "another type"])
@@ -216,7 +222,7 @@ def test_damage_in_every_part(model: LlamaModel, data: bytes, tmp_path: Path) ->
     )
     refuse(model, path, damaged(layout.table + 3), "damaged: the checksum of its table")
     for layer in range(layout.n_layer):
-        for which, n in enumerate(layout.chunk_bytes):
+        for which, n in enumerate(layout.chunk_bytes[:INDEX]):
             at = layout.array(layer, which) + (n_closed // 2) * n
             changed = damaged(*(at + chunk * n for chunk in range(-3, 3)))  # of a few: which are attended is not known
             path.write_bytes(changed)
@@ -231,7 +237,7 @@ def test_damage_in_every_part(model: LlamaModel, data: bytes, tmp_path: Path) ->
     assert kvfile.info(path).complete
 
 
-@pytest.mark.parametrize("array", range(N_ARRAYS))
+@pytest.mark.parametrize("array", range(INDEX))
 def test_damage_is_not_saved_as_sound(model: LlamaModel, data: bytes, array: int, tmp_path: Path) -> None:
     """Breaks when a damaged chunk that nothing has read goes into another file with a checksum that fits it."""
     at, path = layout_of(data).array(1, array), tmp_path / "a.akv"
@@ -268,7 +274,7 @@ def mutations(data: bytes, n: int) -> Iterator[bytes]:
     used += [
         (layout.array(layer, which), layout.n_chunks * size)
         for layer in range(layout.n_layer)
-        for which, size in enumerate(layout.chunk_bytes)
+        for which, size in enumerate(layout.chunk_bytes[:INDEX])
     ]
     for i in range(n):
         changed = bytearray(data)
@@ -287,8 +293,8 @@ def mutations(data: bytes, n: int) -> Iterator[bytes]:
 
 def forged_headers(data: bytes, n: int) -> Iterator[bytes]:
     """Every number of the header and of its parameters replaced by extreme ones, with a checksum to match."""
-    words = [(at, "<q") for at in (16, 24, 32, 40, 48, 64, 72, 80, 88)]
-    words += [(at, "<i") for at in (12, 56, 60, *range(128, 96 + N_PARAMS, 4))]
+    words = [(at, "<q") for at in (16, 24, 32, 40, 48, *range(64, AT_PARAMS, 8))]
+    words += [(at, "<i") for at in (12, 56, 60, *range(AT_PARAMS + 32, AT_PARAMS + N_PARAMS, 4))]
     for at, kind in words:
         bits = 8 * struct.calcsize(kind)
         (number,) = struct.unpack_from(kind, data, at)

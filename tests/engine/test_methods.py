@@ -50,18 +50,22 @@ def test_a_small_budget_is_not_dense(name: str, tiny_llama: LlamaModel) -> None:
     assert (np.abs(logits[1] - logits[0]).max() > 1e-3) == (name != "dense")
 
 
-@pytest.mark.parametrize(("chunk", "share", "n_chunks"), [(8, 5, 45), (1, 1, 364)])
-def test_candidates_are_those_of_a_step(tiny_llama: LlamaModel, *, chunk: int, share: int, n_chunks: int) -> None:
-    """Breaks when a benchmark of kernels measures other numbers of sketches and keys than an answering step reads."""
-    row = small(chunk=chunk, representatives=1, budget=4 + 32 + share * chunk)
-    n_sketched, n_refined = candidates("actqkv", share, n_chunks)
-    sketch_bytes, key_bytes = 2 * (4 + 32 + (1 + 32 // 8) * 32), chunk * 2 * 32 * 2  # 2 KV heads of 32
-    with open_session(tiny_llama, row) as session:
-        session.decode(random_tokens(400))
+@pytest.mark.parametrize("refine", [1, 3])
+def test_candidates_are_those_of_a_step(tiny_llama: LlamaModel, refine: int) -> None:
+    """Breaks when a benchmark of kernels measures other numbers of cells and keys than an answering step reads."""
+    row, n_closed = small(refine=refine), 4096 // 8
+    n_picked, n_refined = candidates("actqkv", 5, n_closed)
+    assert (n_picked, n_refined) == (3072 // 64, 5)
+    key_bytes, sketch_bytes = 8 * 2 * 32 * 2, 3 + 32 // 8  # 2 KV heads of 32
+    with open_session(tiny_llama, row, n_ctx=4200) as session:
+        session.decode(random_tokens(4 + 4096 + 32))
         session.stats_reset()
         session.decode(TOKENS[:1], phase="decode")
-        assert session.n_chunks == n_chunks
-        assert session.stats().refine.bytes == session.n_layer * (n_sketched * sketch_bytes + n_refined * key_bytes)
+        assert session.n_chunks == n_closed
+        of_layer = session.stats().refine.bytes / session.n_layer
+    n_sixteens = (of_layer - (n_refined * refine * key_bytes if refine > 1 else 0)) / (16 * sketch_bytes)
+    assert n_sixteens * session.n_layer % 1 == 0
+    assert 4 <= n_sixteens / 4 / n_picked < 7  # of each of 4 heads: cells of about 64 keys, room for whole sixteens
 
 
 def test_exact_positions_end_at_the_trained_length(tiny_llama: LlamaModel) -> None:
@@ -94,7 +98,7 @@ def test_dense_layers_are_reported_apart(tiny_llama: LlamaModel) -> None:
 
 SHARED: dict[str, tuple[Retrieval, Retrieval]] = {  # what reads, what answers
     "no cut-off": (retrieval("actqkv", cutoff_temperature=0.02), retrieval("actqkv-equal")),
-    "no refinement": (retrieval("actqkv"), retrieval("actqkv", sketch=1, refine=1)),
+    "no search": (retrieval("actqkv"), retrieval("actqkv", scan=0)),
     "budget": (
         retrieval("actqkv", prefill="none"),
         dataclasses.replace(retrieval("actqkv", prefill="none"), budget=52),
@@ -107,7 +111,7 @@ SHARED: dict[str, tuple[Retrieval, Retrieval]] = {  # what reads, what answers
     "dense answers": (retrieval("infllm"), retrieval("infllm", decode="all")),
     "actqkv after streaming": (
         retrieval("actqkv", prefill="none"),
-        retrieval("actqkv", prefill="none", sketch=1, refine=2),
+        retrieval("actqkv", prefill="none", scan=0, refine=2),
     ),
 }
 
@@ -160,8 +164,8 @@ UNEQUAL: list[tuple[Retrieval, Retrieval, str]] = [
     (retrieval("actqkv"), retrieval("actqkv", cutoff_temperature=1.0), "cutoff_temperature is 1, the reading's 1000"),
     (retrieval("actqkv"), retrieval("actqkv", dense_layers=1), "n_dense_layers is 1, the reading's 0"),
     (retrieval("dense"), retrieval("quest"), "the reading made no summaries"),
-    (retrieval("actqkv", sketch=1), retrieval("actqkv"), "the reading made no sketches"),
-    (retrieval("actqkv", decode="oracle"), retrieval("actqkv"), "the reading made no sketches"),
+    (retrieval("actqkv", scan=0), retrieval("actqkv"), "the reading made no index"),
+    (retrieval("actqkv", decode="oracle"), retrieval("actqkv"), "the reading made no index"),
     (retrieval("quest"), retrieval("quest", granularity="layer"), "granularity is 'layer', the reading's 'kv_head'"),
     (retrieval("infllm"), retrieval("infllm", representatives=2), "n_representatives is 2, the reading's 4"),
 ]

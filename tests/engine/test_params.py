@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_gguf as tiny
-from engine_support import SMALL, in_child, loaded, one_by_one, open_session, random_tokens, read, small
+from engine_support import (
+    SMALL,
+    in_child,
+    index_bytes,
+    loaded,
+    one_by_one,
+    open_session,
+    random_tokens,
+    read,
+    rest_bytes,
+    small,
+)
 from llama_cpp._internals import LlamaModel
 
 from actqkv_cpp import ActqkvError, ContextError, ModelError, ParameterError, Retrieval
@@ -33,6 +44,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"representatives": 9}, "n_representatives is 9, expected 1 to 8"),
     ({"probe_warmup": -2}, "probe_warmup is -2, expected -1 to"),
     ({"statistics_cap": 0}, "statistics_cap is 0, expected 1 to"),
+    ({"scan": -1}, "scan is -1, expected 0 to 16777216"),
+    ({"scan": (1 << 24) + 1}, "scan is 16777217, expected 0 to 16777216"),
     ({"refine": 0}, "refine is 0, expected 1 to 1024"),
     ({"refine": 1025}, "refine is 1025, expected 1 to 1024"),
     ({"cutoff_temperature": 0.0}, "cutoff_temperature is 0, expected > 0"),
@@ -43,7 +56,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"question_weight": float("inf")}, "question_weight is inf, expected >= 0"),
     ({"summary": "bounds", "score": "cosine"}, "summaries 'bounds' and 'spread' go with score 'dot'"),
     ({"score": "cosine"}, "summaries 'bounds' and 'spread' go with score 'dot'"),
-    ({"sketch": 1, "refine": 1, "cutoff": "none", "granularity": "kv_head"}, "'spread' goes with granularity 'layer'"),
+    ({"scan": 0, "cutoff": "none", "granularity": "kv_head"}, "'spread' goes with granularity 'layer'"),
     ({"summary": "bounds", "question_weight": 1.0}, "'head', 'kv_head' and 'mean', not with 'bounds'"),
     ({"method": "nope"}, "unknown method 'nope'"),
 ]
@@ -84,17 +97,20 @@ def test_kv_types_take_whole_half_blocks(kv_type: str, tmp_path: Path) -> None:
     with loaded(tiny.make_tiny_gguf(tmp_path / "model.gguf", d_head=40)) as model:
         with pytest.raises(ParameterError, match=f"kv_type {kv_type} .* multiple of 16, the model's are 40: use f16"):
             memory_plan(model, SMALL, n_ctx=100, kv_type=kv_type)
-        memory_plan(model, SMALL, n_ctx=100)
+        memory_plan(model, small(scan=0), n_ctx=100)
+        with pytest.raises(ParameterError, match=r"scan takes heads of a multiple of 16, .* are 40: use scan 0"):
+            memory_plan(model, SMALL, n_ctx=100)
 
 
 def test_summaries_are_planned(tiny_llama: LlamaModel) -> None:
     """Breaks when the plan counts other summaries than there are: 3 layers, 2 KV heads of 32, chunks of 8."""
     n_chunks = (100_000 - SMALL.n_sink) // 8
-    sketch, norm = 2 * (4 + 32 + (1 + 32 // 8) * 32), 4
+    index, norm = index_bytes(8, n_head_kv=2, d_head=32), 4
     spread = 2 * (18 + 2)  # a block of 4-bit values and a number in half for each head
     plan = memory_plan(tiny_llama, SMALL, n_ctx=100_000)
-    assert plan.summary_bytes == 3 * n_chunks * (spread + sketch)
-    plan = memory_plan(tiny_llama, small(summary="bounds", sketch=1), n_ctx=100_000)
+    rest = rest_bytes(8, n_head_kv=2, d_head=32)
+    assert plan.summary_bytes == 3 * (n_chunks * (spread + index) + rest)
+    plan = memory_plan(tiny_llama, small(summary="bounds", scan=0), n_ctx=100_000)
     assert plan.summary_bytes == 3 * n_chunks * (2 * 2 * 2 * 32 + norm)
 
 

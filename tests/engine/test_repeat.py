@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_support import SMALL, open_session, random_tokens, small
+from engine_support import SMALL, index_bytes, open_session, random_tokens, rest_bytes, small
 from llama_cpp._internals import LlamaModel
 from numpy.typing import NDArray
 
@@ -14,9 +14,9 @@ from actqkv_cpp import ContextError, ParameterError, Retrieval
 from actqkv_cpp._native import Session
 
 METHODS: dict[str, Retrieval] = {
-    "default": small(sketch=4, refine=2),
-    "q4_0": small(sketch=4, refine=2),
-    "head": small(summary="head", score="cosine", sketch=1, refine=1),
+    "default": small(scan=64, refine=2),
+    "q4_0": small(scan=64, refine=2),
+    "head": small(summary="head", score="cosine", scan=0, refine=1),
     "quest-clamped": small(method="quest-clamped", chunk=16, budget=4 + 32 + 2 * 16),
     "streaming": small(prefill="none", decode="none"),
 }
@@ -27,10 +27,7 @@ N_LAYERS = 3
 KV_BYTES = (2 * 32 * 2, 2 * 18)  # of a token's keys: 2 KV heads of 32 in f16, in q4_0
 SINK_BYTES = 3 * SINK * 2 * 32 * 2  # of a layer: keys in both forms, and values
 CHECKSUM_BYTES = 8
-SKETCH_BYTES = 2 * (4 + 32 + (1 + 32 // 8) * 32)  # native/kernels/cpu/sketch.cpp has the layout
-OTHER_BYTES = {  # of a chunk, behind its summary: sketches; norms; the second KV head's bounds, and norms
-    "default": (SKETCH_BYTES,),
-    "q4_0": (SKETCH_BYTES,),
+OTHER_BYTES = {  # of a chunk, behind its summary: norms; the second KV head's bounds, and norms
     "head": (4,),
     "quest-clamped": (2 * 32 * 2, 4),
 }
@@ -75,7 +72,7 @@ def test_a_step_costs_what_it_does_after_a_reading(name: str, tiny_llama: LlamaM
 
 @pytest.mark.parametrize("name", METHODS)
 def test_copies_are_of_the_chunks_in_turn(name: str, tiny_llama: LlamaModel) -> None:
-    """A copy is of another chunk, or an array of it (keys, values, summaries, sketches) or its tokens were left out."""
+    """A copy is of another chunk, or an array of it (keys, values, summaries) or its tokens were left out."""
     chunk = CHUNK_TOKENS.get(name, 8)
     with open_of(tiny_llama, name) as session:
         session.decode(TOKENS[:N_READ])
@@ -97,7 +94,11 @@ def test_copies_are_of_the_chunks_in_turn(name: str, tiny_llama: LlamaModel) -> 
 def layers_of_state(session: Session, chunk: int, kv_bytes: int) -> list[list[NDArray[np.uint8]]]:
     """Per layer keys, values [n_chunks][kv_bytes], and everything else of chunks [n_chunks][bytes], by state.cpp."""
     n_chunks, n_ctx = session.n_chunks, session.params.n_ctx
-    others = session.plan.summary_bytes // N_LAYERS // ((n_ctx - SINK) // chunk)
+    of_layer, others = session.plan.summary_bytes // N_LAYERS, 0
+    if session.params.columns["scan"] > 0:  # of so few, nothing of the index is in a state
+        of_layer -= rest_bytes(chunk, n_head_kv=2, d_head=32)
+        others -= index_bytes(chunk, n_head_kv=2, d_head=32)
+    others += of_layer // ((n_ctx - SINK) // chunk)
     sizes = [n_chunks * kv_bytes, n_chunks * kv_bytes, n_chunks * others]
     blob = np.frombuffer(session.state_get(), np.uint8)[:-CHECKSUM_BYTES]
     layers = []

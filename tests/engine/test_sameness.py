@@ -26,9 +26,8 @@ from actqkv_cpp.figures import Phase
 METHODS: dict[str, Retrieval] = {
     "default": small(refine=2),
     "default exact": small(refine=2, positions="exact"),
-    "many chunks": small(
-        chunk=1, representatives=1, sketch=4, refine=2, budget=4 + 32 + 1
-    ),  # an eighth of them sketched
+    "many chunks": small(chunk=1, representatives=1, refine=2, budget=4 + 32 + 1),
+    "by spreads alone": small(scan=0),
     "head": small(summary="head", score="cosine", refine=1),
     "question": small(summary="kv_head", score="cosine", refine=1, question_weight=4.0, positions="exact"),
     "published": small(method="published", probe_warmup=3),

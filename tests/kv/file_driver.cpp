@@ -26,6 +26,7 @@ int main(int, char ** argv) {
     const uint64_t n_bytes = kv_file::map_granule();
     file_header header = {};
     header.n_tokens = header.n_chunks = header.n_layer = header.checkpoint_tokens = 1;
+    header.params.method.n_chunk_tokens = 1;
     header.slot_bytes = 4096;
     header.chunk_bytes[FILE_KEYS] = n_bytes;
     const int32_t token = 0;

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ops_support import EMULATED, NAMES, impls
+from ops_support import EMULATED, NAMES, cpu_impls, impls
 
 
 def is_repeated(params: dict[str, Any]) -> bool:
@@ -28,6 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=impls(), ids=lambda i: NAMES[i])
 def impl(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(params=cpu_impls(), ids=lambda i: NAMES[i])
+def cpu_impl(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 

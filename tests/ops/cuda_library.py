@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "native" / "kernels" / "cuda"
 EMULATOR = ROOT / "tests" / "emulator"
 
-WITHOUT_THREADS = {"to_f16", "summarize", "mean", "spread", "spread_query", "sketch", "entropy"} | {
+WITHOUT_THREADS = {"to_f16", "summarize", "mean", "spread", "spread_query", "entropy"} | {
     "elect", "gather",
 }  # fmt: skip
 ARRAYS_OF_ATTEND = ("q_near", "q_far", "q_turned", "k_window", "v_window", "out", "weight_sums", "span_mass")
+ARRAYS_OF_SEARCH = ("query", "scores", "picked", "votes")
 
 
 def build_emulated() -> Path:
@@ -70,7 +71,9 @@ class Gpu:
         """`arguments` are those of the CPU's function after impl; `arrays` the host's memory by address."""
         run = Call(self, arrays)
         try:
-            return run.attend(arguments[0]) if name == "attend" else run.plain(name, arguments)
+            if name in {"attend", "search"}:
+                return getattr(run, name)(arguments[0])
+            return run.plain(name, arguments)
         finally:
             run.end()
 
@@ -156,8 +159,25 @@ class Call:
         size = self.table.attend_scratch(
             args.n_head, args.n_head_kv, args.d_head, args.m, n_keys, args.n_spans, n_lists
         )
-        scratch = bytearray(b"\xff" * size)  # NaN: nothing in it may be read before it is written
-        at = int(self.ffi.cast("uintptr_t", self.ffi.from_buffer(scratch)))
-        self.arrays = {**self.arrays, at: memoryview(scratch)}
-        there.scratch = self.there(self.ffi.cast("void *", at))
+        there.scratch = self.scratch(size)
         self.finish(self.table.attend(self.gpu.stream, there))
+
+    def search(self, args: Any) -> None:
+        """Scores and votes, one after the other."""
+        there = self.ffi.new("struct actqkv_search_args *", args[0])
+        stretches = self.ffi.new("struct actqkv_stretch[]", max(args.n_stretches, 1))
+        for i in range(args.n_stretches):
+            stretches[i] = args.stretches[i]
+            stretches[i].data = self.there(stretches[i].data)
+        there.stretches = stretches
+        for name in ARRAYS_OF_SEARCH:
+            setattr(there, name, self.there(getattr(args, name)))
+        there.scratch = self.scratch(self.table.search_scratch(there))
+        self.gpu.check(self.table.search_score(self.gpu.stream, there))
+        self.finish(self.table.search_vote(self.gpu.stream, there))
+
+    def scratch(self, size: int) -> Any:
+        here = bytearray(b"\xff" * size)  # NaN: nothing in it may be read before it is written
+        at = int(self.ffi.cast("uintptr_t", self.ffi.from_buffer(here)))
+        self.arrays = {**self.arrays, at: memoryview(here)}
+        return self.there(self.ffi.cast("void *", at))

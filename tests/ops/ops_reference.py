@@ -162,12 +162,132 @@ def refine(query: Array, keys: Array) -> Array:
     return np.asarray(dots.max(axis=2))
 
 
-def sketched(keys: Array) -> Array:
-    """Turned keys [..., c, d] as their sketch has them: the mean, and signs of one size per key around it."""
-    keys = turn(keys)
-    mean = keys.mean(axis=-2, keepdims=True)
-    size = np.abs(keys - mean).mean(axis=-1, keepdims=True)
-    return np.asarray(mean + np.where(keys < mean, -size, size))
+# ---- cells and search: of the engine's own making (native/kernels/cpu/cells.cpp and search.cpp say what they are)
+
+CELL_KEYS, CELL_KEYS_MOST, RUN = 64, 256, 32
+LEAST = 1.0  # of the mean weight, that counts
+REACH = 3  # deviations from a centre that a cell's keys are taken to reach
+
+
+@dataclass
+class Stretch:
+    """One KV head's stretch as its bytes have it (native/kernels/cpu/cells.h); keys in the order of their cells."""
+
+    starts: npt.NDArray[np.int64]  # [cells + 1]
+    reaches: Array  # [cells]
+    centres: Array  # [cells, d], turned, less what all keys have in common
+    sizes: Array  # [keys]
+    units: Array  # [keys], of the sizes of their cell
+    chunks: npt.NDArray[np.int64]  # [keys]
+    signs: Array  # [keys, d], 1 or -1
+
+    @property
+    def cells(self) -> npt.NDArray[np.int64]:
+        """The cell of each key."""
+        return np.repeat(np.arange(len(self.reaches)), np.diff(self.starts))
+
+    @property
+    def keys(self) -> Array:
+        """As sketches have them: turned, less what is common."""
+        return np.asarray(self.centres[self.cells] + self.sizes[:, None] * self.signs)
+
+
+def stretch(raw: Bytes, d: int, n_keys: int, *, in_order: int = 0) -> Stretch:
+    """in_order: 0 where it is divided; else the keys of a chunk, and n_keys is for how many it has room."""
+    n_of_chunk = -(-in_order // RUN)
+    n_most = n_keys // in_order * n_of_chunk if in_order else n_keys // CELL_KEYS + n_keys // CELL_KEYS_MOST + 1
+    n_cells, counted = raw[:8].view(np.uint32)
+    assert counted == (n_cells // n_of_chunk * in_order if in_order else n_keys)
+    assert 1 <= n_cells <= n_most
+    assert not raw[8:64].any()
+    n_blocks = -(-n_most // 16)
+    widths = [64, 64, 8 * d, 64, 64]
+    blocks = raw[64 : 64 + n_blocks * sum(widths)].reshape(n_blocks, -1)
+    parts = [np.ascontiguousarray(part) for part in np.split(blocks, np.cumsum(widths)[:-1], axis=1)]
+    steps, reaches, units = (parts[i].view(np.float32).ravel()[:n_cells].astype(np.float64) for i in (0, 1, 3))
+    places = parts[4].view(np.uint32).ravel()[:n_cells].astype(np.int64)
+    pairs = parts[2].reshape(n_blocks, d // 8, 16, 4)
+    fours = np.stack([pairs & 15, pairs >> 4], axis=3).astype(np.float64) - 8
+    wholes = fours.transpose(0, 2, 1, 3, 4).reshape(n_blocks * 16, d)[:n_cells]
+    counts, at, firsts = places % 256 + 1, 64 + n_blocks * sum(widths), places // 256
+    sizes, chunks, signs = [], [], []
+    for first, n, unit in zip(firsts, counts, units, strict=True):
+        m = -(-n // 16) * 16
+        keys = raw[at + first * 16 * (3 + d // 8) :][: m * (3 + d // 8)]
+        sizes.append(unit * keys[:n])
+        chunks.append(np.ascontiguousarray(keys[m : 3 * m]).view(np.uint16)[:n])
+        bits = np.unpackbits(keys[3 * m :].reshape(d // 8, m, 1), axis=2, bitorder="little")
+        signs.append(bits.transpose(1, 0, 2).reshape(m, d)[:n])
+        assert not keys[n:m].any()
+        assert not bits[:, n:].any()
+    np.testing.assert_array_equal(firsts, np.cumsum([0, *(-(-counts // 16))])[:-1])
+    return Stretch(
+        np.cumsum([0, *counts]),
+        reaches,
+        wholes * steps[:, None],
+        np.concatenate(sizes),
+        np.repeat(units, counts),
+        np.concatenate(chunks).astype(np.int64),
+        2.0 * np.concatenate(signs) - 1,
+    )
+
+
+def cell_of_each(keys: Array) -> npt.NDArray[np.int64]:
+    """Cells of a divided stretch of keys [n, d]: of those nearest to one of n / 64 of them, 256 at most."""
+    seeds = keys[:: max(1, len(keys) // max(1, len(keys) // CELL_KEYS))][: max(1, len(keys) // CELL_KEYS)]
+    nearest = (keys @ seeds.T - (seeds**2).sum(axis=1) / 2).argmax(axis=1)
+    found, n_cells = np.zeros(len(keys), np.int64), 0
+    for own in (np.flatnonzero(nearest == i) for i in range(len(seeds))):
+        for part in np.array_split(own, -(-len(own) // CELL_KEYS_MOST)) if len(own) else []:
+            found[part] = n_cells
+            n_cells += 1
+    return found
+
+
+def write_stretch(keys: Array, common: Array, *, divided: bool) -> Bytes:
+    """What `stretch` reads, of turned keys [chunks, c, d]; full where it is in order."""
+    n, c, d = keys.shape
+    flat, chunk_of = keys.reshape(n * c, d) - common, np.repeat(np.arange(n), c)
+    runs = chunk_of * -(-c // RUN) + np.tile(np.arange(c) // RUN, n)
+    cells = cell_of_each(flat) if divided else runs
+    n_cells, n_most = cells.max() + 1, n * c // CELL_KEYS + n * c // CELL_KEYS_MOST + 1 if divided else n * -(-c // RUN)
+    n_padded = -(-n_most // 16) * 16
+    steps, reaches, units = (np.zeros(n_padded, np.float32) for _ in range(3))
+    places, fours, rows = np.zeros(n_padded, np.uint32), np.zeros((n_padded, d), np.uint8), []
+    for i in range(n_cells):
+        own = np.flatnonzero(cells == i)
+        mean, n_own, m = flat[own].mean(axis=0), len(own), -(-len(own) // 16) * 16
+        steps[i] = mean[np.abs(mean).argmax()] / -8
+        fours[i] = np.floor(mean / steps[i] + 8.5).clip(0, 15)
+        rest = flat[own] - steps[i].astype(np.float64) * (fours[i].astype(np.float64) - 8)
+        reaches[i], sizes = np.sqrt((rest**2).mean()), np.abs(rest).mean(axis=1)
+        units[i] = sizes.max() / 255
+        places[i] = 256 * sum(len(row) for row in rows) // (16 * (3 + d // 8)) + n_own - 1
+        found = np.zeros((3 + d // 8, m), np.uint8)
+        found[0, :n_own] = np.rint(sizes / units[i]).clip(0, 255)
+        found[1:3].reshape(-1).view(np.uint16)[:n_own] = chunk_of[own]
+        found[3:, :n_own] = np.packbits(rest >= 0, axis=1, bitorder="little").T
+        rows.append(found.reshape(-1))
+    pairs = fours.reshape(-1, 16, d // 8, 2, 4).transpose(0, 2, 1, 3, 4)
+    centres = (pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4).reshape(len(pairs), -1)
+    parts = [part.reshape(len(pairs), 16).view(np.uint8) for part in (steps, reaches, units, places)]
+    blocks = np.concatenate([*parts[:2], centres, *parts[2:]], axis=1).reshape(-1)
+    head = np.array([n_cells, n * c, *[0] * 14], np.uint32).view(np.uint8)
+    return np.concatenate([head, blocks, *rows, np.zeros(15 * 16 * (3 + d // 8) + 32, np.uint8)])
+
+
+def rounded_centres(means: Array) -> Array:
+    """Means [cells, d] in 16 whole steps of their own, of which the largest magnitude is the -8th."""
+    extreme = np.take_along_axis(means, np.abs(means).argmax(axis=1)[:, None], axis=1)
+    steps = extreme / -8
+    wholes = np.floor(np.divide(means, steps, out=np.zeros_like(means), where=steps != 0) + 8.5).clip(0, 15) - 8
+    return np.asarray(wholes * steps)
+
+
+def cell_scores(query: Array, stretches: list[Stretch]) -> Array:
+    """What keys of each cell may reach: turned query [H, d] against stretches of its KV head -> [H, cells]."""
+    products = [query @ s.centres.T + REACH * np.linalg.norm(query, axis=1)[:, None] * s.reaches for s in stretches]
+    return np.concatenate(products, axis=1)
 
 
 # ---- spread: of the engine's own making (native/kernels/cpu/spread.cpp says what it is)

@@ -46,6 +46,11 @@ def impls() -> list[Any]:
     return own if KERNELS else [*own, EMULATED, pytest.param(ON_GPU, marks=pytest.mark.cuda)]
 
 
+def cpu_impls() -> list[int]:
+    """Those of kernels that a GPU has not."""
+    return [i for i in impls() if isinstance(i, int) and i < EMULATED]
+
+
 def table_at(path: str | None) -> Any:
     """The functions of a libactqkv_cuda, None: of the installed one. Skips the test where it does not load."""
     if ALONE:
@@ -76,8 +81,12 @@ def gpu(impl: int) -> Gpu:
 
 WITHOUT_IMPL = (
     "actqkv_turn",
-    "actqkv_sketch",
-    "actqkv_sketch_bytes",
+    "actqkv_stretch_bytes",
+    "actqkv_stretch_cells",
+    "actqkv_stretch_is_sound",
+    "actqkv_stretch_scratch",
+    "actqkv_search_cells",
+    "actqkv_search_scratch",
     "actqkv_mean",
     "actqkv_spread",
     "actqkv_spread_bytes",
@@ -124,6 +133,7 @@ BOUNDS = {
     "score": 1e-12,  # by |probe| |rep|: a dot product may cancel
     "spread": 1e-11,  # by what the products and the reach are at most, which may cancel; queries added up in float
     "spread rounded": 1e-9,  # the same; queries rounded to 16 bits
+    "cells": 1e-6,  # by |query| |centre|, which may cancel, and the reach; queries rounded to 8 bits
     "vote": 1e-12,  # by the size of the scores: a difference of them
     "entropy": 1e-12,  # of 1 + h: h is a difference of numbers near ln n, so its error is absolute, about 1e-6
     "attend.out": 1e-11,  # e^x by polynomial, logits of magnitude 10 rounded in float

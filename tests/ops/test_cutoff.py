@@ -64,6 +64,36 @@ def test_top_k(impl: int, rng: np.random.Generator, n: int, k: int, ties: bool) 
     assert chosen(impl, scores, k) == list(reference.top_k(scores.astype(np.float64), k))
 
 
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [
+        *[(65, 1), (64, 64), (257, 64), (255, 64), (193, 16), (20_000, 1), (20_000, 17)],
+        *[(4097, 1024), (4099, 1025), (1025, 1024), (1026, 1024), (9000, 2000), (50_000, 1023), (50_000, 1024)],
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", ["any", "ties", "equal", "rising", "falling", "few above", "best together", "infinite"]
+)
+def test_top_k_of_many(impl: int, rng: np.random.Generator, *, n: int, k: int, kind: str) -> None:
+    """Where the best are looked for among the greatest of every so many: wherever those lie, and however many tie."""
+    scores = rng.normal(size=n).astype(np.float32)
+    if kind == "ties":
+        scores = np.round(scores)
+    elif kind == "equal":
+        scores[:] = -2.5
+    elif kind in {"rising", "falling"}:
+        scores = np.sort(scores)[:: 1 if kind == "rising" else -1].copy()
+    elif kind == "few above":  # fewer than k, and the others tie
+        scores[:] = -1
+        scores[rng.integers(0, n, size=k // 2 + 1)] = 2
+    elif kind == "best together":  # in the same place of every stride
+        scores[: n // 2] += 50 * (np.arange(n // 2) % max(4 * k, 64) < 3)
+    elif kind == "infinite":
+        scores[rng.integers(0, n, size=k // 2 + 1)] = np.inf
+        scores[rng.integers(0, n, size=n // 2)] = -np.inf
+    assert chosen(impl, scores, k) == list(reference.top_k(scores.astype(np.float64), k))
+
+
 @pytest.mark.parametrize("outlier", [-1e30, 1e30, np.nan])
 def test_top_k_beside_an_outlier(impl: int, rng: np.random.Generator, outlier: float) -> None:
     """One far value makes the range of scores so wide that all others fall into one part of it."""

@@ -89,32 +89,46 @@ static void top_k_scalar(const float * scores, int64_t n, int32_t k, int32_t * c
     }
 }
 
-// The same, with (x - least) * factor as the range of x: finer where most scores are than that of their bits.
-static void top_k_vectors(const ops & op, const float * scores, int64_t n, float least, float factor, int32_t k,
-                          int32_t * chosen, int32_t * scratch) {
-    for (int64_t b = 0; b < n; b++) { // apart from counting, so that this loop becomes vectors
-        scratch[b] = (int32_t) ((scores[b] - least) * factor);
+constexpr int32_t MOST_GREATEST = 4096;
+
+// A number that at least k < n of x reach and, where halving a few times tells them apart, hardly more than k.
+static float limit_of(const float * x, int64_t n, int32_t k) {
+    float low = x[0], high = x[0];
+    for (int64_t i = 0; i < n; i++) {
+        low = std::min(low, x[i]);
+        high = std::max(high, x[i]);
     }
-    int32_t counts[N_RANGES] = {0};
-    for (int64_t b = 0; b < n; b++) {
-        counts[scratch[b]]++;
+    int64_t n_reach = n;
+    for (int turn = 0; turn < 12 && n_reach > k + k / 8; turn++) {
+        const float middle = low + (high - low) / 2;
+        int32_t n_above = 0;
+        for (int64_t i = 0; i < n; i++) { // becomes vectors
+            n_above += x[i] >= middle;
+        }
+        n_reach = n_above >= k ? n_above : n_reach;
+        (n_above >= k ? low : high) = middle;
     }
-    int32_t n_left = k;
-    const int32_t range = (int32_t) range_of(counts, n_left);
-    int64_t n_within = 0;
-    for (int64_t b = 0; b < n; b++) {
-        const bool within = scratch[b] == range;
-        scratch[n_within] = (int32_t) b;
-        n_within += within;
+    return low;
+}
+
+// The same of numbers, for k of at most MOST_GREATEST / 4. Of the greatest of every so many scores, the k-th best is no
+// better than the k-th best of all: what is at least as good holds all that is wanted, and little more.
+static void top_k_vectors(const ops & op, const float * scores, int64_t n, int32_t k, int32_t * chosen,
+                          int32_t * scratch) {
+    float most[MOST_GREATEST];
+    const int64_t width = std::min<int64_t>(n, std::max(4 * k, 64));
+    std::copy_n(scores, width, most);
+    for (int64_t from = width; from < n; from += width) {
+        const int64_t n_here = std::min(width, n - from);
+        for (int64_t b = 0; b < n_here; b++) { // becomes vectors
+            most[b] = scores[from + b] > most[b] ? scores[from + b] : most[b];
+        }
     }
-    std::nth_element(scratch, scratch + (n_left - 1), scratch + n_within,
+    const int64_t n_found = op.find(scores, n, limit_of(most, width, k), INFINITY, scratch);
+    std::nth_element(scratch, scratch + (k - 1), scratch + n_found,
                      [=](int32_t a, int32_t b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); });
-    const int32_t worst = scratch[n_left - 1];
-    const int64_t n_found = op.find(scores, n, scores[worst], INFINITY, scratch);
-    for (int64_t i = 0, n_chosen = 0; i < n_found && n_chosen < k; i++) {
-        chosen[n_chosen] = scratch[i];
-        n_chosen += scores[scratch[i]] > scores[worst] || scratch[i] <= worst;
-    }
+    std::copy_n(scratch, k, chosen);
+    std::sort(chosen, chosen + k);
 }
 
 } // namespace actqkv
@@ -136,8 +150,8 @@ extern "C" float actqkv_entropy(int32_t impl, const float * scores, int64_t n, f
     return (float) std::min(std::max(h, 0.0), 1.0);
 }
 
-// The k-th best value: scores are counted by the range they fall into, and only those of the range that holds it are
-// compared (a selection among all takes five times as long). Then all that are as good, in order of the index.
+// The scalar version counts scores by the range they fall into, and compares only those of the range that holds the k-th best
+// (a selection among all takes five times as long).
 extern "C" void actqkv_top_k(int32_t impl, const float * scores, int64_t n, int32_t k, int32_t * chosen,
                              int32_t * scratch) {
     if (k >= n) {
@@ -151,10 +165,8 @@ extern "C" void actqkv_top_k(int32_t impl, const float * scores, int64_t n, int3
     }
     const actqkv::ops * ops = actqkv::ops_for(impl);
     float least, greatest;
-    const bool numbers = ops && ops->limits(scores, n, &least, &greatest);
-    const float factor = numbers ? (float) (actqkv::N_RANGES - 1) / (greatest - least) : 0;
-    if (factor > 0 && isfinite(factor)) {
-        actqkv::top_k_vectors(*ops, scores, n, least, factor, k, chosen, scratch);
+    if (ops && k <= actqkv::MOST_GREATEST / 4 && ops->limits(scores, n, &least, &greatest)) {
+        actqkv::top_k_vectors(*ops, scores, n, k, chosen, scratch);
     } else {
         actqkv::top_k_scalar(scores, n, k, chosen, scratch);
     }

@@ -12,11 +12,9 @@ constexpr int N_PANEL = 64;
 
 constexpr int N_GREATEST = 16; // queries; see row_ops::greatest
 
-// Keys of a sketch come in multiples of this; the bytes of its two steps.
-constexpr int SKETCH_KEYS = 32, SKETCH_HEADER = 4;
-
-// Added to every entry of a sketch's tables, so that none is negative.
+// Added to every entry of a query's tables, so that none is negative.
 constexpr int SKETCH_OFFSET = 63;
+constexpr int MAX_SKETCH_ROWS = 2; // of signs, that a vector holds
 
 // Bytes of one query's tables where a vector holds `rows` rows of signs: 16 entries for each four channels. For a vector of
 // two rows, tables lie as it takes them: those of the low fours of both rows, each twice, then those of the high fours.
@@ -24,23 +22,38 @@ static inline int64_t sketch_table_bytes(int32_t d, int rows) {
     return (d / 8 + rows - 1) / rows * rows * 2 * 16 * rows;
 }
 
-// Some heads' queries against sketches of chunks (sketch.cpp has the formula and the layout).
-struct sketch_job {
-    int32_t head, n_vec;    // heads [head, head + n_vec) are wanted
-    const float * queries;  // theirs, turned, [n_vec][stride], zeros from d on
-    int64_t stride;         // a multiple of SKETCH_KEYS
-    const uint8_t * tables; // sketch_table_bytes() each, 64-byte aligned
-    const float * steps;    // what a best sum of 1 stands for, times the step of sizes
-    int32_t r;              // query heads of a KV head
+// Keys that lie around one centre, as cells.h has them.
+struct scan_cell {
+    const uint8_t * keys;
+    int32_t n, first_chunk;
+    float base, size; // the query's product with the centre; what a key's size of 1 stands for
+};
+
+// Cells whose centres lie together (cells.h), and queries that meet them at a time.
+constexpr int CENTRES = 16, CENTRE_HEADS = 4;
+
+// Queries of a KV head against the centres of a stretch.
+struct centre_job {
+    int32_t d, n_vec;
+    const int32_t * fours;     // [n_vec][d/4] four channels of a query each, in signed bytes
+    const int32_t * offsets;   // [n_vec] 8 times their sum
+    const float * query_steps; // [n_vec] what 1 stands for
+    const float * factors;     // [n_vec] of reaches
+    const uint8_t * blocks;    // of CENTRES cells each (cells.h)
+    int64_t block_bytes, n;    // cells
+    float * scores;            // [n_vec][lds]
+    int64_t lds;
+};
+
+// One query head's products with sketched keys (search.cpp has the formula).
+struct scan_job {
+    const uint8_t * tables; // sketch_table_bytes(), 64-byte aligned
+    float step;             // what a sum of 1 stands for, times 256
     int32_t d;
-    int32_t n_keys;           // of a sketch, a multiple of SKETCH_KEYS
-    const uint8_t * sketches; // [chunk][n_head_kv], `bytes` each
-    int64_t bytes;
-    int32_t n_head_kv;
-    const int32_t * chunks; // [n], of which [from, to) are wanted
-    int32_t from, to, n;
-    float scale;
-    float * scores; // [n_head][n]
+    const scan_cell * cells;
+    int32_t n_cells;
+    float * logits;   // those of all keys of all cells, then room for 32 more
+    int32_t * chunks; // and their chunks
 };
 
 // What reads keys and values as they are kept. `rows` has n rows of the type, one behind the other.
@@ -95,8 +108,16 @@ struct ops {
     void (*values)(const float * weights, int64_t ldw, int n_rows, const float * v_panel, int n, int d_pad, float * out,
                    int64_t ldo);
 
-    // Scores of the job's heads and chunks. sketch_rows: rows of signs that a vector holds, for the tables.
-    void (*sketch_scores)(const sketch_job * job);
+    // found[j] = the first row i of rows [n_rows][d] with the greatest row_i . key_j - halves[i], of the first n keys of a
+    // panel; 0 where none is a number. found has room for N_PANEL.
+    void (*nearest)(const float * rows, int n_rows, int d, const float * halves, const float * k_panel, int n,
+                    int32_t * found);
+
+    // scores[x*lds + i], i < n: query_step * step * (sum over channels of query * centre - offset) + factor * reach
+    void (*centre_scores)(const centre_job * job);
+
+    // Fills the job's logits and chunks; how many. sketch_rows: rows of signs that a vector holds, for the tables.
+    int64_t (*scan)(const scan_job * job);
     int sketch_rows;
 
     // scores[i] = query . row, and the sum over g < n_head_kv of reach[g] (f32) times the half that lies 2*g behind the

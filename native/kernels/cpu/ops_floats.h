@@ -100,9 +100,13 @@ static int64_t simd_find(const float * x, int64_t n, float low, float high, int3
     const vf from = v_set1(low), to = v_set1(high);
     int64_t n_found = 0;
     for (int64_t i = 0; i < n; i += W) {
-        uint32_t within = v_within(v_load_end(x + i, n - i, __builtin_nanf("")), from, to);
-        for (; within != 0; within &= within - 1) {
-            found[n_found++] = (int32_t) i + __builtin_ctz(within);
+        const uint32_t within = v_within(v_load_end(x + i, n - i, __builtin_nanf("")), from, to);
+        if (i + W <= n) { // there is room for all of a vector
+            n_found += v_store_lanes(found + n_found, within, (int32_t) i);
+            continue;
+        }
+        for (uint32_t left = within; left != 0; left &= left - 1) {
+            found[n_found++] = (int32_t) i + __builtin_ctz(left);
         }
     }
     return n_found;

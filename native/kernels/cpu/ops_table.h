@@ -1,9 +1,10 @@
 // The table of inner loops for the instruction set of this translation unit. Included once per instruction set.
 #pragma once
 
+#include "ops_centres.h"
 #include "ops_floats.h"
+#include "ops_scan.h"
 #include "ops_simd.h"
-#include "ops_sketch.h"
 
 #if defined(__AVX2__)
 #include "ops_integer.h"
@@ -24,7 +25,9 @@
      ACTQKV_ROW_OPS(q4_rows, ACTQKV_INTEGERS(q4_integers)),                                                            \
      simd_logits,                                                                                                      \
      simd_values,                                                                                                      \
-     simd_sketch_scores,                                                                                               \
+     simd_nearest,                                                                                                     \
+     simd_centre_scores,                                                                                               \
+     simd_scan,                                                                                                        \
      SKETCH_ROWS,                                                                                                      \
      simd_spread_scores,                                                                                               \
      simd_max,                                                                                                         \

@@ -19,18 +19,10 @@
 #endif
 
 // v_within: bit i is set where low <= x <= high in lane i, which NaN is not.
+// v_where_greater(x, y, a, b): a where x > y, else b, also where one is NaN.
+// v_store_lanes: from + i for each bit i of `within`, one behind the other, then whatever, W at most; how many bits there are.
+// v_transpose: W vectors, as the columns that they were rows of.
 // v_half: a half as float; v_load_i8: W signed bytes; v_load_i4: the low or high halves of W bytes, less 8.
-
-#if defined(__AVX2__)
-// out[i] = the greatest lane of the i-th of four
-static inline void greatest_four(__m256 a, __m256 b, __m256 c, __m256 d, float * out) {
-    const __m256d p = _mm256_castps_pd(_mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
-    const __m256d q = _mm256_castps_pd(_mm256_max_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
-    const __m256 x =
-        _mm256_max_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
-    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
-}
-#endif
 
 #if defined(__AVX512F__)
 
@@ -64,6 +56,16 @@ static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline uint32_t v_within(vf x, vf low, vf high) {
     return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(x, low, _CMP_GE_OQ), x, high, _CMP_LE_OQ);
 }
+static inline vf v_where_greater(vf x, vf y, vf a, vf b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), b, a);
+}
+static inline int v_store_lanes(int32_t * p, uint32_t within, int32_t from) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // Into a register first: compressing into memory takes a hundred cycles on Zen 4.
+    const __m512i all = _mm512_add_epi32(_mm512_set1_epi32(from), lanes);
+    _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16) within, all));
+    return __builtin_popcount(within);
+}
 static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); } // a*b + c
 static inline vf v_round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2^n, n whole in [-127, 127]; n = -127 gives 0
@@ -79,6 +81,7 @@ static inline float v_greatest(vf x) { return _mm512_reduce_max_ps(x); }
 typedef __m512i vi;
 
 static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vi vi_load(const uint8_t * p) { return _mm512_loadu_si512(p); }
 static inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 template <int N> static inline vi vi_shift_left(vi x) { return _mm512_slli_epi16(x, N); }
 template <int N> static inline vi vi_shift_right(vi x) { return _mm512_srli_epi16(x, N); }
@@ -100,6 +103,14 @@ static inline vi vi_dot(vi acc, vi a, vi b) {
     return _mm512_dpwssd_epi32(acc, a, b);
 #else
     return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+}
+// acc + the sum of the products of each word's four bytes, those of a to 15 and those of b signed
+static inline vi vi_dot_bytes(vi acc, vi a, vi b) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(acc, a, b);
+#else
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
 #endif
 }
 // The halves at `at` of W rows, as floats
@@ -125,13 +136,6 @@ static inline void v_sum_four(const vf * a, float * out) {
     const __m256 y = _mm256_add_ps(v_low_half(x), v_high_half(x));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
 }
-static inline void v_greatest_four(const vf * a, float * out) {
-    const __m256 b = _mm256_max_ps(v_low_half(a[0]), v_high_half(a[0])),
-                 c = _mm256_max_ps(v_low_half(a[1]), v_high_half(a[1]));
-    const __m256 d = _mm256_max_ps(v_low_half(a[2]), v_high_half(a[2])),
-                 e = _mm256_max_ps(v_low_half(a[3]), v_high_half(a[3]));
-    greatest_four(b, c, d, e, out);
-}
 
 // Sums of neighbouring quarters: two of a, then two of b.
 static inline vf v_sum_pairs(vf a, vf b) {
@@ -143,6 +147,34 @@ static inline vf v_sum_each(const vf * a) {
     const vf x = v_sum_pairs(v_sum_quarters(a[0], a[1], a[2], a[3]), v_sum_quarters(a[4], a[5], a[6], a[7]));
     const vf y = v_sum_pairs(v_sum_quarters(a[8], a[9], a[10], a[11]), v_sum_quarters(a[12], a[13], a[14], a[15]));
     return v_sum_pairs(x, y);
+}
+static inline void v_transpose(vf * x) {
+    vf t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    const auto low = [](vf a, vf b) {
+        return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+    };
+    const auto high = [](vf a, vf b) {
+        return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+    };
+    for (int i = 0; i < 16; i += 4) { // lane l of u[i + j] has rows i .. i + 3 of column 4l + j
+        u[i] = low(t[i], t[i + 2]);
+        u[i + 1] = high(t[i], t[i + 2]);
+        u[i + 2] = low(t[i + 1], t[i + 3]);
+        u[i + 3] = high(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        const vf even = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), odd = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+        const vf even2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+        const vf odd2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+        x[j] = _mm512_shuffle_f32x4(even, even2, 0x88);
+        x[4 + j] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+        x[8 + j] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+        x[12 + j] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
 }
 
 #elif defined(__AVX2__)
@@ -178,6 +210,9 @@ static inline uint32_t v_within(vf x, vf low, vf high) {
     const __m256 in = _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), _mm256_cmp_ps(x, high, _CMP_LE_OQ));
     return (uint32_t) _mm256_movemask_ps(in);
 }
+static inline vf v_where_greater(vf x, vf y, vf a, vf b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_GT_OQ));
+}
 static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vf v_round(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline vf v_ldexp(vf x, vf n) {
@@ -198,6 +233,7 @@ static inline float v_greatest(vf x) {
 typedef __m256i vi; // as above
 
 static inline vi vi_set1(int32_t x) { return _mm256_set1_epi32(x); }
+static inline vi vi_load(const uint8_t * p) { return _mm256_loadu_si256((const __m256i *) p); }
 static inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 template <int N> static inline vi vi_shift_left(vi x) { return _mm256_slli_epi16(x, N); }
 template <int N> static inline vi vi_shift_right(vi x) { return _mm256_srli_epi16(x, N); }
@@ -212,6 +248,9 @@ static inline vi vi_load_lanes(const uint8_t * const * row, int64_t at) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(row[0] + at)), load_16(row[4] + at), 1);
 }
 static inline vi vi_dot(vi acc, vi a, vi b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+static inline vi vi_dot_bytes(vi acc, vi a, vi b) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
 static inline vf v_load_halves(const uint8_t * const * row, int64_t at) {
     const auto half = [&](int i) { return (short) bits_of_half(row[i] + at); };
     const __m128i x = _mm_setr_epi16(half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7));
@@ -222,11 +261,27 @@ static inline void v_sum_four(const vf * a, float * out) {
     const vf x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
-static inline void v_greatest_four(const vf * a, float * out) { greatest_four(a[0], a[1], a[2], a[3], out); }
 static inline vf v_sum_each(const vf * a) {
     const vf x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     const vf y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
     return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+}
+static inline void v_transpose(vf * x) {
+    vf t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; j++) {
+        x[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+        x[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+    }
 }
 
 #elif defined(__aarch64__)
@@ -263,6 +318,7 @@ static inline uint32_t v_within(vf x, vf low, vf high) {
     const uint32_t bits[] = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(vandq_u32(vcgeq_f32(x, low), vcleq_f32(x, high)), vld1q_u32(bits)));
 }
+static inline vf v_where_greater(vf x, vf y, vf a, vf b) { return vbslq_f32(vcgtq_f32(x, y), a, b); }
 static inline vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline vf v_round(vf x) { return vrndnq_f32(x); }
 static inline vf v_ldexp(vf x, vf n) {
@@ -273,8 +329,14 @@ static inline float v_sum(vf x) { return vaddvq_f32(x); }
 static inline float v_greatest(vf x) { return vmaxvq_f32(x); }
 static inline vf v_sum_each(const vf * a) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
 static inline void v_sum_four(const vf * a, float * out) { v_store(out, v_sum_each(a)); }
-static inline void v_greatest_four(const vf * a, float * out) {
-    v_store(out, vpmaxq_f32(vpmaxq_f32(a[0], a[1]), vpmaxq_f32(a[2], a[3])));
+static inline void v_transpose(vf * x) {
+    const auto pair = [](vf a, vf b) { return vreinterpretq_f64_f32(vtrn1q_f32(a, b)); };
+    const auto other = [](vf a, vf b) { return vreinterpretq_f64_f32(vtrn2q_f32(a, b)); };
+    const float64x2_t a = pair(x[0], x[1]), b = other(x[0], x[1]), c = pair(x[2], x[3]), d = other(x[2], x[3]);
+    x[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c));
+    x[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+    x[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
+    x[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
 }
 
 #endif
@@ -292,16 +354,20 @@ static inline void vi_load_quads(const uint8_t * const * row, int64_t at, vi * q
 }
 
 // ---- sketches: bytes of SKETCH_ROWS rows of VB keys, looked up and added, and two vectors of 16-bit words that those sums
-// become. The keys of vb_words and vb_sizes have one order, which is not theirs in memory: even ones first. vb_start: every
-// key's sum is that much, which may be negative. vb_sizes: bytes as 15 bits. vw_scaled: round(a b / 2^15).
+// become. The keys of vb_words and vb_sizes have one order, which is not theirs in memory: even ones first; vw_store_keys has
+// theirs. vb_start: every key's sum is that much, which may be negative. vb_sizes: bytes as 15 bits. vw_scaled:
+// round(a b / 2^15).
 
 constexpr int VB = 32;
 
 typedef __m256i vw;
 
 static inline __m256i load_32(const uint8_t * p) { return _mm256_loadu_si256((const __m256i *) p); }
-static inline vw vw_set1(int16_t x) { return _mm256_set1_epi16(x); }
-static inline vw vw_max(vw a, vw b) { return _mm256_max_epi16(a, b); }
+static inline void vw_store_keys(int16_t * p, vw even, vw odd) {
+    const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
+    _mm256_storeu_si256((__m256i *) p, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256((__m256i *) (p + 16), _mm256_permute2x128_si256(low, high, 0x31));
+}
 static inline vw vw_scaled(vw a, vw b) { return _mm256_mulhrs_epi16(a, b); }
 static inline void vb_sizes(const uint8_t * p, vw * out) {
     const __m256i bytes = load_32(p);
@@ -317,12 +383,8 @@ struct vsums { // in 16 bits, of all words as they are, and of their upper bytes
 };
 
 // Rows `stride` bytes apart; of the second, where it is not there, 0
-static inline vb vb_load_rows(const uint8_t * p, int64_t stride, int n_rows) {
-    if (n_rows > 1 && stride == 32) {
-        return _mm512_loadu_si512(p);
-    }
-    const __m256i second = n_rows > 1 ? load_32(p + stride) : _mm256_setzero_si256();
-    return _mm512_inserti64x4(_mm512_castsi256_si512(load_32(p)), second, 1);
+static inline vb vb_load_rows(const uint8_t * p, int64_t stride) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(load_32(p)), load_32(p + stride), 1);
 }
 static inline vb vb_low(vb x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 static inline vb vb_high(vb x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
@@ -344,7 +406,6 @@ static inline void vb_words(vsums sums, vw * out) {
     out[0] = both_rows(_mm512_sub_epi16(sums.words, _mm512_slli_epi16(sums.upper, 8)));
     out[1] = both_rows(sums.upper);
 }
-static inline vf vw_greatest(vw x) { return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(x)); }
 #else
 constexpr int SKETCH_ROWS = 1;
 typedef __m256i vb;
@@ -352,7 +413,7 @@ struct vsums { // as above
     __m256i words, upper;
 };
 
-static inline vb vb_load_rows(const uint8_t * p, int64_t, int) { return load_32(p); }
+static inline vb vb_load_rows(const uint8_t * p, int64_t) { return load_32(p); }
 static inline vb vb_low(vb x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 static inline vb vb_high(vb x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 static inline vb vb_lookup(const uint8_t * table, vb index) {
@@ -369,10 +430,6 @@ static inline void vb_words(vsums sums, vw * out) {
     out[0] = _mm256_sub_epi16(sums.words, _mm256_slli_epi16(sums.upper, 8));
     out[1] = sums.upper;
 }
-static inline vf vw_greatest(vw x) {
-    const __m128i most = _mm_max_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(most));
-}
 #endif
 
 #elif defined(__aarch64__)
@@ -385,7 +442,7 @@ struct vsums {
     uint16x8_t low, high;
 };
 
-static inline vb vb_load_rows(const uint8_t * p, int64_t, int) { return vld1q_u8(p); }
+static inline vb vb_load_rows(const uint8_t * p, int64_t) { return vld1q_u8(p); }
 static inline vb vb_low(vb x) { return vandq_u8(x, vdupq_n_u8(15)); }
 static inline vb vb_high(vb x) { return vshrq_n_u8(x, 4); }
 static inline vb vb_lookup(const uint8_t * table, vb index) { return vqtbl1q_u8(vld1q_u8(table), index); }
@@ -398,15 +455,16 @@ static inline void vb_words(vsums sums, vw * out) {
     out[0] = vreinterpretq_s16_u16(sums.low);
     out[1] = vreinterpretq_s16_u16(sums.high);
 }
-static inline vw vw_set1(int16_t x) { return vdupq_n_s16(x); }
-static inline vw vw_max(vw a, vw b) { return vmaxq_s16(a, b); }
+static inline void vw_store_keys(int16_t * p, vw low, vw high) {
+    vst1q_s16(p, low);
+    vst1q_s16(p + 8, high);
+}
 static inline vw vw_scaled(vw a, vw b) { return vqrdmulhq_s16(a, b); }
 static inline void vb_sizes(const uint8_t * p, vw * out) {
     const uint8x16_t bytes = vld1q_u8(p);
     out[0] = vreinterpretq_s16_u16(vshll_n_u8(vget_low_u8(bytes), 7));
     out[1] = vreinterpretq_s16_u16(vshll_n_u8(vget_high_u8(bytes), 7));
 }
-static inline vf vw_greatest(vw x) { return vcvtq_f32_s32(vmovl_s16(vmax_s16(vget_low_s16(x), vget_high_s16(x)))); }
 
 #endif
 
@@ -426,6 +484,16 @@ static inline vf v_load_f16_n(const uint16_t * p, int n) {
     }
     return v_load_f16(x);
 }
+
+#if !defined(__AVX512F__)
+static inline int v_store_lanes(int32_t * p, uint32_t within, int32_t from) {
+    int n = 0;
+    for (; within != 0; within &= within - 1) {
+        p[n++] = from + __builtin_ctz(within);
+    }
+    return n;
+}
+#endif
 
 static inline void v_store_n(float * p, vf x, int n) {
     float y[W];

@@ -103,18 +103,6 @@ plan make_plan(const actqkv_attend_args & args) {
 
 // ---- scratch
 
-// Hands out arrays of one piece of memory; with base NULL it only counts.
-struct arena {
-    uint8_t * base;
-    uint64_t used = 0;
-
-    template <typename T> T * take(uint64_t n) {
-        T * array = base == nullptr ? nullptr : reinterpret_cast<T *>(base + used);
-        used += (n * sizeof(T) + 255) / 256 * 256;
-        return array;
-    }
-};
-
 struct room {
     tile * tiles; // with passes and firsts behind them, one upload
     int32_t *passes, *firsts;
@@ -133,15 +121,6 @@ room lay_out(arena & a, uint64_t n_tiles, uint64_t n_lists, uint64_t n_spans, ui
     r.partial = a.take<float>(N_SPLITS_MAX * n_head * (d + 2));
     r.masses = a.take<double>(n_head * n_tiles);
     return r;
-}
-
-// Memory for a copy that is about to be queued.
-uint8_t * to_send(actqkv_cuda_stream * s, uint64_t bytes) {
-    if (s->pinned == nullptr || bytes > PINNED_BYTES - s->pinned_used) {
-        return s->sent.emplace_back(bytes).data();
-    }
-    s->pinned_used += bytes;
-    return s->pinned + (s->pinned_used - bytes);
 }
 
 int32_t upload(actqkv_cuda_stream * s, const room & r, const plan & p) {

@@ -70,6 +70,29 @@ __device__ inline unsigned char * dynamic_shared() {
 }
 #endif
 
+// ---- calls
+
+// Hands out arrays of one piece of memory; with base NULL it only counts.
+struct arena {
+    uint8_t * base;
+    uint64_t used = 0;
+
+    template <typename T> T * take(uint64_t n) {
+        T * array = base == nullptr ? nullptr : reinterpret_cast<T *>(base + used);
+        used += (n * sizeof(T) + 255) / 256 * 256;
+        return array;
+    }
+};
+
+// Memory for a copy that is about to be queued.
+inline uint8_t * to_send(actqkv_cuda_stream * s, uint64_t bytes) {
+    if (s->pinned == nullptr || bytes > PINNED_BYTES - s->pinned_used) {
+        return s->sent.emplace_back(bytes).data();
+    }
+    s->pinned_used += bytes;
+    return s->pinned + (s->pinned_used - bytes);
+}
+
 // ---- half precision
 
 __host__ __device__ inline float wide(uint16_t half) {
@@ -255,9 +278,9 @@ int32_t spread_scores(actqkv_cuda_stream *, const float *, const uint8_t *, int6
 int32_t head_scores(actqkv_cuda_stream *, const float *, const actqkv_f16 *, int64_t, int32_t, int64_t, int64_t,
                     int32_t, float *);
 int32_t vote(actqkv_cuda_stream *, const float *, int64_t, int32_t, int32_t, int32_t, float *);
-int32_t sketch(actqkv_cuda_stream *, const actqkv_f16 *, int64_t, int32_t, int32_t, int32_t, uint8_t *);
-int32_t sketch_scores(actqkv_cuda_stream *, const float *, const uint8_t *, const int32_t *, int32_t, int32_t, int32_t,
-                      int32_t, int32_t, float, float *);
+uint64_t search_scratch(const actqkv_search_args *);
+int32_t search_score(actqkv_cuda_stream *, const actqkv_search_args *);
+int32_t search_vote(actqkv_cuda_stream *, const actqkv_search_args *);
 int32_t refine(actqkv_cuda_stream *, const float *, int32_t, const uint8_t *, const int32_t *, int32_t, int32_t,
                int32_t, int32_t, int32_t, float, float *);
 int32_t entropy(actqkv_cuda_stream *, const float *, int64_t, float, float *);

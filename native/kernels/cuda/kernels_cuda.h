@@ -21,7 +21,7 @@ extern "C" {
 
 // [cdef begin]
 
-enum actqkv_cuda_limits { ACTQKV_CUDA_INTERFACE = 4, ACTQKV_CUDA_MAX_D_HEAD = 256 };
+enum actqkv_cuda_limits { ACTQKV_CUDA_INTERFACE = 6, ACTQKV_CUDA_MAX_D_HEAD = 256 };
 
 struct actqkv_cuda_stream;
 
@@ -114,12 +114,14 @@ struct actqkv_cuda {
     int32_t (*vote)(struct actqkv_cuda_stream * stream, const float * scores, int64_t n, int32_t n_head,
                     int32_t n_head_kv, int32_t sum, float * votes);
 
-    int32_t (*sketch)(struct actqkv_cuda_stream * stream, const actqkv_f16 * keys, int64_t key_stride,
-                      int32_t n_head_kv, int32_t d_head, int32_t c, uint8_t * sketches);
-    // sketches lie at a multiple of 2 bytes.
-    int32_t (*sketch_scores)(struct actqkv_cuda_stream * stream, const float * query, const uint8_t * sketches,
-                             const int32_t * chunks, int32_t n, int32_t n_head, int32_t n_head_kv, int32_t d_head,
-                             int32_t c, float scale, float * scores);
+    // args and its list of stretches are of the host, every array that they point to is of the GPU, scratch at a
+    // multiple of 256. n_threads is not read. Of the list, search_scratch() reads n_keys and in_order, and it grows
+    // with all sizes.
+    uint64_t (*search_scratch)(const struct actqkv_search_args * args);
+    // Queries are rounded as on the CPU: against centres to 1/127 of the largest channel, against keys to 1/63 of the
+    // most that any four channels can give. Votes are sums of whole multiples of 2^-40.
+    int32_t (*search_score)(struct actqkv_cuda_stream * stream, const struct actqkv_search_args * args);
+    int32_t (*search_vote)(struct actqkv_cuda_stream * stream, const struct actqkv_search_args * args);
 
     // chunks may be NULL: those that lie one behind the other.
     int32_t (*refine)(struct actqkv_cuda_stream * stream, const float * query, int32_t type, const uint8_t * keys,
