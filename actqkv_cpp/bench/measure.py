@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
 from typing import Any
@@ -69,8 +69,12 @@ class Spec:
 
     @property
     def n_ctx(self) -> int:
-        """Tokens a session needs: the greatest length and a sample behind it."""
-        return self.lengths[-1] + max(PREFILL_TOKENS, self.decode_tokens + 1)
+        """Tokens that a session needs which reaches the greatest length."""
+        return self.n_ctx_at(self.lengths[-1])
+
+    def n_ctx_at(self, depth: int) -> int:
+        """Tokens that a session needs for samples after `depth` tokens."""
+        return depth + max(PREFILL_TOKENS, self.decode_tokens + 1)
 
 
 @dataclass
@@ -89,8 +93,13 @@ class _Samples:
             before = self.stages.get(name, Stage(0.0, 0))
             self.stages[name] = Stage(before.ms + stage.ms, before.bytes + stage.bytes)
 
-    def row(self, engine: Engine, phase: Phase, memory: MemoryUse | None) -> Row:
-        each = [1000.0 * seconds / self.n_tokens for seconds in self.seconds]
+    @property
+    def ms_per_token(self) -> list[float]:
+        return [1000.0 * seconds / self.n_tokens for seconds in self.seconds]
+
+    def row(self, engine: Engine, phase: Phase, memory: MemoryUse | None, least: _Samples | None) -> Row:
+        """`least`: of our engine, at the least depth."""
+        each = self.ms_per_token
         n = self.n_tokens * len(each)
         return Row(
             **engine.subject._asdict(),
@@ -106,6 +115,7 @@ class _Samples:
                 for name, stage in self.stages.items()
             }
             or None,
+            least_ms_per_token=median(least.ms_per_token) if least else None,
             memory=memory,
             gpu=GpuTraffic.of(self.gpu, n),
         )
@@ -159,20 +169,32 @@ class Benchmark:
         """Rows as they are measured, then those that are extrapolated."""
         try:
             for i, method in enumerate(self._spec.methods):
-                with self._session(method) as session:
-                    yield from self._method(Ours(session, read=self._spec.read), self._peers if i == 0 else [])
+                with self._session(method) as session, self._least(method) as least:
+                    yield from self._method(Ours(session, read=self._spec.read), least, self._peers if i == 0 else [])
         finally:
             for peer in self._peers:
                 peer.quit()
 
-    def _session(self, method: str) -> Session:
+    @contextmanager
+    def _least(self, method: str) -> Iterator[Ours | None]:
+        """An engine of ours to stay at the least length, where there are longer ones to compare with it."""
+        if len(self._spec.lengths) == 1:
+            yield None
+            return
+        with self._session(method, n_ctx=self._spec.n_ctx_at(self._spec.lengths[0])) as session:
+            yield Ours(session)
+
+    def _session(self, method: str, *, n_ctx: int | None = None) -> Session:
+        """`n_ctx` None: for all lengths."""
         spec, retrieval = self._spec, replace(self._retrieval, method=method)
         if methods()[method]["positions"] == "exact" and spec.n_ctx > self._model.n_ctx_train():
             retrieval = replace(retrieval, positions="clamped")
-            self._note(
-                f"{method} is measured at clamped positions: its exact ones end at {self._model.n_ctx_train():,}."
-            )
-        session = Session(self._model, retrieval, n_ctx=spec.n_ctx, n_threads=self._n_threads, kv_type=spec.kv_type)
+            if n_ctx is None:
+                self._note(
+                    f"{method} is measured at clamped positions: its exact ones end at {self._model.n_ctx_train():,}."
+                )
+        n_ctx = spec.n_ctx if n_ctx is None else n_ctx
+        session = Session(self._model, retrieval, n_ctx=n_ctx, n_threads=self._n_threads, kv_type=spec.kv_type)
         try:
             self._placement.enter(session)
         except BaseException:
@@ -180,8 +202,8 @@ class Benchmark:
             raise
         return session
 
-    def _method(self, ours: Ours, peers: Sequence[Peer]) -> Iterator[Row]:
-        """One method of ours at each depth, alternating with the peers."""
+    def _method(self, ours: Ours, least: Ours | None, peers: Sequence[Peer]) -> Iterator[Row]:
+        """One method of ours at each depth, alternating with the peers and with itself at the least depth."""
         subjects = [ours.subject, *(peer.subject for peer in peers)]
         measured: dict[Subject, list[Row]] = {subject: [] for subject in subjects}
         missing: dict[Subject, list[int]] = {subject: [] for subject in subjects}
@@ -193,6 +215,8 @@ class Benchmark:
                 with self._show(f"{ours.subject.method}, reading", "tokens") as progress:
                     ours.reach(self._tokens[:depth], progress)
                 engines.append(ours)
+                if least and depth == self._spec.lengths[0]:
+                    least.reach(self._tokens[:depth], lambda *_: None)
             memory = self._memory(ours.session) if engines else None
             try:
                 for peer in peers:
@@ -200,7 +224,7 @@ class Benchmark:
                         engines.append(peer)
                     else:
                         missing[peer.subject].append(depth)
-                for row in self._measure(engines, depth, memory):
+                for row in self._measure(engines, least if least and depth > least.depth else None, depth, memory):
                     measured[row.subject].append(row)
                     yield row
             finally:
@@ -209,19 +233,23 @@ class Benchmark:
         for subject, depths in missing.items():
             yield from self._extrapolate(measured[subject], depths, subject)
 
-    def _measure(self, engines: Sequence[Engine], depth: int, memory: MemoryUse | None) -> Iterator[Row]:
-        """Rows of all engines at one depth, sample by sample in turn."""
+    def _measure(
+        self, engines: Sequence[Engine], least: Ours | None, depth: int, memory: MemoryUse | None
+    ) -> Iterator[Row]:
+        """Rows of all engines at one depth, sample by sample in turn, with `least`, which is at another."""
         spec = self._spec
         for phase in _PHASES:
-            samples = [_Samples(self._sample_tokens(phase)) for _ in engines]
+            all_engines = [*engines, *([least] if least else [])]
+            samples = [_Samples(self._sample_tokens(phase)) for _ in all_engines]
             with self._show(f"{phase} after {depth:,}", "samples") as progress:
                 for i in range(spec.repeat):
-                    for engine, own in zip(engines, samples, strict=True):
+                    for engine, own in zip(all_engines, samples, strict=True):
                         if sum(own.seconds) < _PHASE_LIMIT_S:
                             own.add(*self._sample(engine, phase))
                     progress(i + 1, spec.repeat)
-            for engine, own in zip(engines, samples, strict=True):
-                yield own.row(engine, phase, memory if isinstance(engine, Ours) else None)
+            for engine, own in zip(engines, samples, strict=False):
+                is_ours = isinstance(engine, Ours)
+                yield own.row(engine, phase, memory if is_ours else None, samples[-1] if is_ours and least else None)
 
     def _sample_tokens(self, phase: Phase) -> int:
         return self._spec.decode_tokens if phase == "decode" else PREFILL_TOKENS

@@ -72,7 +72,7 @@ def _heading(result: Result) -> str:
 
 
 def _speeds(result: Result, method: str) -> Table:
-    """ours / llama.cpp is a ratio of speeds at one depth; ours / first, of ours to itself at the least depth."""
+    """ours / llama.cpp is of one depth; ours / ours, of ours to itself at the least depth in the same minute."""
     rows = [row for row in result.rows if row.engine == "actqkv" and row.method == method]
     least = min(row.depth for row in rows)
     peers = _peers(result.rows)
@@ -82,7 +82,6 @@ def _speeds(result: Result, method: str) -> Table:
         columns += [f"{name}\n{peer.kv_type} tok/s", f"ours/\n{name}"]
     table = tables.table(f"method {method}, {rows[0].kv_type} KV", (*columns, f"ours/ours\nat {least:,}"))
     for phase in _PHASES:
-        first = result.find(rows[0].subject, phase, least)
         for row in sorted((row for row in rows if row.phase == phase), key=lambda row: row.depth):
             found = [result.find(peer, phase, row.depth) for peer in peers]
             table.add_row(
@@ -92,7 +91,7 @@ def _speeds(result: Result, method: str) -> Table:
                 f"{row.ms_per_token:.3g}",
                 f"{row.spread_ms[0]:.3g}-{row.spread_ms[1]:.3g}" if row.measured else "",
                 *(cell for peer in found for cell in _beside(row, peer)),
-                f"{first.ms_per_token / row.ms_per_token:.2f}" if first else "",
+                f"{row.least_ms_per_token / row.ms_per_token:.2f}" if row.least_ms_per_token else "",
             )
     return table
 

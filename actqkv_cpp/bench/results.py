@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,7 +48,10 @@ class StageUse:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Bytes of the process at one depth, before llama.cpp's context is made, against what must be held."""
+    """Bytes of the process at one depth, before llama.cpp's context is made, against what must be held.
+
+    The session that stays at the least depth is among the resident bytes.
+    """
 
     resident_bytes: int
     weights_bytes: int
@@ -109,6 +112,7 @@ class Row:
         context: how the tokens before came to be there: all "read"; "copied", the first ones read and copied behind
             each other (the KV is of the right size, its content repeats); "none" where nothing was measured.
         stages: where the time of ours went, by stage.
+        least_ms_per_token: of ours at the least depth, in samples that were taken in turn with these.
         memory: of ours.
         gpu: of ours, where attention ran on a GPU.
     """
@@ -124,6 +128,7 @@ class Row:
     spread_ms: tuple[float, float]
     context: Context
     stages: dict[str, StageUse] | None = None
+    least_ms_per_token: float | None = None
     memory: MemoryUse | None = None
     gpu: GpuTraffic | None = None
 
@@ -149,6 +154,7 @@ class Row:
             "spread_ms": list(self.spread_ms),
             "context": self.context,
             "stages": {name: stage.to_json() for name, stage in self.stages.items()} if self.stages else None,
+            "least_ms_per_token": self.least_ms_per_token,
             "memory": self.memory.to_json() if self.memory else None,
             "gpu": asdict(self.gpu) if self.gpu else None,
         }
@@ -231,5 +237,5 @@ def read(path: Path) -> Result:
 
 
 def _known(kind: type, value: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass out of a JSON object, which has derived figures too."""
-    return {field.name: value[field.name] for field in fields(kind)}
+    """The fields of a dataclass in a JSON object, which has derived figures too; of an earlier one, those it has."""
+    return {field.name: value[field.name] for field in fields(kind) if field.name in value or field.default is MISSING}

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -57,6 +58,7 @@ def test_json(actqkv: Actqkv, babbler: Path, tmp_path: Path) -> None:
         assert row["method"] == ("dense" if peer else "actqkv")
         assert row["context"] == ("copied" if peer and row["depth"] > 512 else "read")
         assert (row["stages"] is None) == (row["memory"] is None) == peer
+        assert (row["least_ms_per_token"] is None) == (peer or row["depth"] == 256)
     ours = [row for row in rows if row["engine"] == "actqkv"]
     for row in ours:
         assert set(row["stages"]) == STAGES
@@ -98,6 +100,30 @@ def test_samples_that_take_too_long(
         for depth in (256, 512, 768)
     }
     assert "llama.cpp f16 is not measured at 768: a sample of decode would take" in " ".join(result["notes"])
+
+
+def test_least_depth_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], babbler: Path
+) -> None:
+    """What ours at the least depth is compared with was measured at another time, or at another depth."""
+    taken: list[tuple[str, str, int]] = []
+    sample = measure.Benchmark._sample
+
+    def noting(self: measure.Benchmark, engine: Any, phase: Any) -> Any:
+        taken.append((phase, engine.subject.engine, engine.depth))
+        _, stats = sample(self, engine, phase)
+        return engine.depth / 1e6 * self._sample_tokens(phase), stats  # a token takes a microsecond per token before it
+
+    monkeypatch.setattr(measure.Benchmark, "_sample", noting)
+    arguments = ["bench", str(babbler), "--lengths", "256,768", "--peer-read", "256", "--repeat", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["actqkv", *arguments, "--json"])
+    with contextlib.suppress(SystemExit):
+        main()
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    least = [row["least_ms_per_token"] for row in rows if row["engine"] == "actqkv"]
+    assert least == [None, None, pytest.approx(0.256), pytest.approx(0.256)]
+    deep = [(phase, engine, depth) for phase, engine, depth in taken[8:] if phase == "decode"]
+    assert deep == 2 * [("decode", "actqkv", 768), ("decode", "llama.cpp", 768), ("decode", "actqkv", 256)]
 
 
 def test_kv_type(actqkv: Actqkv, babbler: Path) -> None:
