@@ -302,8 +302,8 @@ ACTQKV_API int32_t actqkv_gpu_memory_plan(const struct llama_model * model, cons
 
 // From now on attention runs on that GPU, by the functions of the table, within limit_bytes of its memory, and answering
 // steps are planned there where the limit has room for what plans are made of, unless they are watched, recorded or
-// audited. The store stays on the CPU, and so does attention with a list of chunks per KV head, or to everything. Results are the
-// CPU's but for rounding. ACTQKV_ERR_MEMORY names what is needed where the limit or the GPU is too small, and the session
+// audited. The store stays on the CPU, and so does attention with a list of chunks per KV head, or to everything. Results
+// are the CPU's but for rounding. ACTQKV_ERR_MEMORY names what is needed where the limit or the GPU is too small, and the session
 // goes on without. Where the GPU fails later, the session goes on without it too: nothing is lost, and
 // actqkv_gpu_problem says why. Memory of closed chunks is pinned as it fills, unless a KV file stands for it. The table
 // must outlive the session.

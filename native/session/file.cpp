@@ -1,7 +1,8 @@
 // Sessions and KV files (kv/file.h): writing a reading as it goes, and standing where it stood.
 //
-// Payload of a slot: layer memories, recent state (remainder and local), then per layer the sinks; arrays as in states. A checkpoint lies where a window starts, so what follows it is read as if nothing had
-// happened; tokens of an unfinished last window are pending after opening, and are read with whatever comes next.
+// Payload of a slot: layer memories, recent state (remainder and local), then per layer the sinks; arrays as in states. A
+// checkpoint lies where a window starts, so what follows it is read as if nothing had happened; tokens of an unfinished last
+// window are pending after opening, and are read with whatever comes next.
 #include "session.h"
 
 #include "../error.h"
@@ -20,8 +21,8 @@ actqkv_params params_of(const kv_file & file, int32_t n_ctx, int32_t n_threads) 
     params.n_ctx = n_ctx;
     params.n_threads = n_threads;
     if (file.header().n_tokens > n_ctx) {
-        throw error(ACTQKV_ERR_FULL, format("%s holds %lld tokens, n_ctx is %d", file.name(),
-                                            (long long) file.header().n_tokens, n_ctx));
+        throw error(ACTQKV_ERR_FULL, format("%s holds %lld tokens, n_ctx is %d: give room for these and for a question",
+                                            file.name(), (long long) file.header().n_tokens, n_ctx));
     }
     return params;
 }

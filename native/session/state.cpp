@@ -116,7 +116,9 @@ void session::state_set(const uint8_t * data, uint64_t size) {
     }
     const int64_t n = in.value<int64_t>(), done = in.value<int64_t>(), closed = in.value<int64_t>();
     if (n < 0 || n > params.n_ctx) {
-        throw error(ACTQKV_ERR_STATE, format("state holds %lld tokens, n_ctx is %d", (long long) n, params.n_ctx));
+        throw error(ACTQKV_ERR_STATE,
+                    format("state holds %lld tokens, n_ctx is %d: give room for these, and what follows", (long long) n,
+                           params.n_ctx));
     }
     if (done < 0 || done > n) {
         throw error(ACTQKV_ERR_STATE, "state is inconsistent: more done than read");

@@ -1,4 +1,4 @@
-// spread - a summary of where a chunk's keys lie and how far they spread, and their scores; formulas and layout: ../cpu/spread.cpp.
+// spread - a summary of where a chunk's keys lie and how far they spread, and their scores; formulas: ../cpu/spread.cpp.
 //
 // Scores: a warp per summary, a lane per block of q4_0, against a query in shared memory, whose blocks lie a word further
 // apart than they need to, so that the lanes read from different banks: memory-bound.
