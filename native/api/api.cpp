@@ -64,7 +64,7 @@ int32_t actqkv_method_candidates(const actqkv_method * method, int64_t share, in
         require(method != nullptr && n_picked != nullptr && n_refined != nullptr, "pointers must not be NULL");
         require(share >= 1 && n_chunks >= 0, "share must be at least 1, n_chunks at least 0");
         const actqkv::choice c = actqkv::choice_of(*method, share, n_chunks);
-        *n_picked = method->scan > 0 ? actqkv::n_picked_of(*method) : 0;
+        *n_picked = c.n_picked;
         *n_refined = c.n_refined;
     });
 }

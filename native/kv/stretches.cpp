@@ -60,6 +60,14 @@ std::vector<actqkv_stretch> stretches::most_of(const kv_layout & layout, int64_t
     return all;
 }
 
+int64_t stretches::n_cells_most(const std::vector<actqkv_stretch> & all) {
+    int64_t n = 0;
+    for (const actqkv_stretch & s : all) {
+        n += actqkv_stretch_cells(s.n_keys, s.in_order);
+    }
+    return n;
+}
+
 uint64_t stretches::scratch_bytes(const kv_layout & layout, int64_t n_chunks) {
     const int64_t n = std::min(n_chunks, stretch_chunks(layout.n_chunk_tokens));
     return padded(actqkv_stretch_scratch(layout.d_head, n * layout.n_chunk_tokens));
@@ -167,7 +175,6 @@ void stretches::make(int64_t n_closed, bool all, const std::vector<const uint8_t
         }
     });
     rest = {first, n_rest};
-    n_whole = all ? n_closed : -1;
     show();
 }
 
@@ -176,14 +183,12 @@ void stretches::forget_from(int64_t n) {
     const auto is_kept = [=](const run & r) { return r.first + r.n <= n; };
     made.erase(std::find_if_not(made.begin(), made.end(), is_kept), made.end());
     rest = {0, 0};
-    n_whole = -1;
     show();
 }
 
 void stretches::adopt(int64_t n) {
     made = runs_of(n, 1);
     rest = {0, 0};
-    n_whole = -1;
     show();
 }
 

@@ -30,8 +30,9 @@ public:
     static actqkv_stretch sizes_of_rest(const kv_layout & layout);
     // Beside both, while those of n_chunks chunks are made: of each thread.
     static uint64_t scratch_bytes(const kv_layout & layout, int64_t n_chunks);
-    // As many of each kind as n_chunks chunks may be taken to, in order, and a rest: without data.
+    // As many of each kind as n_chunks chunks may be taken to, in order, and a rest: without data. And their cells, at most.
     static std::vector<actqkv_stretch> most_of(const kv_layout & layout, int64_t n_chunks);
+    static int64_t n_cells_most(const std::vector<actqkv_stretch> & all);
     bool exist() const { return !layers.empty(); }
     // Those of chunks [0, n_closed) in order; after make(), all of them.
     const std::vector<actqkv_stretch> & of(int il) const { return layers[il].views; }
@@ -40,7 +41,7 @@ public:
     uint64_t n_bytes(int il) const { return layers[il].bytes.bytes(); }
 
     // Whether all of the first n_closed chunks are indexed, and no more.
-    bool is_whole(int64_t n_closed) const { return n_whole == n_closed; }
+    bool is_whole(int64_t n_closed) const { return end_of(made) + rest.n == n_closed; }
     // make() reads keys of no chunks before this one.
     int64_t first_missing(int64_t n_closed, bool all) const;
 
@@ -72,9 +73,8 @@ private:
 
     kv_layout shape;
     int64_t slot_bytes;    // chunk_bytes()
-    int64_t n_whole = -1;  // chunks that make() was given last, for all
     std::vector<run> made; // of divided stretches
-    run rest = {0, 0};
+    run rest = {0, 0};     // right behind them, if there are any
     std::vector<layer> layers;
 };
 

@@ -62,14 +62,15 @@ void split_heads(const hparams & hp, int32_t kind, const float * query, std::vec
     }
 }
 
+// Cells of an index that each query head looks into.
+int32_t n_picked_of(const actqkv_method & method) { return method.scan > 0 ? std::max(1, method.scan / 64) : 0; }
+
 } // namespace
 
 choice choice_of(const actqkv_method & method, int64_t share, int64_t n_chunks) {
     const int64_t k = std::min(share, n_chunks);
-    return {k, n_chunks, std::min(n_chunks, k * method.refine), method.scan > 0 ? n_picked_of(method) : 0};
+    return {k, n_chunks, std::min(n_chunks, k * method.refine), n_picked_of(method)};
 }
-
-int32_t n_picked_of(const actqkv_method & method) { return std::max(1, method.scan / 64); }
 
 int64_t cutoff_share(int64_t pool, const double * h, int n_layers_left, int64_t k, int64_t n_chunks, bool published) {
     const int64_t rest = n_layers_left - 1;
@@ -200,20 +201,22 @@ void planner::make_votes(int il, const kv_store & store) {
 }
 
 uint64_t planner::search_bytes(const hparams & hp, const actqkv_params & params, int64_t n_chunks) {
-    const int64_t n_keys = n_chunks * params.method.n_chunk_tokens;
-    const actqkv_stretch rest = stretches::sizes_of_rest(kv_store::layout_for(hp, params));
+    if (!searches(params.method)) {
+        return 0;
+    }
+    const std::vector<actqkv_stretch> index = stretches::most_of(kv_store::layout_for(hp, params), n_chunks);
     actqkv_search_args args = {};
     args.n_head = hp.n_head;
     args.n_head_kv = hp.n_head_kv;
     args.d_head = hp.d_head;
-    args.stretches = &rest;
-    args.n_stretches = 1;
+    args.stretches = index.data();
+    args.n_stretches = (int32_t) index.size();
     args.n_chunks = n_chunks;
-    args.n_cells = n_keys / 50 + 1024; // 64 keys each, but for the long ones that are cut; and what is left over
+    args.n_cells = stretches::n_cells_most(index);
     args.n_picked = n_picked_of(params.method);
     args.n_threads = params.n_threads;
     const uint64_t of_head = args.n_cells * sizeof(float) + args.n_picked * sizeof(int32_t);
-    return searches(params.method) ? hp.n_head * of_head + actqkv_search_scratch(&args) : 0;
+    return hp.n_head * of_head + actqkv_search_scratch(&args);
 }
 
 // Votes of all chunks, by the index.

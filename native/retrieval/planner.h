@@ -48,9 +48,6 @@ struct choice {
 };
 choice choice_of(const actqkv_method & method, int64_t share, int64_t n_chunks);
 
-// Cells of an index that each query head looks into.
-int32_t n_picked_of(const actqkv_method & method);
-
 // The true attention mass of the current window in the layer that is planned, [n_chunks], or per KV head [G][n_chunks].
 using mass_source = std::function<const std::vector<double> &(bool per_head)>;
 

@@ -42,11 +42,9 @@ gpu_planner::widths gpu_planner::widths_of(const actqkv_cuda & cuda, const hpara
     if (searches(params.method)) {
         w.scored_bytes = stretches::chunk_bytes(layout);
         w.rest_bytes = stretches::rest_bytes(layout);
-        w.n_picked = n_picked_of(params.method);
+        w.n_picked = most.n_picked;
         const std::vector<actqkv_stretch> most_stretches = stretches::most_of(layout, w.n_chunks);
-        for (const actqkv_stretch & s : most_stretches) {
-            w.n_cells += actqkv_stretch_cells(s.n_keys, s.in_order);
-        }
+        w.n_cells = stretches::n_cells_most(most_stretches);
         actqkv_search_args args = search_args(w, most_stretches);
         args.n_cells = w.n_cells;
         args.n_chunks = w.n_chunks;

@@ -68,9 +68,10 @@ actqkv_memory session::memory_plan(const llama_model * model, const actqkv_param
                             (params.n_local + params.n_window) * hp.n_head * sizeof(float) + // sums
                             most_keys(params, attends_all(params.method)) * hp.n_head * sizeof(float); // of sources
     const uint64_t per_token = 2 * (sizeof(int32_t) + sizeof(int8_t)) + sizeof(double); // history with room, sources
-    uint64_t per_chunk = 6 * sizeof(float); // the planner's lists; per head, scores and votes
-    per_chunk +=
-        params.method.granularity == ACTQKV_GRANULARITY_KV_HEAD ? (hp.n_head + hp.n_head_kv) * sizeof(float) : 0;
+    uint64_t per_chunk = 6 * sizeof(float);                                             // the planner's lists
+    if (params.method.granularity == ACTQKV_GRANULARITY_KV_HEAD) {
+        per_chunk += (hp.n_head + hp.n_head_kv) * sizeof(float); // scores and votes
+    }
     if (attends_all(params.method)) { // spans, their masses
         per_chunk += hp.n_head_kv * (sizeof(actqkv_span) + 2 * sizeof(double));
     }

@@ -16,21 +16,7 @@ template <int NR, int NV> static inline void compare(const float * rows, int fro
             acc[i][j] = v_set1(-halves[from + i]);
         }
     }
-    for (int e = 0; e < d; e++) {
-        vf x[NV];
-        UNROLL
-        for (int j = 0; j < NV; j++) {
-            x[j] = v_load(panel + (int64_t) e * TILE_COLUMNS + j * W);
-        }
-        UNROLL
-        for (int i = 0; i < NR; i++) {
-            const vf y = v_set1(rows[(int64_t) (from + i) * d + e]);
-            UNROLL
-            for (int j = 0; j < NV; j++) {
-                acc[i][j] = v_fma(y, x[j], acc[i][j]);
-            }
-        }
-    }
+    multiply(rows + (int64_t) from * d, d, panel, TILE_COLUMNS, d, acc);
     UNROLL
     for (int i = 0; i < NR; i++) {
         UNROLL

@@ -343,17 +343,9 @@ template <class R> static void simd_mix(const float * weights, int64_t ldw, int 
 constexpr int TILE_ROWS = 6;
 constexpr int TILE_COLUMNS = TILE_VECTORS * W;
 
-// c[i][j] (+)= sum_k a[i*lda + k] * b[k*ldb + j] for NR rows and NV vectors of columns
-template <int NR, int NV, bool ADD> static inline void tile(const float * a, int64_t lda, const float * b, int64_t ldb,
-                                                            int64_t n_k, float * c, int64_t ldc) {
-    vf acc[NR][NV];
-    UNROLL
-    for (int i = 0; i < NR; i++) {
-        UNROLL
-        for (int j = 0; j < NV; j++) {
-            acc[i][j] = ADD ? v_load(c + i * ldc + j * W) : v_zero();
-        }
-    }
+// acc[i][j] += sum_k a[i*lda + k] * b[k*ldb + j] for NR rows and NV vectors of columns, in registers
+template <int NR, int NV> __attribute__((always_inline)) static inline void
+multiply(const float * a, int64_t lda, const float * b, int64_t ldb, int64_t n_k, vf (&acc)[NR][NV]) {
     for (int64_t k = 0; k < n_k; k++) {
         vf x[NV];
         UNROLL
@@ -369,6 +361,20 @@ template <int NR, int NV, bool ADD> static inline void tile(const float * a, int
             }
         }
     }
+}
+
+// The same in memory: c[i*ldc + j] is what is added to, or becomes the product.
+template <int NR, int NV, bool ADD> static inline void tile(const float * a, int64_t lda, const float * b, int64_t ldb,
+                                                            int64_t n_k, float * c, int64_t ldc) {
+    vf acc[NR][NV];
+    UNROLL
+    for (int i = 0; i < NR; i++) {
+        UNROLL
+        for (int j = 0; j < NV; j++) {
+            acc[i][j] = ADD ? v_load(c + i * ldc + j * W) : v_zero();
+        }
+    }
+    multiply(a, lda, b, ldb, n_k, acc);
     UNROLL
     for (int i = 0; i < NR; i++) {
         UNROLL
