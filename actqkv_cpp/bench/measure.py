@@ -177,12 +177,16 @@ class Benchmark:
 
     @contextmanager
     def _least(self, method: str) -> Iterator[Ours | None]:
-        """An engine of ours to stay at the least length, where there are longer ones to compare with it."""
+        """An engine of ours at the least length, to stay there, where there are longer ones to compare with it."""
+        depth = self._spec.lengths[0]
         if len(self._spec.lengths) == 1:
             yield None
             return
-        with self._session(method, n_ctx=self._spec.n_ctx_at(self._spec.lengths[0])) as session:
-            yield Ours(session)
+        with self._session(method, n_ctx=self._spec.n_ctx_at(depth)) as session:
+            engine = Ours(session)
+            with self._show(f"{method} for comparison, reading", "tokens") as progress:
+                engine.reach(self._tokens[:depth], progress)
+            yield engine
 
     def _session(self, method: str, *, n_ctx: int | None = None) -> Session:
         """`n_ctx` None: for all lengths."""
@@ -215,8 +219,6 @@ class Benchmark:
                 with self._show(f"{ours.subject.method}, reading", "tokens") as progress:
                     ours.reach(self._tokens[:depth], progress)
                 engines.append(ours)
-                if least and depth == self._spec.lengths[0]:
-                    least.reach(self._tokens[:depth], lambda *_: None)
             memory = self._memory(ours.session) if engines else None
             try:
                 for peer in peers:
