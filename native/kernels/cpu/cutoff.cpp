@@ -89,15 +89,12 @@ static void top_k_scalar(const float * scores, int64_t n, int32_t k, int32_t * c
     }
 }
 
-constexpr int32_t MOST_GREATEST = 4096;
+constexpr int32_t N_MOST = 4096; // columns that scores are compared by
 
 // A number that at least k < n of x reach and, where halving a few times tells them apart, hardly more than k.
-static float limit_of(const float * x, int64_t n, int32_t k) {
-    float low = x[0], high = x[0];
-    for (int64_t i = 0; i < n; i++) {
-        low = std::min(low, x[i]);
-        high = std::max(high, x[i]);
-    }
+static float limit_of(const ops & op, const float * x, int64_t n, int32_t k) {
+    float low, high;
+    op.limits(x, n, &low, &high);
     int64_t n_reach = n;
     for (int turn = 0; turn < 12 && n_reach > k + k / 8; turn++) {
         const float middle = low + (high - low) / 2;
@@ -111,24 +108,50 @@ static float limit_of(const float * x, int64_t n, int32_t k) {
     return low;
 }
 
-// The same of numbers, for k of at most MOST_GREATEST / 4. Of the greatest of every so many scores, the k-th best is no
-// better than the k-th best of all: what is at least as good holds all that is wanted, and little more.
-static void top_k_vectors(const ops & op, const float * scores, int64_t n, int32_t k, int32_t * chosen,
-                          int32_t * scratch) {
-    float most[MOST_GREATEST];
-    const int64_t width = std::min<int64_t>(n, std::max(4 * k, 64));
-    std::copy_n(scores, width, most);
-    for (int64_t from = width; from < n; from += width) {
-        const int64_t n_here = std::min(width, n - from);
-        for (int64_t b = 0; b < n_here; b++) { // becomes vectors
-            most[b] = scores[from + b] > most[b] ? scores[from + b] : most[b];
+// The k-th greatest of n numbers, by halving.
+static int32_t greatest_of(const int32_t * x, int64_t n, int32_t k) {
+    int64_t low = *std::min_element(x, x + n), high = *std::max_element(x, x + n);
+    while (low < high) {
+        const int32_t middle = (int32_t) (low + (high - low + 1) / 2);
+        int32_t n_above = 0;
+        for (int64_t i = 0; i < n; i++) { // becomes vectors
+            n_above += x[i] >= middle;
         }
+        (n_above >= k ? low : high) = n_above >= k ? middle : middle - 1;
     }
-    const int64_t n_found = op.find(scores, n, limit_of(most, width, k), INFINITY, scratch);
-    std::nth_element(scratch, scratch + (k - 1), scratch + n_found,
-                     [=](int32_t a, int32_t b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); });
-    std::copy_n(scratch, k, chosen);
-    std::sort(chosen, chosen + k);
+    return (int32_t) low;
+}
+
+// The same for k of at most N_MOST / 4; false where a score is no number, or too many are alike. Of the greatest of every so
+// many scores, the k-th best is no better than the k-th best of all: what is at least as good holds all that is wanted, and
+// little more.
+static bool top_k_vectors(const ops & op, const float * scores, int64_t n, int32_t k, int32_t * chosen,
+                          int32_t * scratch) {
+    float most[N_MOST];
+    int32_t keys[N_MOST];
+    const int64_t width = std::min<int64_t>(n, std::max(4 * k, 64));
+    if (!op.greatest_of_columns(scores, n, width, most)) {
+        return false;
+    }
+    const int64_t n_found = op.find(scores, n, limit_of(op, most, width, k), INFINITY, scratch);
+    if (n_found > N_MOST) {
+        return false;
+    }
+    for (int64_t i = 0; i < n_found; i++) {
+        keys[i] = (int32_t) (sortable(scores[scratch[i]]) ^ 0x80000000u);
+    }
+    const int32_t threshold = greatest_of(keys, n_found, k);
+    int32_t n_equal = k;
+    for (int64_t i = 0; i < n_found; i++) { // becomes vectors
+        n_equal -= keys[i] > threshold;
+    }
+    for (int64_t j = 0, i = 0; i < k; j++) { // without branches, which could not be foreseen
+        const bool equal = keys[j] == threshold;
+        chosen[i] = scratch[j];
+        i += (keys[j] > threshold) | (equal & (n_equal > 0));
+        n_equal -= equal;
+    }
+    return true;
 }
 
 } // namespace actqkv
@@ -164,10 +187,7 @@ extern "C" void actqkv_top_k(int32_t impl, const float * scores, int64_t n, int3
         return;
     }
     const actqkv::ops * ops = actqkv::ops_for(impl);
-    float least, greatest;
-    if (ops && k <= actqkv::MOST_GREATEST / 4 && ops->limits(scores, n, &least, &greatest)) {
-        actqkv::top_k_vectors(*ops, scores, n, k, chosen, scratch);
-    } else {
+    if (!ops || k > actqkv::N_MOST / 4 || !actqkv::top_k_vectors(*ops, scores, n, k, chosen, scratch)) {
         actqkv::top_k_scalar(scores, n, k, chosen, scratch);
     }
 }

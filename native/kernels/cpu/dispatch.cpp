@@ -2,6 +2,10 @@
 #include "half.h"
 #include "ops.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace actqkv {
 
 #if defined(__x86_64__)
@@ -17,8 +21,24 @@ static bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-#elif defined(__aarch64__)
+
+// Zen 5 and what follows.
+static bool is_zen5() {
+    constexpr unsigned AUTH = 0x68747541, ZEN5 = 0x1a; // of "AuthenticAMD"; a family
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != AUTH || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
+        return false;
+    }
+    return (eax >> 8 & 15) + (eax >> 20 & 255) >= ZEN5;
+}
+
+const bool fetches_to_first = is_zen5();
+#else
+const bool fetches_to_first = false;
+
+#if defined(__aarch64__)
 extern const ops ops_neon;
+#endif
 #endif
 
 const ops * ops_for(int32_t impl) {

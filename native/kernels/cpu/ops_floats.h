@@ -96,6 +96,27 @@ static bool simd_limits(const float * x, int64_t n, float * least, float * great
     return numbers == ALL;
 }
 
+static bool simd_greatest_of_columns(const float * x, int64_t n, int64_t width, float * most) {
+    const vf infinite = v_set1(__builtin_inff()), minus = v_set1(-__builtin_inff());
+    constexpr uint32_t ALL = (1u << W) - 1;
+    uint32_t numbers = ALL;
+    for (int64_t from = 0; from < n; from += width) {
+        const int64_t n_here = n - from < width ? n - from : width;
+        for (int64_t b = 0; b < n_here; b += W) {
+            const int64_t left = n_here - b;
+            vf y = v_load_end(x + from + b, left, -__builtin_inff());
+            numbers &= v_within(y, minus, infinite);
+            y = from > 0 ? v_max(y, v_load_end(most + b, left, -__builtin_inff())) : y;
+            if (left >= W) {
+                v_store(most + b, y);
+            } else {
+                v_store_n(most + b, y, (int) left);
+            }
+        }
+    }
+    return numbers == ALL;
+}
+
 static int64_t simd_find(const float * x, int64_t n, float low, float high, int32_t * found) {
     const vf from = v_set1(low), to = v_set1(high);
     int64_t n_found = 0;

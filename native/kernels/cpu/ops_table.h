@@ -32,6 +32,7 @@
      simd_spread_scores,                                                                                               \
      simd_max,                                                                                                         \
      simd_limits,                                                                                                      \
+     simd_greatest_of_columns,                                                                                         \
      simd_find,                                                                                                        \
      simd_exp2_sum,                                                                                                    \
      simd_exp_sum,                                                                                                     \

@@ -161,7 +161,7 @@ struct rounded {
 // Beside the keys of cells that are picked: one head's room.
 struct room {
     uint8_t * tables;
-    scan_cell * cells;
+    scan_cell * cells[2]; // of the head that is scanned, and of the next
     float * logits;
     int32_t *chunks, *found;
     int32_t * order; // [n_cells]
@@ -195,7 +195,9 @@ uint64_t lay_out(room & to, uint8_t * base, const actqkv_search_args & args) {
     };
     const int64_t n_keys = most_keys(args) + SLACK;
     to.tables = take(sketch_table_bytes(args.d_head, MAX_SKETCH_ROWS));
-    to.cells = (scan_cell *) take(most_cells(args) * sizeof(scan_cell));
+    for (scan_cell *& cells : to.cells) {
+        cells = (scan_cell *) take(most_cells(args) * sizeof(scan_cell));
+    }
     to.logits = (float *) take(n_keys * sizeof(float));
     to.chunks = (int32_t *) take(n_keys * sizeof(int32_t));
     to.found = (int32_t *) take(n_keys * sizeof(int32_t));
@@ -230,7 +232,14 @@ int32_t list_cells(const actqkv_search_args & args, int32_t h, float length, sca
             n++;
         };
         if (!args.stretches[s].in_order) {
-            for (; p < args.n_picked && picked[p] >= 0 && picked[p] < first + n_cells; p++) {
+            int32_t end = p;
+            for (; end < args.n_picked && picked[end] >= 0 && picked[end] < first + n_cells; end++) {
+                const cell_view cell = view.cell(picked[end] - first);
+                __builtin_prefetch(cell.reach());
+                __builtin_prefetch(cell.size());
+                __builtin_prefetch(cell.place());
+            }
+            for (; p < end; p++) {
                 add(picked[p] - first);
             }
         } else {
@@ -243,18 +252,24 @@ int32_t list_cells(const actqkv_search_args & args, int32_t h, float length, sca
     return n;
 }
 
-void vote_head(const ops * op, const actqkv_search_args & args, int32_t h, const float * query, const room & in) {
-    const int32_t d = args.d_head;
-    scan_job job = {};
-    job.tables = in.tables;
-    job.step = 256 * LOG2_E * make_tables(query, d, op ? op->sketch_rows : 1, in.tables);
-    job.d = d;
-    job.cells = in.cells;
-    job.n_cells = list_cells(args, h, length_of(query, d), in.cells);
-    job.logits = in.logits;
-    job.chunks = in.chunks;
+// The best of head h's cells, and all that are not divided; how many there are.
+int32_t pick(int32_t impl, const actqkv_search_args & args, int32_t h, int32_t * order, scan_cell * cells) {
+    int32_t * picked = args.picked + (int64_t) h * args.n_picked;
+    int64_t n_divided;
+    actqkv_search_cells(args.stretches, args.n_stretches, h / (args.n_head / args.n_head_kv), args.d_head, &n_divided);
+    actqkv_top_k(impl, args.scores + h * args.n_cells, n_divided, args.n_picked, picked, order);
+    for (int64_t i = n_divided; i < args.n_picked; i++) {
+        picked[i] = -1;
+    }
+    const float * query = (const float *) args.scratch + (int64_t) h * args.d_head;
+    return list_cells(args, h, length_of(query, args.d_head), cells);
+}
+
+// The votes of a head, whose cells the job has.
+void vote(const ops * op, const actqkv_search_args & args, const float * query, const room & in, scan_job job) {
+    job.step = 256 * LOG2_E * make_tables(query, args.d_head, op ? op->sketch_rows : 1, in.tables);
     for (int32_t i = 0; i < job.n_cells; i++) {
-        *in.n_bytes += 16 * sixteens(in.cells[i].n) * key_bytes(d);
+        *in.n_bytes += 16 * sixteens(job.cells[i].n) * key_bytes(args.d_head);
     }
     const int64_t n = (op ? op->scan : scan_scalar)(&job);
     const float sum = n > 0 ? exponentiate(op, in.logits, n) : 0;
@@ -263,6 +278,28 @@ void vote_head(const ops * op, const actqkv_search_args & args, int32_t h, const
         op ? op->find(in.logits, n, least, INFINITY, in.found) : find_scalar(in.logits, n, least, in.found);
     for (int64_t i = 0; i < n_found; i++) {
         in.votes[in.chunks[in.found[i]]] += in.logits[in.found[i]] * factor;
+    }
+}
+
+// Those of heads [begin, end): while one is scanned, the next one's keys are on their way.
+void vote_heads(int32_t impl, const actqkv_search_args & args, int32_t begin, int32_t end, const room & in) {
+    const ops * op = ops_for(impl);
+    scan_job job = {};
+    job.tables = in.tables;
+    job.d = args.d_head;
+    job.logits = in.logits;
+    job.chunks = in.chunks;
+    for (int32_t h = begin; h <= end; h++) {
+        scan_cell * next = in.cells[h % 2];
+        job.ahead = next;
+        job.n_ahead = h < end ? pick(impl, args, h, in.order, next) : 0;
+        if (h == begin && op) {
+            op->scan(&job); // of no cells: only fetches
+        } else if (h > begin) {
+            vote(op, args, (const float *) args.scratch + (int64_t) (h - 1) * args.d_head, in, job);
+        }
+        job.cells = next;
+        job.n_cells = job.n_ahead;
     }
 }
 
@@ -346,8 +383,6 @@ extern "C" void actqkv_search_score(int32_t impl, const struct actqkv_search_arg
 extern "C" uint64_t actqkv_search_vote(int32_t impl, const struct actqkv_search_args * given) {
     using namespace actqkv;
     const actqkv_search_args & args = *given;
-    const ops * op = ops_for(impl);
-    const int32_t r = args.n_head / args.n_head_kv, d = args.d_head;
     room first;
     const uint64_t bytes = lay_out(first, nullptr, args);
     uint8_t * rooms = (uint8_t *) args.scratch + queries_bytes(args);
@@ -358,17 +393,7 @@ extern "C" uint64_t actqkv_search_vote(int32_t impl, const struct actqkv_search_
             own.votes = part == 0 ? args.votes : own.votes;
             memset(own.votes, 0, args.n_chunks * sizeof(float));
             *own.n_bytes = 0;
-            const int32_t end = args.n_head * (part + 1) / args.n_threads;
-            for (int32_t h = args.n_head * part / args.n_threads; h < end; h++) {
-                int32_t * picked = args.picked + (int64_t) h * args.n_picked;
-                int64_t n_divided;
-                actqkv_search_cells(args.stretches, args.n_stretches, h / r, d, &n_divided);
-                actqkv_top_k(impl, args.scores + h * args.n_cells, n_divided, args.n_picked, picked, own.order);
-                for (int64_t i = n_divided; i < args.n_picked; i++) {
-                    picked[i] = -1;
-                }
-                vote_head(op, args, h, (const float *) args.scratch + (int64_t) h * d, own);
-            }
+            vote_heads(impl, args, args.n_head * part / args.n_threads, args.n_head * (part + 1) / args.n_threads, own);
         }
     });
     lay_out(first, rooms, args);

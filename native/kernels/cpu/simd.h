@@ -354,19 +354,19 @@ static inline void vi_load_quads(const uint8_t * const * row, int64_t at, vi * q
 }
 
 // ---- sketches: bytes of SKETCH_ROWS rows of VB keys, looked up and added, and two vectors of 16-bit words that those sums
-// become. The keys of vb_words and vb_sizes have one order, which is not theirs in memory: even ones first; vw_store_keys has
+// become. The keys of vb_words and vb_sizes have one order, which is not theirs in memory: even ones first; vw_in_order has
 // theirs. vb_start: every key's sum is that much, which may be negative. vb_sizes: bytes as 15 bits. vw_scaled:
-// round(a b / 2^15).
+// round(a b / 2^15). v_of_words: as floats, VB / 2 of them.
 
 constexpr int VB = 32;
 
 typedef __m256i vw;
 
 static inline __m256i load_32(const uint8_t * p) { return _mm256_loadu_si256((const __m256i *) p); }
-static inline void vw_store_keys(int16_t * p, vw even, vw odd) {
+static inline void vw_in_order(vw even, vw odd, vw * out) {
     const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
-    _mm256_storeu_si256((__m256i *) p, _mm256_permute2x128_si256(low, high, 0x20));
-    _mm256_storeu_si256((__m256i *) (p + 16), _mm256_permute2x128_si256(low, high, 0x31));
+    out[0] = _mm256_permute2x128_si256(low, high, 0x20);
+    out[1] = _mm256_permute2x128_si256(low, high, 0x31);
 }
 static inline vw vw_scaled(vw a, vw b) { return _mm256_mulhrs_epi16(a, b); }
 static inline void vb_sizes(const uint8_t * p, vw * out) {
@@ -376,6 +376,8 @@ static inline void vb_sizes(const uint8_t * p, vw * out) {
 }
 
 #if defined(__AVX512F__)
+static inline void v_of_words(vw x, vf * out) { out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(x)); }
+
 constexpr int SKETCH_ROWS = 2;
 typedef __m512i vb;
 struct vsums { // in 16 bits, of all words as they are, and of their upper bytes; they may wrap around
@@ -407,6 +409,11 @@ static inline void vb_words(vsums sums, vw * out) {
     out[1] = both_rows(sums.upper);
 }
 #else
+static inline void v_of_words(vw x, vf * out) {
+    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)));
+    out[1] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1)));
+}
+
 constexpr int SKETCH_ROWS = 1;
 typedef __m256i vb;
 struct vsums { // as above
@@ -455,9 +462,13 @@ static inline void vb_words(vsums sums, vw * out) {
     out[0] = vreinterpretq_s16_u16(sums.low);
     out[1] = vreinterpretq_s16_u16(sums.high);
 }
-static inline void vw_store_keys(int16_t * p, vw low, vw high) {
-    vst1q_s16(p, low);
-    vst1q_s16(p + 8, high);
+static inline void vw_in_order(vw low, vw high, vw * out) {
+    out[0] = low;
+    out[1] = high;
+}
+static inline void v_of_words(vw x, vf * out) {
+    out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(x)));
+    out[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(x)));
 }
 static inline vw vw_scaled(vw a, vw b) { return vqrdmulhq_s16(a, b); }
 static inline void vb_sizes(const uint8_t * p, vw * out) {
