@@ -52,6 +52,18 @@ static uint32_t range_of(const int32_t * counts, int32_t & k) {
     return range;
 }
 
+// In order, k of all: those whose key is above the k-th best, and the first n_equal that equal it. key, chunk: of the j-th.
+template <typename Key, typename Number, typename Chunk>
+static void choose(int32_t k, Number threshold, int64_t n_equal, int32_t * chosen, Key && key, Chunk && chunk) {
+    for (int64_t j = 0, i = 0; i < k; j++) { // without branches, which could not be foreseen
+        const Number own = key(j);
+        const bool equal = own == threshold;
+        chosen[i] = (int32_t) chunk(j);
+        i += (own > threshold) | (equal & (n_equal > 0));
+        n_equal -= equal;
+    }
+}
+
 // One pass in order of the index: all above the k-th best value, and of its equals the first ones.
 static void top_k_scalar(const float * scores, int64_t n, int32_t k, int32_t * chosen, int32_t * scratch) {
     uint32_t * keys = (uint32_t *) scratch; // the unsigned twin of int32_t may alias it
@@ -80,13 +92,7 @@ static void top_k_scalar(const float * scores, int64_t n, int32_t k, int32_t * c
     const uint32_t threshold = keys[n_within - n_left];
     int64_t n_equal = n_left - std::count_if(keys + (n_within - n_left), keys + n_within,
                                              [=](uint32_t key) { return key > threshold; });
-    for (int64_t b = 0, i = 0; i < k; b++) { // without branches, which could not be foreseen
-        const uint32_t key = sortable(scores[b]);
-        const bool equal = key == threshold;
-        chosen[i] = (int32_t) b;
-        i += (key > threshold) | (equal & (n_equal > 0));
-        n_equal -= equal;
-    }
+    choose(k, threshold, n_equal, chosen, [=](int64_t b) { return sortable(scores[b]); }, [](int64_t b) { return b; });
 }
 
 constexpr int32_t N_MOST = 4096; // columns that scores are compared by
@@ -145,12 +151,7 @@ static bool top_k_vectors(const ops & op, const float * scores, int64_t n, int32
     for (int64_t i = 0; i < n_found; i++) { // becomes vectors
         n_equal -= keys[i] > threshold;
     }
-    for (int64_t j = 0, i = 0; i < k; j++) { // without branches, which could not be foreseen
-        const bool equal = keys[j] == threshold;
-        chosen[i] = scratch[j];
-        i += (keys[j] > threshold) | (equal & (n_equal > 0));
-        n_equal -= equal;
-    }
+    choose(k, threshold, n_equal, chosen, [&](int64_t j) { return keys[j]; }, [=](int64_t j) { return scratch[j]; });
     return true;
 }
 

@@ -12,10 +12,8 @@ constexpr int N_PANEL = 64;
 
 constexpr int N_GREATEST = 16; // queries; see row_ops::greatest
 
-// Whether what will be read soon is fetched into the first-level cache, or the second. Tiles of 4 KB from anywhere, one thread:
-// on an EPYC of Zen 4, where few lines can be on their way to the first, 11.7 and 17.2 GB/s; on one of Zen 5, 23 and 24, but
-// in a step at 128K attention took 0.55 and 0.69 ms, and votes up to 0.62 and 0.92: when memory is busy it leaves out fetches
-// into the second.
+// Whether what will be read soon is fetched into the first-level cache, or the second: as the processor does it better
+// (native/README.md has figures).
 extern const bool fetches_to_first;
 
 // Added to every entry of a query's tables, so that none is negative.

@@ -73,9 +73,9 @@ static void simd_nearest(const float * rows, int n_rows, int d, const float * ha
 
 constexpr int BLOCKS_AHEAD = 8; // fetched before they are needed
 
-// Block i, if the job has it.
-FETCHES static inline void fetch_block(const actqkv::centre_job & job, int64_t i) {
-    if (i * actqkv::CENTRES < job.n) {
+// Blocks [from, to), as far as the job has so many.
+FETCHES static inline void fetch_blocks(const actqkv::centre_job & job, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to && i * actqkv::CENTRES < job.n; i++) {
         fetch(job.blocks + i * job.block_bytes, job.block_bytes);
     }
 }
@@ -118,12 +118,11 @@ template <int NV> static inline void centre_products(const actqkv::centre_job & 
 }
 
 static void simd_centre_scores(const actqkv::centre_job * job) {
-    for (int64_t i = 0; i < BLOCKS_AHEAD; i++) {
-        fetch_block(*job, i);
-    }
+    fetch_blocks(*job, 0, BLOCKS_AHEAD);
     for (int64_t first = 0; first < job->n; first += W) {
         if (first % actqkv::CENTRES == 0) {
-            fetch_block(*job, first / actqkv::CENTRES + BLOCKS_AHEAD);
+            const int64_t next = first / actqkv::CENTRES + BLOCKS_AHEAD;
+            fetch_blocks(*job, next, next + 1);
         }
         int32_t x = 0;
         for (; x + actqkv::CENTRE_HEADS <= job->n_vec; x += actqkv::CENTRE_HEADS) {
@@ -139,13 +138,11 @@ static void simd_centre_scores(const actqkv::centre_job * job) {
 
 static void simd_centre_scores(const actqkv::centre_job * job) {
     constexpr int n = actqkv::CENTRES;
-    for (int64_t i = 0; i < BLOCKS_AHEAD; i++) {
-        fetch_block(*job, i);
-    }
+    fetch_blocks(*job, 0, BLOCKS_AHEAD);
     for (int64_t first = 0; first < job->n; first += n) {
         const uint8_t * block = job->blocks + first / n * job->block_bytes;
         const float * steps = (const float *) block;
-        fetch_block(*job, first / n + BLOCKS_AHEAD);
+        fetch_blocks(*job, first / n + BLOCKS_AHEAD, first / n + BLOCKS_AHEAD + 1);
         for (int32_t x = 0; x < job->n_vec; x++) {
             const uint8_t * row = block + 8 * n;
             const int8_t * q = (const int8_t *) (job->fours + (int64_t) x * job->d / 4);
